@@ -1,0 +1,1 @@
+"""From stored images to uint8 batches of this host's share."""

@@ -1,0 +1,1 @@
+"""Evaluators: each turns a training state into scalars and pictures."""

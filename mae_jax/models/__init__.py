@@ -1,0 +1,1 @@
+"""The networks and their mathematics: jax, flax and einops only."""

@@ -1,0 +1,1 @@
+"""Objectives: each module builds a Task, the pure functions that the training loop drives."""
