@@ -1,0 +1,65 @@
+"""Read state dicts with the official names into our parameter tree (for golden numbers)."""
+
+import numpy as np
+from einops import rearrange
+
+
+def _block(state: dict, prefix: str, heads: int) -> dict:
+    def norm(name):
+        return {"scale": state[f"{prefix}.{name}.weight"], "bias": state[f"{prefix}.{name}.bias"]}
+
+    def linear(name):
+        return {"kernel": state[f"{prefix}.{name}.weight"].T, "bias": state[f"{prefix}.{name}.bias"]}
+
+    qkv, proj = linear("attn.qkv"), linear("attn.proj")
+    qkv["kernel"] = rearrange(qkv["kernel"], "d (three s f) -> d three s f", three=3, s=heads)
+    qkv["bias"] = rearrange(qkv["bias"], "(three s f) -> three s f", three=3, s=heads)
+    proj["kernel"] = rearrange(proj["kernel"], "(s f) d -> s f d", s=heads)
+    return {
+        "norm1": norm("norm1"),
+        "attn": {"qkv": qkv, "proj": proj},
+        "norm2": norm("norm2"),
+        "mlp": {"fc1": linear("mlp.fc1"), "fc2": linear("mlp.fc2")},
+    }
+
+
+def _stack(state: dict, prefix: str, depth: int, heads: int) -> dict:
+    import jax
+
+    blocks = [_block(state, f"{prefix}.{i}", heads) for i in range(depth)]
+    return {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+
+
+def _linear(state: dict, name: str) -> dict:
+    return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+
+
+def _norm(state: dict, name: str) -> dict:
+    return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+
+def encoder_params(state: dict, depth: int, heads: int) -> dict:
+    params = {
+        "cls_token": state["cls_token"],
+        "patch_embed": {
+            "kernel": rearrange(state["patch_embed.proj.weight"], "d ch r c -> (r c ch) d"),
+            "bias": state["patch_embed.proj.bias"],
+        },
+        "stack": _stack(state, "blocks", depth, heads),
+    }
+    if "norm.weight" in state:
+        params["norm"] = _norm(state, "norm")
+    return params
+
+
+def mae_params(state: dict, meta: dict) -> dict:
+    return {
+        "encoder": encoder_params(state, meta["depth"], meta["heads"]),
+        "decoder": {
+            "embed": _linear(state, "decoder_embed"),
+            "mask_token": state["mask_token"],
+            "stack": _stack(state, "decoder_blocks", meta["dec_depth"], meta["dec_heads"]),
+            "norm": _norm(state, "decoder_norm"),
+            "pred": _linear(state, "decoder_pred"),
+        },
+    }
