@@ -1,1 +1,30 @@
 """Evaluators: each turns a training state into scalars and pictures."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax.config import nearest
+
+TYPES = ("reconstruct",)
+
+
+def build(config: ConfigDict, predict: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The evaluators of `config.evals` by name; `type` is a module here or a dotted path to one.
+
+    Raises:
+      ValueError: there is no such module.
+    """
+    evaluators = {}
+    for name, cfg in config.evals.items():
+        if "." not in cfg.type and cfg.type not in TYPES:
+            raise ValueError(
+                f"config.evals.{name}.type={cfg.type!r} is unknown{nearest(cfg.type, list(TYPES))}"
+            )
+        path = cfg.type if "." in cfg.type else f"{__name__}.{cfg.type}"
+        module = importlib.import_module(path)
+        evaluators[name] = module.Evaluator(cfg, config, predict, mesh)
+    return evaluators

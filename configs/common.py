@@ -1,0 +1,52 @@
+"""What the configs share: typed arguments of get_config, and the sizes of the published models."""
+
+# width, depth, heads. Ti and S: arXiv 2012.12877; B and L: arXiv 2010.11929; H: as MAE uses it. All of
+# B, L and H agree with the official parameter counts (tests/test_models.py). 2B and 6.5B: widths and
+# depths of arXiv 2303.13496, where 12 * width^2 * depth gives 1.89e9 and 6.44e9; their numbers of
+# heads are from memory and were not checked.
+SIZES = {
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "H": (1280, 32, 16),
+    "2B": (2560, 24, 32),
+    "6.5B": (4096, 32, 32),
+}
+
+
+def parse_arg(arg, **defaults):
+    """'variant=L/16,epochs=1600' -> a dict of the defaults' types.
+
+    Raises:
+      ValueError: a key that is not among the defaults, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults or not equals:
+            raise ValueError(
+                f"config argument {item!r}: write key=value with one of {', '.join(defaults)},"
+                " several separated by commas"
+            )
+        kind = type(defaults[key])
+        try:
+            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"config argument {key}={text!r}: wants a {kind.__name__}") from None
+    return values
+
+
+def model_sizes(variant):
+    """'L/16' -> width, depth, heads, patch_size.
+
+    Raises:
+      ValueError: the size is unknown or the patch is not a number.
+    """
+    size, _, patch = variant.partition("/")
+    if size not in SIZES or not patch.isdigit():
+        raise ValueError(
+            f"variant {variant!r}: write SIZE/PATCH such as B/16, with a SIZE of {', '.join(SIZES)}"
+        )
+    width, depth, heads = SIZES[size]
+    return {"width": width, "depth": depth, "heads": heads, "patch_size": (int(patch),) * 2}

@@ -1,0 +1,20 @@
+"""Pre-train on your own images, without labels, on one machine.
+
+    mae-jax train --config=configs/folder.py --config.data.source=folder:PATH --workdir=DIR
+
+Arguments: variant, epochs, batch_size, image_size. A ViT-S/16 at 224 pixels with a 4-block decoder: fits
+a GPU with 8 GB. Nothing of it was tuned; with few images, train longer.
+"""
+
+from configs.common import parse_arg
+from configs.pretrain import get_config as recipe
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, variant="S/16", epochs=800, batch_size=64, image_size=224)
+    config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
+    config.model.update(decoder_width=256, decoder_depth=4, decoder_heads=8)
+    config.data.source = "folder:"
+    config.evals.reconstruct.update(source="same", split="train", images=64, batch_size=32)
+    config.checkpoint.update(every="1000 steps", keep_every="")
+    return config

@@ -1,0 +1,85 @@
+"""AdamW as MAE uses it: learning-rate rule, schedule, and who is decayed, by role."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Every parameter has a role, found by the first pattern that its path ends in. A path that no pattern
+# knows is an error: a new parameter must be thought about once, here.
+ROLES = (
+    (r"(qkv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
+    (r"/bias", "bias"),
+    (r"/scale", "scale"),
+    (r"(cls_token|mask_token)", "token"),
+    (r"pos_embed", "position"),
+)
+
+
+def path_name(path: tuple) -> str:
+    """A parameter's path as text: encoder/stack/blocks/attn/qkv/kernel."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def role(path: tuple) -> str:
+    """matrix, bias, scale, token or position.
+
+    Raises:
+      ValueError: no pattern of ROLES knows the path.
+    """
+    name = path_name(path)
+    for pattern, found in ROLES:
+        if re.search(pattern + "$", name):
+            return found
+    raise ValueError(
+        f"parameter {name!r} has no role: add a pattern for it to ROLES in mae_jax/optim.py,"
+        " which decides whether it is decayed"
+    )
+
+
+def decay_mask(params: Any, decayed: tuple[str, ...] = ("matrix", "token")) -> Any:
+    """True where weight decay applies.
+
+    Pre-training decays the matrices and also the cls and mask tokens, which are 3-D tensors in the
+    official code, whose rule goes by rank; fine-tuning decays matrices only.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: role(path) in decayed, params)
+
+
+def peak_lr(blr: float, batch_size: int) -> float:
+    """The linear scaling rule: base rate x effective batch / 256."""
+    return blr * batch_size / 256
+
+
+def cosine_schedule(peak: float, total: int, warmup: int, min_lr: float = 0.0) -> optax.Schedule:
+    """Linear warm-up from exactly 0, then half a cosine to `min_lr`; by the 0-based step.
+
+    The rate of update `step` is schedule(step), so that the first update has rate 0, and `min_lr`
+    would be reached one step after the last.
+    """
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rising = peak * step / max(warmup, 1)
+        progress = jnp.minimum((step - warmup) / max(total - warmup, 1), 1.0)
+        falling = min_lr + (peak - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.05,
+    decayed: tuple[str, ...] = ("matrix", "token"),
+) -> optax.GradientTransformation:
+    """AdamW: epsilon outside the root, decay decoupled and multiplied by the rate, by role."""
+    return optax.adamw(
+        schedule, b1, b2, eps, weight_decay=weight_decay, mask=lambda p: decay_mask(p, decayed)
+    )

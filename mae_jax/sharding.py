@@ -1,0 +1,139 @@
+"""Where every array lives: the mesh, one table of rules for parameters, and the rows of each host.
+
+Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads
+and hidden units. One size may be -1: what is left of the devices.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mae_jax.optim import path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# The first pattern found in a path decides. Optimizer moments have the paths of their parameters
+# inside theirs, and so the same rule. Blocks have a leading layer axis, which is never split.
+RULES = (
+    (r"stack/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # layer D 3 S F
+    (r"stack/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
+    (r"stack/blocks/attn/proj/kernel$", P(None, "tensor", None, "fsdp")),  # layer S F D
+    (r"stack/blocks/mlp/fc1/kernel$", P(None, "fsdp", "tensor")),
+    (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
+    (r"stack/blocks/mlp/fc2/kernel$", P(None, "tensor", "fsdp")),
+    (r"(patch_embed|embed|pred|head)/kernel$", P(None, "fsdp")),
+    (r"(scale|bias|token|pos_embed|count|step)$", P()),
+)
+LARGE = 2**17  # elements; a larger array that nothing splits is taken for a mistake in the rules
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of all devices.
+
+    Raises:
+      ValueError: the sizes do not multiply out to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
+        raise ValueError(f"mesh {said}: sizes must be at least 1, and at most one of them -1")
+    if devices % known or (not free and known != devices):
+        raise ValueError(
+            f"mesh {said} needs {'a multiple of ' if free else ''}{known} devices, there are"
+            f" {devices}: change config.mesh (one size may be -1: what is left)"
+        )
+    for name in free:
+        sizes[name] = devices // known
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _rule(path: tuple) -> P:
+    name = path_name(path)
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return spec
+    raise ValueError(f"no sharding rule for {name!r}: add one to RULES in mae_jax/sharding.py")
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """The sharding of every array of a state (or of its shapes), by RULES.
+
+    Raises:
+      ValueError: a path without a rule; an axis that does not divide; or a large array that stays
+        whole on every device of a mesh that is meant to split parameters.
+    """
+
+    def sharding(path, leaf):
+        spec = _rule(path)
+        name = path_name(path)
+        for dim, axis in enumerate(spec):
+            if axis and leaf.shape[dim] % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} has shape {leaf.shape}: dimension {dim} ({leaf.shape[dim]}) is not"
+                    f" divisible by mesh axis {axis}={mesh.shape[axis]}; change config.mesh.{axis}"
+                )
+        ways = math.prod(mesh.shape[axis] for axis in spec if axis)
+        if ways == 1 and leaf.size > LARGE and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+            raise ValueError(
+                f"{name} with {leaf.size:,} elements is copied whole to every device although"
+                f" fsdp={mesh.shape['fsdp']} and tensor={mesh.shape['tensor']}: the rule {spec}"
+                " in mae_jax/sharding.py splits it over neither"
+            )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays whose leading axis is the batch."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
+    """Keeps activations split by batch, and by nothing else.
+
+    Without it XLA may turn FSDP into splitting features, and hold the whole batch on every device.
+    """
+    return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def check_batch(mesh: Mesh, batch_size: int, grad_accum: int = 1) -> None:
+    """Raises ValueError unless every device gets the same number of images in every pass."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * grad_accum
+    if batch_size < 1 or grad_accum < 1 or batch_size % ways:
+        nearest = max(ways, round(batch_size / ways) * ways)
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by data x fsdp x grad_accum = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {grad_accum} = {ways}:"
+            f" choose a multiple such as {nearest}"
+        )
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this host's devices hold, sorted."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, Array]:
+    """This host's rows (in the order of `host_rows`) as global arrays on the mesh."""
+    sharding, rows = batch_sharding(mesh), host_rows(mesh, batch_size)
+
+    def put(local: np.ndarray) -> Array:
+        def shard(index):
+            return local[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
+
+    return {name: put(value) for name, value in batch.items()}

@@ -1,0 +1,156 @@
+"""Masked pre-training: hide patches, predict them."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from mae_jax import flops, optim
+from mae_jax.config import resolve, steps
+from mae_jax.data import pipeline, sources
+from mae_jax.models import mae, masking, targets
+from mae_jax.models.patchify import patchify
+from mae_jax.models.vit import Execution, grid_of
+from mae_jax.train import Task
+
+
+def normalize(images_BHWC: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """uint8 images to float32: scaled to 0..1, minus the mean, over the standard deviation."""
+    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255
+    return (scaled_BHWC - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> Task:
+    """The objective of the paper, for a config such as configs/pretrain.py.
+
+    Raises:
+      ValueError: a value of the config that cannot work; what it is, and what would.
+    """
+    m, data = config.model, config.data
+    patch = tuple(m.patch_size)
+    grid = grid_of(tuple(m.image_size), patch)
+    num_patches = math.prod(grid)
+    values = math.prod(patch) * m.channels
+    kept = masking.num_kept(num_patches, config.mask_ratio)
+    for name in ("mean", "std"):
+        if len(data[name]) != m.channels:
+            raise ValueError(
+                f"config.data.{name} has {len(data[name])} numbers for images of {m.channels}"
+                f" channels: give one for each"
+            )
+
+    score_patches = resolve(config.masking.name, masking)
+    make_target = resolve(config.target.name, targets)
+    scores = jax.eval_shape(
+        partial(score_patches, batch=2, grid=grid, ratio=config.mask_ratio), jax.random.key(0)
+    )
+    if scores.shape != (2, num_patches):
+        raise ValueError(
+            f"masking {config.masking.name!r} returned scores of shape {scores.shape} for 2 images"
+            f" of {num_patches} patches: it must return (batch, patches)"
+        )
+
+    def build(constrain: Callable[[Array], Array]) -> mae.MAE:
+        execution = Execution(
+            jnp.dtype(m.dtype),
+            jnp.dtype(m.residual_dtype),
+            m.scan_unroll,
+            m.remat,
+            m.attention,
+            constrain,
+        )
+        return mae.build(
+            grid,
+            values,
+            width=m.width,
+            depth=m.depth,
+            heads=m.heads,
+            decoder_width=m.decoder_width,
+            decoder_depth=m.decoder_depth,
+            decoder_heads=m.decoder_heads,
+            mlp_ratio=m.mlp_ratio,
+            execution=execution,
+        )
+
+    network = build(constrain)
+
+    def init(rng: Array) -> tuple[dict, dict]:
+        patches_BLP = jnp.zeros((1, num_patches, values))
+        mask = masking.keep_lowest(jnp.zeros((1, num_patches)), kept)
+        return build(lambda x: x).init(rng, patches_BLP, mask)["params"], {}
+
+    def prepare(batch: dict, rng: Callable[[str], Array]) -> dict:
+        batch_size = len(batch["image"])
+        score_BL = score_patches(
+            rng("mask"), batch=batch_size, grid=grid, ratio=config.mask_ratio
+        )
+        return batch | {"score": score_BL}
+
+    def reconstruct(params: dict, extra: dict, batch: dict) -> dict:
+        del extra
+        patches_BLP = patchify(normalize(batch["image"], data.mean, data.std), patch)
+        mask = masking.keep_lowest(batch["score"], kept)
+        return {
+            "pred_BLP": network.apply({"params": params}, patches_BLP, mask),
+            "mask_BL": mask.mask_BL,
+            "target_BLP": make_target(patches_BLP),
+        }
+
+    def loss(params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool):
+        del rng, train
+        out = reconstruct(params, extra, batch)
+        return mae.masked_mse(out["pred_BLP"], out["target_BLP"], out["mask_BL"]), (extra, {})
+
+    source = sources.open_source(data.source, data.split, data.data_dir)
+
+    def optimizer(total_steps: int, steps_per_epoch: int):
+        o = config.optim
+        schedule = optim.cosine_schedule(
+            optim.peak_lr(o.blr, config.batch_size),
+            total_steps,
+            steps(o.warmup, config.batch_size, steps_per_epoch),
+            o.min_lr,
+        )
+        tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+        return tx, schedule
+
+    def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict]]:
+        stream = pipeline.train_batches(
+            source,
+            data,
+            batch_size=config.batch_size,
+            image_size=tuple(m.image_size),
+            channels=m.channels,
+            seed=config.seed,
+            start_step=start_step,
+            rows=rows,
+        )
+        bad_images = pipeline.BadImageLog(source, data.max_bad_fraction)
+        for batch in stream:
+            yield batch, {"data/bad_images": bad_images.count(batch["bad"])}
+
+    return Task(
+        inputs={"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)},
+        num_examples=len(source),
+        init=init,
+        prepare=prepare,
+        loss=loss,
+        predict={"reconstruction": reconstruct},
+        optimizer=optimizer,
+        batches=batches,
+        flops_per_example=flops.mae(
+            num_patches,
+            kept,
+            values,
+            width=m.width,
+            depth=m.depth,
+            decoder_width=m.decoder_width,
+            decoder_depth=m.decoder_depth,
+            mlp_ratio=m.mlp_ratio,
+        ),
+    )

@@ -1,0 +1,298 @@
+"""The training loop and its step: what is updated, how, and when it is evaluated and saved.
+
+Knows meshes, checkpoints and metrics; knows no model and no dataset: those come as a Task.
+"""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mae_jax import checkpoint, evals, flops, metrics, sharding
+from mae_jax.config import positive, steps
+from mae_jax.data.pipeline import steps_per_epoch
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training carries from step to step; arrays only."""
+
+    step: Array  # updates done, int32
+    params: Any
+    opt_state: Any
+    extra: Any  # what the loss keeps beside parameters: batch statistics, averaged weights
+
+
+class Task(NamedTuple):
+    """An objective: pure functions from arrays to arrays, and the examples that they read."""
+
+    inputs: Mapping[str, jax.ShapeDtypeStruct]  # one example of each array that `loss` reads
+    num_examples: int
+    init: Callable  # rng -> params, extra
+    prepare: Callable  # (batch, rng) -> batch, with what is drawn once for the global batch
+    loss: Callable  # (params, extra, batch, rng, train) -> loss, (extra, metrics)
+    predict: Mapping[str, Callable]  # name -> fn(params, extra, batch)
+    optimizer: Callable  # (total_steps, steps_per_epoch) -> transformation, schedule
+    batches: Callable  # (start_step, rows) -> iterator of (this host's rows, scalars to report)
+    flops_per_example: float  # forward pass, matrix products only
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient norm is not finite; nothing of it was saved."""
+
+
+def stream(seed: int, name: str, step: Array | int) -> Array:
+    """A random key that depends on nothing but (seed, name, step)."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return jax.random.fold_in(key, step)
+
+
+def init_state(task: Task, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first update."""
+    params, extra = task.init(stream(seed, "init", 0))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra)
+
+
+def update(
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    task: Task,
+    tx: optax.GradientTransformation,
+    seed: int,
+    grad_accum: int = 1,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from one global batch, in `grad_accum` passes whose gradients are averaged.
+
+    Pass a takes rows a, a + grad_accum, ...: every device keeps its own rows.
+    """
+    batch = task.prepare(batch, lambda name: stream(seed, name, state.step))
+
+    def one_pass(extra, index, rows):
+        def rng(name: str) -> Array:
+            return jax.random.fold_in(stream(seed, name, state.step), index)
+
+        grad_fn = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, (extra, scalars)), grads = grad_fn(state.params, extra, rows, rng, True)
+        return extra, (grads, {"loss": loss} | scalars)
+
+    if grad_accum == 1:
+        extra, (grads, scalars) = one_pass(state.extra, 0, batch)
+    else:
+        passes = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, grad_accum, *x.shape[1:]), 1, 0), batch
+        )
+        shapes = jax.eval_shape(one_pass, state.extra, 0, jax.tree.map(lambda x: x[0], passes))[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def accumulate(carry, indexed_rows):
+            extra, total = carry
+            extra, out = one_pass(extra, *indexed_rows)
+            return (extra, jax.tree.map(jnp.add, total, out)), None
+
+        (extra, total), _ = jax.lax.scan(
+            accumulate, (state.extra, zeros), (jnp.arange(grad_accum), passes)
+        )
+        grads, scalars = jax.tree.map(lambda x: x / grad_accum, total)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    scalars = scalars | {"grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state, extra), scalars
+
+
+class Program(NamedTuple):
+    """A compiled step and where its arrays live."""
+
+    step: Any  # compiled (state, batch) -> state, scalars
+    state_shapes: TrainState  # with shardings
+    init: Callable  # () -> state, in its shards
+
+
+def compile_step(
+    task: Task, tx: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> Program:
+    """Compile the update for a mesh, ahead of the first batch; the state is donated.
+
+    Raises:
+      ValueError: see `sharding.state_shardings` and `sharding.check_batch`.
+    """
+    sharding.check_batch(mesh, config.batch_size, config.grad_accum)
+    init = partial(init_state, task, tx, config.seed)
+    shapes = jax.eval_shape(init)
+    shardings = sharding.state_shardings(mesh, shapes)
+    state_shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    batch_shapes = {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *x.shape), x.dtype, sharding=sharding.batch_sharding(mesh)
+        )
+        for name, x in task.inputs.items()
+    }
+    step = jax.jit(
+        partial(update, task=task, tx=tx, seed=config.seed, grad_accum=config.grad_accum),
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+    )
+    compiled = step.lower(state_shapes, batch_shapes).compile()
+    return Program(compiled, state_shapes, jax.jit(init, out_shardings=shardings))
+
+
+def describe(task: Task, program: Program, config: ConfigDict, mesh: Mesh) -> list[str]:
+    """What a user should know before the first batch, one fact a line."""
+    params = jax.tree.leaves(program.state_shapes.params)
+    count = sum(math.prod(x.shape) for x in params)
+    lines = [
+        f"parameters: {count:,} trained",
+        f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
+        f" ({task.flops_per_example / 2e9:.2f} GMACs)",
+        "mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        + f" on {mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} host(s)",
+    ]
+    memory = program.step.memory_analysis()
+    if memory is not None:
+        arguments = memory.argument_size_in_bytes / 2**20
+        temporary = memory.temp_size_in_bytes / 2**20
+        lines.append(
+            f"memory of the step per device: {arguments + temporary:,.0f} MiB"
+            f" ({arguments:,.0f} state and batch, {temporary:,.0f} temporary)"
+        )
+    return lines
+
+
+def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> TrainState:
+    """Train to the end of `config.train_for`, from wherever the workdir stands.
+
+    Between two updates: evaluate, then save, and only then take the next batch, so that what is saved
+    is one moment. The metrics of an update are read after the next one was started.
+
+    Raises:
+      ValueError: the config cannot work here, or the workdir belongs to another run.
+      NonFiniteError: the loss or the gradient norm is not finite.
+      checkpoint.Preempted: asked to stop; the state was saved.
+    """
+    positive(config, "batch_size", "grad_accum")
+    per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
+    in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=per_epoch)
+    total = in_steps(config.train_for)
+    save_every = in_steps(config.checkpoint.every)
+    log_every = max(in_steps(config.log_every), 1)
+    tx, schedule = task.optimizer(total, per_epoch)
+    evaluators = evals.build(config, task.predict, mesh)
+    eval_every = {name: in_steps(config.evals[name].every) for name in evaluators}
+
+    checkpoint.prepare_workdir(workdir, config)
+    saver = checkpoint.Checkpointer(
+        workdir, keep=config.checkpoint.keep, keep_every=in_steps(config.checkpoint.keep_every)
+    )
+    program = compile_step(task, tx, config, mesh)
+    state, origin = checkpoint.restore_or_init(saver, config, program.state_shapes, program.init)
+    start = int(state.step)
+
+    peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+    rows = sharding.host_rows(mesh, config.batch_size)
+    writer = metrics.Writer(workdir, start)
+    stop = checkpoint.preemption()
+    pending: tuple[int, dict[str, Any]] | None = None
+    waited, timed_from, timed_since = 0.0, start, time.perf_counter()
+
+    with metrics.Progress(total, start, config.task) as progress:
+
+        def say(line: str) -> None:
+            writer.log(line)
+            progress.log(line)
+
+        def settle() -> None:
+            """Read the metrics of the last update, stop if they are not finite, log if due."""
+            nonlocal pending, waited, timed_from, timed_since
+            if pending is None:
+                return
+            (done, scalars), pending = pending, None
+            scalars = {name: float(value) for name, value in scalars.items()}
+            if not (math.isfinite(scalars["train/loss"]) and math.isfinite(scalars["train/grad_norm"])):
+                saver.wait()
+                raise NonFiniteError(
+                    f"step {done}: loss {scalars['train/loss']}, gradient norm"
+                    f" {scalars['train/grad_norm']}. Nothing of it was saved; the last good"
+                    f" checkpoint is step {saver.latest_step()} in {workdir}. A lower"
+                    " config.optim.blr or config.model.residual_dtype=float32 may help."
+                )
+            if done % log_every and done not in (start + 1, total):
+                return
+            now = time.perf_counter()
+            seconds, updates = now - timed_since, done - timed_from
+            rate = updates * config.batch_size / seconds
+            scalars["train/lr"] = float(schedule(done - 1))
+            scalars["perf/images_per_sec_per_chip"] = rate / mesh.size
+            scalars["perf/data_wait_frac"] = waited / seconds
+            if peak:
+                scalars["perf/mfu"] = 3 * task.flops_per_example * rate / (peak * mesh.size)
+            writer.scalars(done, scalars)
+            progress.update(
+                done,
+                loss=scalars["train/loss"],
+                lr=scalars["train/lr"],
+                images_per_sec=rate,
+                data_wait=scalars["perf/data_wait_frac"],
+            )
+            waited, timed_from, timed_since = 0.0, done, now
+
+        for line in [
+            *describe(task, program, config, mesh),
+            f"batch: {config.batch_size} images, {per_epoch} steps per epoch; {total} steps;"
+            f" peak lr {float(max(schedule(s) for s in np.linspace(0, total, 257))):.3g}",
+            origin,
+        ]:
+            say(line)
+
+        batches: Iterator = task.batches(start, rows)
+        for step in range(start, total + 1):
+            fresh = step == 0 or step > start
+            for name, evaluator in evaluators.items():
+                every = eval_every[name]
+                if fresh and (step == total or (every and step % every == 0)):
+                    settle()
+                    scalars, pictures = evaluator.run(state)
+                    writer.scalars(step, scalars)
+                    writer.images(step, pictures)
+                    say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
+            stopping = stop.requested(step)
+            if step > start and (
+                stopping or step == total or (save_every and step % save_every == 0)
+            ):
+                settle()
+                saver.save(step, state)
+            if stopping:
+                saver.wait()
+                raise checkpoint.Preempted(f"asked to stop: saved step {step} of {total}")
+            saver.check()
+            if step == total:
+                break
+
+            asked = time.perf_counter()
+            batch, reported = next(batches)
+            waited += time.perf_counter() - asked
+            arrays = {name: batch[name] for name in task.inputs}
+            state, scalars = program.step(
+                state, sharding.put_batch(mesh, arrays, config.batch_size)
+            )
+            settle()
+            pending = step + 1, {f"train/{k}": v for k, v in scalars.items()} | reported
+        settle()
+        saver.close()
+    writer.close()
+    return state
