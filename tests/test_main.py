@@ -1,0 +1,118 @@
+"""The command line finds commands without importing them, and reports errors as users need them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mae_jax import __main__ as cli
+from mae_jax import __version__, commands
+
+
+@pytest.fixture
+def add_command(tmp_path, monkeypatch):
+    """Adds a command to the package, for the length of a test."""
+
+    def add(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, f"mae_jax.commands.{name}", raising=False)
+
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    return add
+
+
+def test_help_lists_every_command_with_one_line(capsys):
+    modules = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert set(listed) == modules
+    assert all(listed.values())
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["trian"]])
+def test_help_and_mistyped_commands_import_nothing_but_the_standard_library(argv):
+    code = (
+        "import sys; before = set(sys.modules);"
+        "from mae_jax.__main__ import main; main(sys.argv[1:]);"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "['mae_jax']"
+
+
+def test_no_command_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: mae-jax COMMAND")
+
+
+def test_version_is_the_package_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mae-jax {__version__}\n"
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "mae-jax: no command 'trian'; did you mean 'train'?\n"
+    assert cli.main(["zzz"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_command_gets_its_arguments_and_sets_the_exit_status(add_command, capsys):
+    add_command("echo", "def main(argv):\n    print(argv)\n    return 7")
+    assert cli.main(["echo", "--config=a b", "x"]) == 7
+    assert capsys.readouterr().out == "['--config=a b', 'x']\n"
+    add_command("silent", "def main(argv):\n    pass")
+    assert cli.main(["silent"]) == 0
+
+
+CHECK = 'def main(argv):\n    raise ValueError(\n        "size=0: at least 1"\n    )'
+
+
+def test_failed_check_is_one_clear_message_without_traceback(add_command, monkeypatch, capsys):
+    monkeypatch.delenv("MAE_JAX_TRACEBACK", raising=False)
+    add_command("check", CHECK)
+    assert cli.main(["check"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mae-jax check: size=0: at least 1\n")
+    assert "Traceback" not in error
+
+
+def test_failed_check_has_its_traceback_on_request(add_command, monkeypatch):
+    monkeypatch.setenv("MAE_JAX_TRACEBACK", "1")
+    add_command("check", CHECK)
+    with pytest.raises(ValueError, match="at least 1"):
+        cli.main(["check"])
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "int('x')",  # raised by Python
+        "import numpy; numpy.zeros(3).reshape(2, 2)",  # by a library
+        "import jax; jax.jit(lambda x: jax.numpy.broadcast_to(x, (2,)))(jax.numpy.ones(3))",
+    ],
+)
+def test_bug_keeps_its_traceback(add_command, monkeypatch, bug):
+    monkeypatch.delenv("MAE_JAX_TRACEBACK", raising=False)
+    add_command("bug", f"def main(argv):\n    {bug}")
+    with pytest.raises(ValueError):
+        cli.main(["bug"])
+
+
+def test_interrupt_is_quiet(add_command, capsys):
+    add_command("stopped", "def main(argv):\n    raise KeyboardInterrupt")
+    assert cli.main(["stopped"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_commands_find_modules_of_the_current_folder(add_command, tmp_path, monkeypatch):
+    (tmp_path / "my_fork.py").write_text("status = 5")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    add_command("fork", "def main(argv):\n    import my_fork\n    return my_fork.status")
+    assert cli.main(["fork"]) == 5
