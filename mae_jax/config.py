@@ -5,8 +5,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
 
 def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
     """A duration such as '800 epochs', '1000 steps' or '5e6 examples', in steps; '' is 0.
@@ -62,13 +60,3 @@ def nearest(name: str, known: list[str]) -> str:
     """'; nearest: ...' for an error message, or all the names if none is near."""
     close = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(sorted(known))}"
-
-
-def positive(config: ConfigDict, *keys: str) -> None:
-    """Raises ValueError for the first of the (dotted) keys whose value is below 1."""
-    for key in keys:
-        value: Any = config
-        for part in key.split("."):
-            value = value[part]
-        if value < 1:
-            raise ValueError(f"config.{key}={value} must be at least 1")

@@ -110,8 +110,12 @@ def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
 
 def check_batch(mesh: Mesh, batch_size: int, grad_accum: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of images in every pass."""
+    if batch_size < 1 or grad_accum < 1:
+        raise ValueError(
+            f"batch_size={batch_size} and grad_accum={grad_accum} must both be at least 1"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * grad_accum
-    if batch_size < 1 or grad_accum < 1 or batch_size % ways:
+    if batch_size % ways:
         nearest = max(ways, round(batch_size / ways) * ways)
         raise ValueError(
             f"batch_size={batch_size} is not divisible by data x fsdp x grad_accum = "

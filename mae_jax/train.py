@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, evals, flops, metrics, sharding
-from mae_jax.config import positive, steps
+from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
 
 
@@ -110,7 +110,7 @@ def update(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    scalars = scalars | {"grad_norm": optax.global_norm(grads)}
+    scalars = scalars | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state, extra), scalars
 
 
@@ -128,9 +128,8 @@ def compile_step(
     """Compile the update for a mesh, ahead of the first batch; the state is donated.
 
     Raises:
-      ValueError: see `sharding.state_shardings` and `sharding.check_batch`.
+      ValueError: see `sharding.state_shardings`.
     """
-    sharding.check_batch(mesh, config.batch_size, config.grad_accum)
     init = partial(init_state, task, tx, config.seed)
     shapes = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, shapes)
@@ -185,7 +184,7 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
       NonFiniteError: the loss or the gradient norm is not finite.
       checkpoint.Preempted: asked to stop; the state was saved.
     """
-    positive(config, "batch_size", "grad_accum")
+    sharding.check_batch(mesh, config.batch_size, config.grad_accum)
     per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
     in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=per_epoch)
     total = in_steps(config.train_for)

@@ -137,3 +137,15 @@ def test_initial_state_does_not_depend_on_the_mesh():
     first = run_step(tiny_config(), mesh_of(1, 1, 1))[0]
     other = run_step(tiny_config(), mesh_of(2, 2, 2))[0]
     jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+def test_two_updates_give_the_numbers_they_always_gave():
+    """Golden numbers of this code (2026-11, CPU). If they change, know why before you replace them:
+    runs that people resume or compare will change with them."""
+    _, state, scalars = run_step(tiny_config(), mesh_of(1, 1, 1), steps=2)
+    total = sum(np.abs(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(
+        [scalars["loss"], scalars["grad_norm"], total],
+        [1.3965765, 0.8752488, 3719.41414],
+        rtol=1e-5,
+    )

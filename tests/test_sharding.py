@@ -1,0 +1,109 @@
+"""Where arrays live: meshes, rules, rows of hosts, and what the compiled step sends around."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import mesh_of, tiny_config
+
+from mae_jax import sharding, train
+from mae_jax.tasks import pretrain
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def collective_shapes(mesh, constrain) -> list[tuple[int, ...]]:
+    """The shape of every array that a collective of the compiled step returns."""
+    config = tiny_config()
+    task = pretrain.make_task(config, constrain)
+    program = train.compile_step(task, task.optimizer(10, 100)[0], config, mesh)
+    results = [m[1] for m in map(COLLECTIVE.search, program.step.as_text().splitlines()) if m]
+    shapes = [s for r in results for s in re.findall(r"[a-z]+[0-9]*\[([0-9,]*)\]", r)]
+    return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+def activations(shapes):
+    """5 tokens enter the encoder and 17 the decoder; no parameter has such a side."""
+    return [shape for shape in shapes if {5, 17} & set(shape)]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1)], ids=str)
+def test_no_collective_touches_an_activation(shape):
+    mesh = mesh_of(*shape)
+    shapes = collective_shapes(mesh, sharding.constrain_batch(mesh))
+    assert shapes and not activations(shapes)
+
+
+def test_without_the_constraint_xla_sends_activations_around():
+    assert activations(collective_shapes(mesh_of(1, 8, 1), lambda x: x))
+
+
+def state_shapes():
+    config = tiny_config()
+    config.model.width, config.model.decoder_width = 512, 512
+    task = pretrain.make_task(config)
+    tx, _ = task.optimizer(10, 100)
+    return jax.eval_shape(lambda: train.init_state(task, tx, 0))
+
+
+def test_a_rule_that_leaves_a_large_parameter_whole_raises(monkeypatch):
+    rules = [(p, jax.sharding.PartitionSpec()) if "fc1/kernel" in p else (p, s)
+             for p, s in sharding.RULES]  # fmt: skip
+    state = state_shapes()
+    sharding.state_shardings(mesh_of(1, 8, 1), state)
+    monkeypatch.setattr(sharding, "RULES", rules)
+    with pytest.raises(ValueError, match="copied whole to every device"):
+        sharding.state_shardings(mesh_of(1, 8, 1), state)
+    sharding.state_shardings(mesh_of(8, 1, 1), state)  # data parallel: whole everywhere, as meant
+
+
+def test_a_path_without_a_rule_raises():
+    with pytest.raises(ValueError, match="no sharding rule for 'params/adapter/weights'"):
+        sharding.state_shardings(mesh_of(1, 8, 1), {"params": {"adapter": {"weights": jnp.ones(3)}}})
+
+
+def test_moments_are_split_like_their_parameters():
+    shardings = sharding.state_shardings(mesh_of(2, 2, 2), state_shapes())
+    moments = shardings.opt_state[0]
+    assert shardings.params == moments.mu == moments.nu
+    qkv = shardings.params["encoder"]["stack"]["blocks"]["attn"]["qkv"]["kernel"].spec
+    assert tuple(qkv) == (None, "fsdp", None, "tensor", None)
+
+
+def test_an_axis_that_does_not_divide_raises():
+    config = tiny_config()
+    config.model.heads = config.model.decoder_heads = 2
+    task = pretrain.make_task(config)
+    shapes = jax.eval_shape(lambda: train.init_state(task, task.optimizer(10, 100)[0], 0))
+    with pytest.raises(ValueError, match="not divisible by mesh axis tensor=8"):
+        sharding.state_shardings(mesh_of(1, 1, 8), shapes)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2}, {"data": -1, "tensor": 3}, {"data": 0}]
+)
+def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
+    with pytest.raises(ValueError, match="mesh data="):
+        sharding.make_mesh(**sizes)
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(("batch", "accum"), [(12, 1), (16, 4), (0, 1), (16, 0)])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, accum):
+    with pytest.raises(ValueError, match="choose a multiple|must both be at least 1"):
+        sharding.check_batch(mesh_of(8, 1, 1), batch, accum)
+
+
+def test_a_batch_is_laid_out_in_its_order():
+    mesh = mesh_of(2, 2, 2)
+    rows = sharding.host_rows(mesh, 16)
+    np.testing.assert_array_equal(rows, np.arange(16))
+    local = np.arange(16 * 3).reshape(16, 3)
+    np.testing.assert_array_equal(sharding.put_batch(mesh, {"x": local}, 16)["x"], local)
