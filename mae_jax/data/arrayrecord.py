@@ -1,0 +1,133 @@
+"""Write tfds datasets in ArrayRecord, from images or from TFRecord shards, without TensorFlow."""
+
+import hashlib
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import dataset_info as dataset_info_lib
+from tensorflow_datasets.core.features import FeaturesDict
+
+VERSION = "1.0.0"  # of the datasets that mae_jax itself lays out
+
+
+def image_features(class_names: Sequence[str] | None = None) -> FeaturesDict:
+    """image, file_name, and a label where there are classes."""
+    features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
+    if class_names:
+        features["label"] = tfds.features.ClassLabel(names=list(class_names))
+    return FeaturesDict(features)
+
+
+def shuffled(names: list[str]) -> list[int]:
+    """Indices of the names in the order of their hashes: random, yet the same everywhere."""
+
+    def rank(i: int) -> bytes:
+        return hashlib.blake2b(os.fsencode(names[i]), digest_size=16).digest()
+
+    return sorted(range(len(names)), key=rank)
+
+
+def shard_path(folder: Path, name: str, split: str, shard: int, num_shards: int) -> Path:
+    """The file name that tfds expects of a shard."""
+    return folder / f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
+    """Write records to `path`, which appears only when complete; returns their number and bytes."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    count = size = 0
+    # One record per group, as tfds and Grain want it for random access.
+    writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")
+    try:
+        for record in records:
+            writer.write(record)
+            count, size = count + 1, size + len(record)
+        writer.close()
+        partial.replace(path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return count, size
+
+
+def write_metadata(
+    folder: Path, features: FeaturesDict, splits: dict[str, tuple[list[int], int]], description: str
+) -> None:
+    """Make the shards in `folder` a tfds dataset; splits: name -> (records per shard, bytes)."""
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=size)
+            for name, (lengths, size) in splits.items()
+        ],
+        version=VERSION,
+        check_data=False,  # tfds would read the first example through TensorFlow
+        description=description,
+    )
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file; its CRCs are not checked.
+
+    Raises:
+      ValueError: the file ends inside a record.
+    """
+    with path.open("rb") as file:
+        while header := file.read(12):  # uint64 length, uint32 CRC of it; then the data and its CRC
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
+            record = file.read(length + 4)
+            if len(header) < 12 or len(record) < length + 4:
+                raise ValueError(f"{path} ends inside a record: copy or prepare it again")
+            yield record[:length]
+
+
+def convert_tfrecord(
+    builder: tfds.core.DatasetBuilder, progress: Callable[[int], None] = lambda records: None
+) -> None:
+    """Add ArrayRecord shards beside the TFRecord shards of a prepared dataset.
+
+    The dataset keeps its TFRecord form too and opens by the same name. Shards that an interrupted
+    conversion finished are kept. `progress` gets the number of records of every finished shard.
+
+    Raises:
+      ValueError: a shard is missing, cut short, or holds another number of records than it should.
+    """
+    folder = Path(builder.data_dir)
+    for split in builder.info.splits.values():
+        target = split.filename_template.replace(filetype_suffix="array_record")
+        for source, path, expected in zip(
+            split.filename_template.sharded_filepaths(split.num_shards),
+            target.sharded_filepaths(split.num_shards),
+            split.shard_lengths,
+            strict=True,
+        ):
+            if not Path(source).exists():
+                raise ValueError(f"{source} is missing: copy the whole dataset again")
+            if not Path(path).exists():
+                if (found := sum(1 for _ in read_tfrecord(Path(source)))) != expected:
+                    raise ValueError(f"{source} holds {found} records, not {expected}")
+                write_shard(Path(path), read_tfrecord(Path(source)))
+            progress(expected)
+    info = dataset_info_lib.read_proto_from_builder_dir(folder)
+    info.alternative_file_formats.append("array_record")
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:  # never leave the old file half written
+        dataset_info_lib.write_dataset_info_proto(info, dataset_info_dir=fresh)
+        os.replace(Path(fresh) / "dataset_info.json", folder / "dataset_info.json")
+
+
+def publish(work: Path, final: Path) -> None:
+    """Rename a complete dataset into its place; a twin that was faster wins."""
+    try:
+        work.rename(final)
+    except OSError:
+        if not (final / "dataset_info.json").exists():
+            raise
+        shutil.rmtree(work)
