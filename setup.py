@@ -23,6 +23,7 @@ setup(
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},
     install_requires=[
         "absl-py",
+        "array_record>=0.8",
         "einops>=0.8",
         "etils[epath]",
         "flax>=0.12",

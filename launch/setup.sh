@@ -26,15 +26,13 @@ venv=${VENV:-$root/.venv${PYTHON:+-$version}}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
 stamp=$venv/.mae_jax
-# What the environment was made from; the stamp holds it from the moment everything is installed.
+# What the environment is made from; the stamp holds it once everything is installed.
 wanted=$("$base" - "$root" << 'END'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(sys.version.encode() + bytes(root.resolve()))
-for name in "launch/requirements.lock", "setup.py", "pyproject.toml":
-    digest.update((root / name).read_bytes())
-print(digest.hexdigest())
+lock = (root / "launch/requirements.lock").read_bytes()
+print(hashlib.sha256(lock + sys.version.encode() + bytes(root)).hexdigest())
 END
 )
 
