@@ -10,7 +10,7 @@ set -euo pipefail
 
 here=$PWD
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 workdir=${WORKDIR:-$root/workdir/quickstart}
 case $workdir in /* | *://*) ;; *) workdir=$here/$workdir ;; esac

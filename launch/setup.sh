@@ -12,15 +12,17 @@ fail() {
   exit 1
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 base=${PYTHON:-python3}
 
-command -v "$base" > /dev/null || fail "No $base found: install Python 3.11 or newer, or set PYTHON=/path/to/python."
-version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$base does not run; set PYTHON=/path/to/python (3.11 or newer)."
-"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  fail "$base is Python $version, but 3.11 or newer is needed: set PYTHON=/path/to/a/newer/python."
+version=$("$base" -c '
+import sys
+print("%d.%d" % sys.version_info[:2])
+sys.exit(sys.version_info < (3, 11))') ||
+  fail "Python 3.11 or newer is needed, but $base is ${version:-not there, or does not run}." \
+    "Set PYTHON=/path/to/python."
 "$base" -c 'import venv, ensurepip' 2> /dev/null ||
-  fail "$base comes without venv or pip: install them (on Debian and Ubuntu: apt install python$version-venv)."
+  fail "$base comes without venv or pip; on Debian and Ubuntu: apt install python$version-venv."
 
 venv=${VENV:-$root/.venv${PYTHON:+-$version}}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
@@ -38,15 +40,16 @@ END
 
 if ! "$python" -c '' 2> /dev/null || [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
   if [ ! -e "$stamp" ] && [ -e "$venv" ] && ! rmdir "$venv" 2> /dev/null; then
-    fail "$venv exists and was not made by launch/setup.sh: remove it, or set VENV=ANOTHER_FOLDER."
+    fail "$venv was not made by launch/setup.sh: remove it, or set VENV=ANOTHER_FOLDER."
   fi
-  echo "Installing the packages of launch/requirements.lock into $venv (Python $version): some minutes"
+  echo "Installing the locked packages into $venv (Python $version, 1.3 GB): some minutes"
   mkdir -p "$venv"
   echo unfinished > "$stamp"
   find "$venv" -mindepth 1 ! -name "${stamp##*/}" -delete
   echo '*' > "$venv/.gitignore"
   "$base" -m venv "$venv"
-  "$python" -m pip install --quiet --disable-pip-version-check --requirement "$root/launch/requirements.lock"
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$root"
+  pip=("$python" -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" --requirement "$root/launch/requirements.lock"
+  "${pip[@]}" --no-deps --editable "$root"
   echo "$wanted" > "$stamp"
 fi

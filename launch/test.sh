@@ -7,7 +7,7 @@
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 
 "$python" -m ruff check .
