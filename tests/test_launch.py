@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_folder_of_somebody_else_is_never_emptied(tmp_path):
     theirs = tmp_path / "venv" / "bin" / "precious"
     theirs.parent.mkdir(parents=True)
     theirs.touch()
-    run = launch("quickstart.sh", tmp_path, VENV="venv")
+    run = launch("quickstart.sh", tmp_path, PYTHON=sys.executable, VENV="venv")
     assert run.returncode == 1
     assert f"{tmp_path}/venv was not made by launch/setup.sh" in run.stderr
     assert theirs.exists()
