@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import dataset_info as dataset_info_lib
+from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core.features import FeaturesDict
 
 VERSION = "1.0.0"  # of the datasets that mae_jax itself lays out
@@ -42,17 +42,17 @@ def write_shard(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
     """Write records to `path`, which appears only when complete; returns their number and bytes."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     count = size = 0
-    # One record per group, as tfds and Grain want it for random access.
-    writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")
-    try:
+
+    def counted() -> Iterator[tuple[int, bytes]]:
+        nonlocal count, size
         for record in records:
-            writer.write(record)
+            yield count, record
             count, size = count + 1, size + len(record)
-        writer.close()
+
+    try:
+        file_adapters.ArrayRecordFileAdapter.write_examples(partial, counted())
         partial.replace(path)
     finally:
-        if writer.is_open():
-            writer.close()
         partial.unlink(missing_ok=True)
     return count, size
 

@@ -36,8 +36,8 @@ def photos(data_dir: str = "") -> str:
     overlapping square tiles with sides of half the picture's short side, as JPEG of quality 95.
     'test' (24 images) holds two **scenes that are not in train**, ordinary photographs of a cat and
     of a pavilion above a lake, so that it asks for what natural images have in common: square tiles
-    that do not overlap, with sides of a third of the short side, as PNG. Both pictures of the stereo
-    pair are in train.
+    that do not overlap, with sides of a third of the short side, as PNG. Both pictures of the
+    stereo pair are in train.
 
     Raises:
       ValueError: scikit-image or scikit-learn, whose wheels hold the pictures, is not installed.

@@ -30,8 +30,11 @@ class Source(Protocol):
     the reason stands under "unreadable".
     """
 
-    num_classes: int | None
-    class_names: list[str] | None
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def class_names(self) -> list[str] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -289,11 +292,10 @@ def _open_folder(path: str, split: str) -> FolderSource:
     classes = sorted(set(parents), key=os.fsencode)
     labelled = all(parent and os.sep not in parent for parent in classes)
     ranges = _ranges(split, {"train": len(files)}, f"folder:{path}")
+    chosen = list(range(len(files)))
     if "[" in split or "+" in split:
         order = arrayrecord.shuffled(files)
         chosen = sorted(i for _, lo, hi in ranges for i in order[lo:hi])
-    else:
-        chosen = range(len(files))
     index = {name: i for i, name in enumerate(classes)}
     return FolderSource(
         os.path.abspath(root),

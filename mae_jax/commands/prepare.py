@@ -1,0 +1,443 @@
+"""Prepare: turn a folder, ImageNet's archives or a tfds dataset into ArrayRecord, once."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mae_jax.data import arrayrecord
+from mae_jax.data.sources import FolderSource, find_tfds, open_source
+from mae_jax.data.transforms import BadImage, decode
+
+USAGE = """\
+mae-jax prepare folder --source=PATH --name=my_images [--resize=256] [--data_dir=DIR] [--workers=N]
+    One's own images, read once, checked, perhaps made smaller, and packed for fast random access.
+    Interrupted, the same command goes on where it stopped.
+mae-jax prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
+    ImageNet, from the directory of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+mae-jax prepare NAME[/CONFIG][:VERSION] [--data_dir=DIR] [--manual_dir=DIR]
+    Any other tfds dataset. One that is there as TFRecord gets ArrayRecord files beside them.
+"""
+IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
+MAX_SHARDS = 1024
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
+    """What to prepare, and the options.
+
+    Raises:
+      ValueError: nothing to prepare, an unknown option, a value of the wrong type.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("source", None, "folder of images", flag_values=values)
+    flags.DEFINE_string("name", None, "name of the new dataset", flag_values=values)
+    flags.DEFINE_integer(
+        "resize", None, "pixels of the short side; none = keep", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "quality", 95, "JPEG quality of images that are encoded anew", 1, 100, flag_values=values
+    )
+    flags.DEFINE_string("data_dir", "", "where datasets live; '' = tfds's own", flag_values=values)
+    flags.DEFINE_string("manual_dir", "", "where you put the archives", flag_values=values)
+    flags.DEFINE_integer(
+        "workers", None, "processes; none = CPU cores", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    try:
+        what = values(["mae-jax prepare", *argv])[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    if values.help:
+        print(USAGE + values.get_help())
+        raise SystemExit(0)
+    if len(what) != 1:
+        problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
+        raise ValueError(f"{problem}; write one of:\n{USAGE}")
+    used = {"source", "name", "resize", "quality", "workers"}
+    used = used if what[0] == "folder" else {"manual_dir"}
+    for name in values:
+        if values[name].present and name not in used | {"data_dir"}:
+            raise ValueError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
+    return what[0], values
+
+
+def main(argv: list[str]) -> int:
+    what, values = parse(argv)
+    if "://" in values.data_dir:
+        raise ValueError(
+            f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
+        )
+    if what != "folder":
+        prepare_tfds(what, values.data_dir, values.manual_dir)
+        return 0
+    if not values.source or not values.name:
+        raise ValueError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
+    try:
+        prepare_folder(
+            values.source.removeprefix("folder:"),
+            values.name,
+            data_dir=values.data_dir,
+            resize=values.resize,
+            quality=values.quality,
+            workers=values.workers or len(os.sched_getaffinity(0)),
+        )
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- a folder ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What one process needs to write one shard."""
+
+    source: FolderSource
+    path: Path
+    resize: int | None
+    quality: int
+
+    @property
+    def report(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+
+def prepare_folder(
+    source: str,
+    name: str,
+    *,
+    data_dir: str = "",
+    resize: int | None = None,
+    quality: int = 95,
+    workers: int = 1,
+) -> Path:
+    """Write the images of a folder as the tfds dataset `name` and return its directory.
+
+    Images keep their bytes where these are RGB or grey JPEG or PNG and nothing is resized; others
+    become RGB JPEGs of `quality`, upright. With `resize`, the short side gets that many pixels, by
+    Pillow's bicubic, and every image is encoded anew. Images that cannot be read are left out and
+    named. The order is shuffled by the hashes of the names.
+
+    Raises:
+      ValueError: no images; a bad or taken name; another `prepare` is writing the same dataset.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"--name={name}: use small letters, digits and _, such as my_images")
+    if name in tfds.list_builders(with_community_datasets=False):
+        raise ValueError(f"--name={name} is a dataset that tfds knows; choose another name")
+    images = open_source(f"folder:{source}", "train")
+    assert isinstance(images, FolderSource)
+    listing = hashlib.sha256(b"\0".join(map(os.fsencode, images.files))).hexdigest()
+    plan = {
+        "source": images.root,
+        "files": len(images),
+        "listing": listing,
+        "resize": resize,
+        "quality": quality,
+    }
+    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
+    final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
+    if final.exists():
+        summary = _read_json(final / "prepared.json")
+        if summary.get("plan") != plan:
+            raise ValueError(
+                f"--name={name}: {final} already exists, made from other images or options; choose"
+                " another name, or delete that directory"
+            )
+        _report(summary, name, data_dir, final)
+        return final
+    work.mkdir(parents=True, exist_ok=True)
+    with _only_writer(work):
+        if (kept := _read_json(work / "plan.json")) != plan:
+            if kept:
+                print("The images or options changed since the interruption: starting again.")
+            for file in work.iterdir():
+                if file.name != "lock":
+                    file.unlink()
+            (work / "plan.json").write_text(json.dumps(plan))
+        shards = _shards(images, work, name, resize, quality)
+        reports = _write_shards(shards, workers)
+        lengths = [report["images"] for report in reports]
+        bad = dict(sorted(item for report in reports for item in report["bad"].items()))
+        if not sum(lengths):
+            raise ValueError(f"none of the {len(images)} files can be read: {_few(bad)}")
+        features = arrayrecord.image_features(images.class_names)
+        size = sum(report["bytes"] for report in reports)
+        arrayrecord.write_metadata(
+            work, features, {"train": (lengths, size)}, f"Images of the folder {source!a}."
+        )
+        mean, std = _mean_std(np.sum([report["histogram"] for report in reports], axis=0))
+        summary = {
+            "plan": plan,
+            "images": sum(lengths),
+            "bytes": size,
+            "mean": mean,
+            "std": std,
+            "bad": bad,
+        }
+        (work / "prepared.json").write_text(json.dumps(summary, indent=1))
+        for file in [*(shard.report for shard in shards), work / "plan.json", work / "lock"]:
+            file.unlink()
+        work.rename(final)
+    _report(summary, name, data_dir, final)
+    return final
+
+
+def _shards(
+    images: FolderSource, work: Path, name: str, resize: int | None, quality: int
+) -> list[Shard]:
+    order = arrayrecord.shuffled(images.files)
+    num_shards = min(-(-len(order) // IMAGES_PER_SHARD), MAX_SHARDS)
+    return [
+        Shard(
+            dataclasses.replace(
+                images, files=[images.files[i] for i in rows], labels=images.labels[rows]
+            ),
+            arrayrecord.shard_path(work, name, "train", i, num_shards),
+            resize,
+            quality,
+        )
+        for i, rows in enumerate(np.array_split(np.array(order), num_shards))
+    ]
+
+
+def _write_shards(shards: list[Shard], workers: int) -> list[dict]:
+    """Write what is not there yet, in `workers` processes; the reports of all shards in order."""
+    todo = [shard for shard in shards if not (shard.report.exists() and shard.path.exists())]
+    with _progress("images", sum(len(shard.source) for shard in shards)) as advance:
+        advance(sum(len(shard.source) for shard in shards if shard not in todo))
+        if workers == 1 or len(todo) <= 1:
+            for shard in todo:
+                write_shard(shard)
+                advance(len(shard.source))
+        else:
+            context = multiprocessing.get_context("spawn")  # a fork would copy running threads
+            pool = futures.ProcessPoolExecutor(
+                min(workers, len(todo)), context, initializer=_ignore_interrupts
+            )
+            try:
+                running = {pool.submit(write_shard, shard): shard for shard in todo}
+                for future in futures.as_completed(running):
+                    future.result()
+                    advance(len(running[future].source))
+            except futures.process.BrokenProcessPool:
+                raise ValueError(
+                    "a worker process was killed, perhaps for its memory: the same command goes on"
+                    " where it stopped; try it with a smaller --workers"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return [_read_json(shard.report) for shard in shards]
+
+
+def write_shard(shard: Shard) -> None:
+    """Write one shard, then its report; runs in a worker process."""
+    features = arrayrecord.image_features(shard.source.class_names)
+    histogram = np.zeros((3, 256), np.int64)
+    bad = {}
+
+    def records() -> Iterator[bytes]:
+        for i in range(len(shard.source)):
+            record = shard.source[i]
+            try:
+                if "unreadable" in record:
+                    raise BadImage(record["unreadable"])
+                data, image = encode(record["image"], shard.resize, shard.quality)
+            except BadImage as error:
+                bad[record["name"]] = str(error)
+                continue
+            histogram[:] += np.reshape(image.histogram(), (3, 256))
+            example = {"image": data, "file_name": record["name"]}
+            if shard.source.class_names:
+                example["label"] = record["label"]
+            yield features.serialize_example(features.encode_example(example))
+
+    count, size = arrayrecord.write_shard(shard.path, records())
+    report = {"images": count, "bytes": size, "histogram": histogram.tolist(), "bad": bad}
+    partial = shard.report.with_suffix(".partial")
+    partial.write_text(json.dumps(report))
+    partial.replace(shard.report)
+
+
+def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.Image]:
+    """What to store of an image file, and the RGB image that it shows.
+
+    Raises:
+      BadImage: it cannot be read.
+    """
+    decoded = decode(data, 3)
+    image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+    if resize is None:
+        with Image.open(io.BytesIO(data)) as original:
+            plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")
+            upright = original.getexif().get(ORIENTATION, 1) == 1
+            if plain and upright and "transparency" not in original.info:
+                return data, image
+    else:
+        scale = resize / min(image.size)
+        width, height = (max(resize, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), image
+
+
+def _mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation over all pixels, in 0..1, from counts [3, 256]."""
+    values = np.arange(256) / 255
+    weights = histogram / histogram.sum(1, keepdims=True)
+    mean = weights @ values
+    return mean.tolist(), np.sqrt(weights @ values**2 - mean**2).tolist()
+
+
+def _report(summary: dict, name: str, data_dir: str, folder: Path) -> None:
+    mean, std = (tuple(round(x, 3) for x in summary[key]) for key in ("mean", "std"))
+    print(f"{name}: {summary['images']:,} images, {summary['bytes'] / 1e6:,.1f} MB, in {folder}")
+    if bad := summary["bad"]:
+        print(f"{len(bad):,} could not be read and were left out: {_few(bad)}")
+        print(f"(all of them are listed in {folder / 'prepared.json'})")
+    print(f"mean {mean}, std {std}")
+    where = f" --config.data.data_dir={data_dir}" if data_dir else ""
+    print(
+        "Next: mae-jax train --config=configs/folder.py"
+        f" --config.data.source={name}{where} --config.data.mean='{mean}' --config.data.std='{std}'"
+    )
+
+
+def _few(bad: dict[str, str]) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(bad.items())[:10]]
+    return ", ".join(shown) + (", ..." if len(bad) > len(shown) else "")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a shard in work is finished
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another `mae-jax prepare` is writing {folder}") from None
+        yield
+
+
+@contextlib.contextmanager
+def _progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere a line at every tenth."""
+    if sys.stderr.isatty():
+        columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda n: bar.advance(task, n)
+        return
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        before, done = done * 10 // total, done + n
+        if done * 10 // total > before:
+            print(f"{done:,} of {total:,} {unit}", flush=True)
+
+    yield advance
+
+
+# --- tfds ---
+
+
+def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
+    """Prepare a tfds dataset in ArrayRecord, or convert it if it is there as TFRecord.
+
+    Raises:
+      ValueError: unknown name, missing archives, or a dataset that tfds prepares with TensorFlow
+        only.
+    """
+    from mae_jax.data import imagenet  # imports part of tfds that others do not need
+
+    builder = find_tfds(name, data_dir)
+    info = builder.info
+    if not info.splits:
+        if manual_dir and not Path(manual_dir).is_dir():
+            raise ValueError(f"--manual_dir={manual_dir}: there is no such directory")
+        kwargs = {"data_dir": data_dir or None, "file_format": "array_record"}
+        if builder.name in imagenet.BUILDERS:
+            builder = imagenet.BUILDERS[builder.name](**kwargs)
+        else:
+            builder = tfds.builder(name, **kwargs)
+        _download_and_prepare(builder, name, manual_dir)
+    elif not {f.value for f in info.available_file_formats()} & {"array_record"}:
+        if info.file_format.value != "tfrecord":
+            raise ValueError(
+                f"{name!r} is stored as {info.file_format.value} in {builder.data_dir}; only"
+                " tfrecord can be converted: delete the directory and prepare it again"
+            )
+        total = sum(split.num_examples for split in info.splits.values())
+        with _progress("records", total) as advance:
+            arrayrecord.convert_tfrecord(builder, advance)
+    splits = ", ".join(f"{s.name} {s.num_examples:,}" for s in builder.info.splits.values())
+    print(f"{name}: {splits}, in {builder.data_dir}")
+    where = f" --config.data.data_dir={data_dir}" if data_dir else ""
+    print(f"Next: mae-jax train --config=configs/pretrain.py --config.data.source={name}{where}")
+
+
+def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> None:
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except AssertionError as error:
+        if "Manual directory" not in str(error):
+            raise
+        raise ValueError(f"give --manual_dir=DIR. {' '.join(str(error).split())}") from None
+    except tarfile.ReadError as error:
+        raise ValueError(
+            f"an archive in {manual_dir} is damaged or cut short ({error}); compare its size and"
+            " MD5 with those on the download page"
+        ) from error
+    except Exception as error:
+        if _needs(error, "tensorflow"):
+            raise ValueError(
+                f"tfds prepares {name!r} with TensorFlow, which mae_jax does without: where"
+                f" TensorFlow is installed, run `tfds build {name} --file_format=array_record`, then"
+                " copy the directory"
+            ) from None
+        if isinstance(error, OSError):  # no network, a full disk
+            raise ValueError(f"tfds could not prepare {name!r}: {error}") from error
+        raise
+
+
+def _needs(error: BaseException | None, package: str) -> bool:
+    """Whether the lack of a package is at the root of an error."""
+    while error is not None:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == package:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
