@@ -426,8 +426,8 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_d
         if _needs(error, "tensorflow"):
             raise ValueError(
                 f"tfds prepares {name!r} with TensorFlow, which mae_jax does without: where"
-                f" TensorFlow is installed, run `tfds build {name} --file_format=array_record`, then"
-                " copy the directory"
+                f" TensorFlow is installed, run `tfds build {name} --file_format=array_record`"
+                " and copy the directory"
             ) from None
         if isinstance(error, OSError):  # no network, a full disk
             raise ValueError(f"tfds could not prepare {name!r}: {error}") from error

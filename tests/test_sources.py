@@ -1,0 +1,302 @@
+"""Sources list what people expect, in an order that never changes, and refuse the rest in words."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import sklearn
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mae_jax.data import arrayrecord, bundled
+from mae_jax.data.sources import open_source
+
+
+def save(path: Path, value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (value, 0, 0)).save(path, "PNG")
+    return path
+
+
+def names(source) -> list[str]:
+    return [source[i]["name"] for i in range(len(source))]
+
+
+def labels(source) -> list[int]:
+    return [source[i]["label"] for i in range(len(source))]
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A small labelled tfds dataset, `pets`, in two shards."""
+    features = arrayrecord.image_features(["cat", "dog"])
+    folder = tmp_path / "pets" / arrayrecord.VERSION
+    folder.mkdir(parents=True)
+    lengths, size = [], 0
+    for shard in range(2):
+        records = [
+            features.serialize_example(
+                features.encode_example(
+                    {
+                        "image": save(tmp_path / f"{i}.png", i).read_bytes(),
+                        "file_name": f"{i}.png",
+                        "label": i % 2,
+                    }
+                )
+            )
+            for i in range(shard * 3, shard * 3 + 3)
+        ]
+        path = arrayrecord.shard_path(folder, "pets", "train", shard, 2)
+        count, written = arrayrecord.write_shard(path, records)
+        lengths, size = [*lengths, count], size + written
+    arrayrecord.write_metadata(folder, features, {"train": (lengths, size)}, "test")
+    return tmp_path
+
+
+# --- folders ---
+
+
+def test_class_folders_give_labels(tmp_path):
+    for name in ("dog/1.png", "cat/2.jpg", "cat/1.PNG"):
+        save(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert names(source) == ["cat/1.PNG", "cat/2.jpg", "dog/1.png"]
+    assert labels(source) == [0, 0, 1]
+    assert (source.class_names, source.num_classes) == (["cat", "dog"], 2)
+    assert source[0]["image"] == (tmp_path / "cat/1.PNG").read_bytes()
+
+
+@pytest.mark.parametrize("other", ["top.png", "a/b/deep.png"])
+def test_one_image_elsewhere_means_no_labels(tmp_path, other):
+    for name in ("a/1.png", "b/1.png", other):
+        save(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert labels(source) == [-1, -1, -1]
+    assert source.num_classes is source.class_names is None
+
+
+def test_files_that_are_no_images_are_passed_over(tmp_path):
+    for name in ("a.png", "without_extension", "wrong.jpeg"):
+        save(tmp_path / name)
+    save(tmp_path / ".hidden.png")
+    save(tmp_path / ".thumbnails/a.png")
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "README").write_text("text")
+    os.mkfifo(tmp_path / "pipe")
+    assert names(open_source(f"folder:{tmp_path}", "train")) == [
+        "a.png",
+        "without_extension",
+        "wrong.jpeg",
+    ]
+
+
+def test_broken_links_and_empty_files_are_listed_as_empty_images(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "c.png").touch()
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert [bool(source[i]["image"]) for i in range(3)] == [True, False, False]
+    assert source[1]["unreadable"] == "No such file or directory"
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    save(tmp_path / "elsewhere/1.png")
+    save(tmp_path / "here/2.png")
+    (tmp_path / "here/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here/loop").symlink_to(tmp_path / "here")
+    assert names(open_source(f"folder:{tmp_path / 'here'}", "train")) == ["2.png", "linked/1.png"]
+
+
+def test_names_that_are_not_utf8_are_read_and_print(tmp_path):
+    save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    record = open_source(f"folder:{tmp_path}", "train")[0]
+    assert record["name"] == "caf\\xe9.png"
+    assert record["name"].encode("utf-8")
+    assert record["image"].startswith(b"\x89PNG")
+
+
+def test_slices_of_a_folder_are_complements_and_show_every_class(tmp_path):
+    for i in range(60):
+        save(tmp_path / "abc"[i // 20] / f"{i}.png")
+    whole, most, rest = (
+        open_source(f"folder:{tmp_path}", split)
+        for split in ("train", "train[:75%]", "train[75%:]")
+    )
+    assert len(whole) == 60
+    assert (len(most), len(rest)) == (45, 15)
+    assert sorted(names(most) + names(rest)) == sorted(names(whole))
+    assert set(labels(rest)) == {0, 1, 2}
+    assert names(most) == sorted(names(most))
+    assert rest.class_names == whole.class_names
+
+
+@pytest.mark.parametrize(
+    "source, split, message",
+    [
+        ("folder:{}/gone", "train", "there is no folder"),
+        ("folder:{}/empty", "train", "it is empty"),
+        ("folder:{}/text", "train", "1 .txt"),
+        ("folder:{}/images", "test", r"neither one of train \(2\)"),
+        ("folder:{}/images", "train[2:]", r"train \(2\)"),
+        ("folder:{}/images", "train[1:1]", "empty"),
+        ("{}/images", "train", "did you mean folder:"),
+        ("bundled:photo", "train", "did you mean bundled:photos"),
+        ("http://images", "train", "is none of"),
+        ("imagnet2012", "train", "did you mean imagenet2012"),
+        ("imagenet2012", "train", "mae-jax prepare imagenet2012 --data-dir=.* --manual-dir=DIR"),
+        ("cifar10:9.9.9", "train", "only: 3.0.2"),
+        ("bundled:digits", "validation", r"train \(1,437\), test \(360\)"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_in_words(tmp_path, source, split, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").touch()
+    save(tmp_path / "images/1.png")
+    save(tmp_path / "images/2.png")
+    with pytest.raises(ValueError, match=message):
+        open_source(source.format(tmp_path), split, str(tmp_path))
+
+
+# --- tfds ---
+
+
+def test_a_tfds_dataset_gives_the_encoded_bytes_that_were_stored(stored):
+    source = open_source("pets", "train", str(stored))
+    plain = tfds.builder_from_directory(stored / "pets" / "1.0.0").as_data_source("train")
+    assert len(source) == len(plain) == 6
+    for i in range(6):
+        record = source[i]
+        assert record["image"] == (stored / record["name"]).read_bytes()
+        assert record["label"] == plain[i]["label"] == i % 2
+    assert (source.class_names, source.num_classes) == (["cat", "dog"], 2)
+    assert names(open_source("pets:1.0.0", "train[4:]", str(stored))) == ["4.png", "5.png"]
+
+
+def test_sources_survive_pickling_and_serve_several_threads(stored):
+    for name in ("pets", f"folder:{stored}", "bundled:digits"):
+        source = open_source(name, "train", str(stored))
+        again = pickle.loads(pickle.dumps(source))
+        rows = [*range(6)] * 20
+        with ThreadPoolExecutor(8) as pool:
+            for i, record in zip(rows, pool.map(again.__getitem__, rows), strict=True):
+                np.testing.assert_equal(record, source[i])
+
+
+def test_a_missing_shard_is_found_before_it_is_read(stored):
+    arrayrecord.shard_path(stored / "pets" / "1.0.0", "pets", "train", 1, 2).unlink()
+    assert len(open_source("pets", "train[:3]", str(stored))) == 3
+    with pytest.raises(ValueError, match="1 of 2 shards"):
+        open_source("pets", "train", str(stored))
+
+
+def test_a_dataset_without_images_is_refused(tmp_path):
+    folder = tmp_path / "words" / "1.0.0"
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    path = arrayrecord.shard_path(folder, "words", "train", 0, 1)
+    record = features.serialize_example(features.encode_example({"text": "hello"}))
+    arrayrecord.write_metadata(
+        folder, features, {"train": ([1], arrayrecord.write_shard(path, [record])[1])}, "test"
+    )
+    with pytest.raises(ValueError, match="no image under 'image'; it has text"):
+        open_source("words", "train", str(tmp_path))
+
+
+# --- bundled ---
+
+
+def test_photos_hold_out_whole_scenes(photos_dir):
+    train = names(open_source("bundled:photos", "train", photos_dir))
+    test = names(open_source("bundled:photos", "test", photos_dir))
+    assert (len(train), len(test)) == (1016, 24)
+    assert len(set(train + test)) == 1040
+    pictures = [Path(file).stem for _, files in bundled.SCENES.values() for file in files]
+    seen = {next(p for p in pictures if name.startswith(p)) for name in train}
+    held_out = {next(p for p in pictures if name.startswith(p)) for name in test}
+    assert held_out == set(bundled.HELD_OUT)
+    assert seen == set(pictures) - held_out
+    assert {"motorcycle_left", "motorcycle_right"} <= seen
+
+
+def test_held_out_tiles_are_exact_and_do_not_overlap(photos_dir):
+    source = open_source("bundled:photos", "test", photos_dir)
+    originals = {
+        "chelsea": Path(skimage.__file__).parent / "data/chelsea.png",
+        "china": Path(sklearn.__file__).parent / "datasets/images/china.jpg",
+    }
+    covered = {name: np.zeros(Image.open(path).size[::-1], int) for name, path in originals.items()}
+    for i in range(len(source)):
+        record = source[i]
+        picture, y, x, side = Path(record["name"]).stem.split("_")
+        top, left, side = (int(number[1:]) for number in (y, x, side))
+        box = (slice(top, top + side), slice(left, left + side))
+        tile = np.asarray(Image.open(io.BytesIO(record["image"])))
+        np.testing.assert_array_equal(tile, np.asarray(Image.open(originals[picture]))[box])
+        covered[picture][box] += 1
+    assert all(count.max() == 1 for count in covered.values())
+
+
+def test_photos_can_be_prepared_by_two_at_once(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(bundled.photos, [str(tmp_path)] * 2))
+    assert len(open_source("bundled:photos", "test", str(tmp_path))) == 24
+    assert [p.name for p in (tmp_path / bundled.PHOTOS).iterdir()] == [arrayrecord.VERSION]
+
+
+def test_digits_are_split_by_class_and_scaled_to_bytes():
+    train, test = (open_source("bundled:digits", split) for split in ("train", "test"))
+    assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
+    assert not set(names(train)) & set(names(test))
+    counts = np.bincount(labels(test))
+    assert counts.min() >= 34 and counts.max() <= 38
+    original = load_digits()
+    record = test[5]
+    index = int(record["name"].removeprefix("digit_"))
+    assert record["image"].shape == (8, 8, 1) and record["image"].dtype == np.uint8
+    np.testing.assert_array_equal(
+        record["image"][..., 0], np.round(original.images[index] * 255 / 16)
+    )
+    assert record["label"] == original.target[index]
+
+
+def test_without_the_quickstart_packages_the_way_out_is_named(tmp_path, monkeypatch):
+    class AllBut:
+        """Python's own import finders, as if two packages were not installed."""
+
+        finders = list(sys.meta_path)
+
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("skimage", "sklearn"):
+                return None
+            specs = (finder.find_spec(name, path, target) for finder in self.finders)
+            return next(filter(None, specs), None)
+
+    monkeypatch.setattr(sys, "meta_path", [AllBut()])
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("skimage", "sklearn")]:
+        monkeypatch.delitem(sys.modules, module)
+    for source in ("bundled:photos", "bundled:digits"):
+        with pytest.raises(ValueError, match="pip install .*scikit-learn"):
+            open_source(source, "train", str(tmp_path))
+
+
+def test_no_source_needs_tensorflow(stored):
+    code = (
+        "import sys; from mae_jax.data.sources import open_source;"
+        f"open_source('pets', 'train', {str(stored)!r})[0]; print('tensorflow' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
