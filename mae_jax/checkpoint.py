@@ -1,0 +1,474 @@
+"""What outlives a process: the workdir, its checkpoints, and the request to stop.
+
+A checkpoint is one directory, WORKDIR/checkpoints/STEP, written by Orbax in the background. It has
+the whole state and `digests.json`, the size and SHA-256 of each of its files: made when the files
+are complete and before the directory gets its final name, so that no checkpoint lacks them, and
+compared before one is read, because Orbax itself restores a flipped byte silently.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+# A run may go on with other values of these: they change when and where things are computed, shown
+# and kept, and never what is computed, but for rounding.
+FREE_KEYS = (
+    "checkpoint",
+    "evals",
+    "log_every",
+    "mesh",
+    "data.data_dir",
+    "data.max_bad_fraction",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+    "model.attention",
+    "model.remat",
+    "model.scan_unroll",
+)
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow"
+)  # fmt: skip
+DIGESTS = "digests.json"
+SHOWN = 5  # differences in an error message
+PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
+
+
+class Preempted(SystemExit):
+    """Asked to stop, and the state was saved: ends the process with exit status PREEMPTED."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = PREEMPTED
+
+
+class Preemption(NamedTuple):
+    """`requested(step)`: whether to save and stop now; on all hosts at the same step."""
+
+    requested: Callable[[int], bool]
+
+
+def preemption() -> Preemption:
+    """Listens for SIGTERM, from here on; `requested` must then be called at every step.
+
+    With `jax.distributed` its service listens, and agrees with all hosts on a step: a handler of
+    ours would switch it off.
+    """
+    if jax.distributed.is_initialized():
+        return Preemption(multihost_utils.reached_preemption_sync_point)
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return Preemption(lambda step: asked.is_set())
+
+
+class Checkpointer:
+    """The checkpoints of one run, for all hosts to use alike.
+
+    Saves go on in the background; what went wrong there is raised, as an OSError, by the next call
+    of `save`, `check`, `wait` or `close`.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
+        """Opens WORKDIR/checkpoints, and clears what an interrupted save left there.
+
+        Args:
+          workdir: a local path, or a bucket such as gs://BUCKET/RUN.
+          keep: how many of the newest stay; at least 1.
+          keep_every: those of steps that are multiples of this stay for ever; 0: none.
+
+        Raises:
+          ValueError: keep or keep_every is out of range.
+        """
+        if keep < 1 or keep_every < 0:
+            raise ValueError(
+                f"config.checkpoint.keep={keep} must be at least 1, and"
+                f" config.checkpoint.keep_every={keep_every} steps at least 0"
+            )
+        self.root = epath.Path(workdir) / "checkpoints"
+        self._writing = 0
+        self._bytes = 0
+        for left in self._unfinished():
+            _say(f"checkpoint {left.name.split('.')[0]}: its save was interrupted; removed")
+        policies = ocp.checkpoint_managers
+        preserved: list = [policies.LatestN(keep)]
+        if keep_every:
+            preserved.append(policies.EveryNSteps(keep_every))
+        self._manager = ocp.CheckpointManager(
+            self.root,
+            # Named, so that an empty step directory does not change how the others are read.
+            item_names=("state",),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # a damaged old checkpoint must not get in the way
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=3600, post_finalization_callback=self._write_digests
+                ),
+            ),
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts writing; returns when the state has been copied from the devices.
+
+        Raises:
+          ValueError: there is a checkpoint of this step.
+          OSError: it, or the save before it, could not be written; the older ones are intact.
+        """
+        self.wait()
+        if step in self.all_steps():
+            raise ValueError(f"there is a checkpoint {self.root}/{step} already")
+        self._writing = step
+        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        with self._explained():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True
+            )
+
+    def check(self) -> None:
+        """Raises what went wrong in the background; never waits."""
+        # Not the manager's check_for_errors: it takes the error away from the thread that, when it
+        # sees none, goes on to delete older checkpoints.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is committed."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads."""
+        self.wait()
+        self._manager.close()
+
+    def all_steps(self) -> list[int]:
+        """The steps that have a checkpoint, rising."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest step that has a checkpoint."""
+        return self._manager.latest_step()
+
+    def restore(self, target: Any) -> tuple[int, Any] | None:
+        """The newest checkpoint that is intact, as (step, state); None if there never was one.
+
+        Newer ones that are damaged are moved to WORKDIR/damaged-STEP, and a line says so.
+
+        Raises:
+          ValueError: the checkpoint is another config's; or there are some and none is intact.
+        """
+        steps = self.all_steps()[::-1]
+        if not steps:
+            return None
+        chosen = newest_intact([self.root / str(step) for step in steps])
+        state = restore(self.root / str(steps[chosen]), target)
+        if chosen:
+            if jax.process_index() == 0:
+                for step in steps[:chosen]:
+                    aside = self.root.parent / f"damaged-{step}"
+                    if aside.exists():
+                        aside.rmtree()
+                    (self.root / str(step)).rename(aside)
+                    _say(f"checkpoint {step} was moved to {aside}")
+            multihost_utils.sync_global_devices("damaged checkpoints moved")
+            self._manager.reload()
+        return steps[chosen], state
+
+    def _unfinished(self) -> list[epath.Path]:
+        return list(self.root.glob("*.orbax-checkpoint-tmp*"))
+
+    def _write_digests(self) -> None:
+        """Called by Orbax, on one host, when all files of a save are written."""
+        name = str(self._writing)
+        for directory in [*self._unfinished(), self.root / name]:
+            if directory.name.split(".")[0] == name and directory.exists():
+                _write_json(directory / DIGESTS, digests(directory))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Free what the failed save took before telling how much is free.
+            for left in self._unfinished() if jax.process_index() == 0 else ():
+                left.rmtree(missing_ok=True)
+            room = ""
+            with contextlib.suppress(OSError):  # in a bucket, or the directory is gone
+                free = shutil.disk_usage(self.root).free
+                room = f"; it takes up to {_size(self._bytes)}, and {_size(free)} are free there"
+            older = ", ".join(path.name for path in _numbered(self.root)) or "none"
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise OSError(
+                f"checkpoint {self._writing} could not be written to {self.root}{room}. Earlier"
+                f" checkpoints, intact: {older}. Reason: {reason}"
+            ) from error
+
+
+def restore_or_init(
+    checkpointer: Checkpointer, config: ConfigDict, target: Any, init: Callable[[], Any]
+) -> tuple[Any, str]:
+    """The state to start from, and a line that says which.
+
+    From, in this order: the workdir's own checkpoints; `config.resume`, the whole state of another
+    run; `config.init_from`, only the parameters of one; `init`.
+
+    Args:
+      target: shapes and shardings of a TrainState, on any mesh.
+      init: () -> a state in its shards.
+
+    Raises:
+      ValueError: a checkpoint does not fit the config; one was asked for and is not there.
+    """
+    own = checkpointer.restore(target)
+    if own is not None:
+        step, state = own
+        return state, f"resumed at step {step} from {checkpointer.root}/{step}"
+    if config.resume:
+        path = find(config.resume, "resume")
+        state = restore(path, target)
+        return state, f"resumed at step {int(state.step)} from {path} (config.resume)"
+    if config.init_from:
+        path = find(config.init_from, "init_from")
+        params = restore(path, {"params": target.params})["params"]
+        return init().replace(params=params), f"step 0, parameters of {path} (config.init_from)"
+    return init(), "from scratch"
+
+
+def find(path: str | Path, key: str) -> epath.Path:
+    """The newest intact checkpoint of a run (its workdir), or the one that is named.
+
+    Raises:
+      ValueError: there is none; `config.KEY` and what was looked for are named.
+    """
+    base = epath.Path(path)
+    if (base / "state").is_dir():
+        found = [base]
+    else:
+        found = _numbered(base / "checkpoints") or _numbered(base)
+    if not found:
+        raise ValueError(
+            f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
+            f" {base}/STEP and {base}/state"
+        )
+    return found[newest_intact(found)]
+
+
+def newest_intact(checkpoints: list[epath.Path]) -> int:
+    """The position of the first intact one; process 0 looks, and decides for all.
+
+    Raises:
+      ValueError: none is.
+    """
+    reasons = []
+    for path in checkpoints if jax.process_index() == 0 else ():
+        reason = damage(path)
+        if reason is None:
+            break
+        reasons.append(f"checkpoint {path.name} is damaged: {reason}")
+    chosen = int(multihost_utils.broadcast_one_to_all(np.int32(len(reasons))))
+    if chosen == len(checkpoints):
+        raise ValueError(
+            f"no checkpoint in {checkpoints[0].parent} is intact: {'; '.join(reasons)}. Bring them"
+            " back from a copy, or delete them to start again"
+        )
+    for reason in reasons:
+        _say(f"{reason}; using checkpoint {checkpoints[chosen].name} instead")
+    return chosen
+
+
+def digests(checkpoint: epath.Path) -> dict[str, dict]:
+    """The size in bytes and SHA-256 of every file of the state, by its path in the checkpoint."""
+
+    def read(file: epath.Path) -> dict:
+        with file.open("rb") as opened:
+            return {
+                "bytes": file.stat().length,
+                "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),  # type: ignore[arg-type]
+            }
+
+    files = _files(checkpoint / "state")
+    with ThreadPoolExecutor(8) as threads:
+        return {
+            str(file.relative_to(checkpoint)): entry
+            for file, entry in zip(files, threads.map(read, files), strict=True)
+        }
+
+
+def damage(checkpoint: epath.Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None: they are those that were written."""
+    try:
+        expected = json.loads((checkpoint / DIGESTS).read_text())
+    except FileNotFoundError:
+        return f"it has no {DIGESTS}"
+    except ValueError:
+        return f"{DIGESTS} cannot be read"
+    found = digests(checkpoint)
+    for name, entry in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name]["bytes"] != entry["bytes"]:
+            return f"{name} has {found[name]['bytes']} of {entry['bytes']} bytes"
+        if found[name] != entry:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
+    """The arrays of a checkpoint that are in `target`, in its shardings.
+
+    Args:
+      target: shapes with shardings: a TrainState, or {"params": ...} for a part.
+
+    Raises:
+      ValueError: an array is on one side only or has another shape or type; the first are named.
+    """
+    path = epath.Path(checkpoint) / "state"
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        saved = reader.metadata(path).item_metadata.tree
+        if isinstance(target, dict):
+            saved = {key: saved.get(key, {}) for key in target}
+        there, wanted = _described(saved), _described(target)
+        differing = [
+            f"{name}: {there.get(name, 'none')} in the checkpoint,"
+            f" {wanted.get(name, 'none')} by this config"
+            for name in sorted(there.keys() | wanted.keys())
+            if there.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{checkpoint} does not fit this config, {len(differing)} arrays differ:\n  "
+                + "\n  ".join(differing[:SHOWN] + ["..."] * (len(differing) > SHOWN))
+                + "\nThe config that it was made with is config.json in its workdir."
+            )
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        return reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
+        )
+
+
+def prepare_workdir(workdir: str | Path, config: ConfigDict) -> None:
+    """Makes the workdir, with config.json and env.json; prints what changed in the environment.
+
+    Raises:
+      ValueError: it cannot be made, or was made with a config that differs in more than FREE_KEYS.
+    """
+    root = epath.Path(workdir)
+    new_config = json.loads(config.to_json())
+    new_env = environment()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be made: {error}") from error
+
+    if (root / "config.json").exists():
+        changed = _changes(json.loads((root / "config.json").read_text()), new_config)
+        refused = [
+            text
+            for key, text in changed.items()
+            if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        ]
+        if refused:
+            raise ValueError(
+                f"{workdir} was made with another config:\n  "
+                + "\n  ".join(refused)
+                + "\nGive the old values, or another --workdir; deleting this one starts it again."
+            )
+    if (root / "env.json").exists():
+        changed = _changes(json.loads((root / "env.json").read_text()), new_env)
+        if changed:
+            _say(
+                f"warning: {workdir} was last used in another environment, results may differ by"
+                f" rounding: {', '.join(changed.values())}"
+            )
+    multihost_utils.sync_global_devices("workdir read")
+    if jax.process_index() == 0:
+        _write_json(root / "config.json", new_config)
+        _write_json(root / "env.json", new_env)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, and the commit when this is a checkout."""
+    here = Path(__file__).parents[1]
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in ("mae-jax", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    found["device_kind"] = jax.devices()[0].device_kind
+    found["device_count"] = jax.device_count()
+    found["process_count"] = jax.process_count()
+    if (here / ".git").exists():
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            told = subprocess.run(command, capture_output=True, text=True, check=True)
+            found["commit"] = told.stdout.strip()
+    return found
+
+
+def _described(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{[*x.shape]}"
+        for path, x in leaves
+    }
+
+
+def _changes(old: dict, new: dict) -> dict[str, str]:
+    """Key -> 'key: old -> new' where two nested dicts differ."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        parts = [flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+        return {key: value for part in parts for key, value in part.items()}
+
+    before, after = flat(old), flat(new)
+    return {
+        key: f"{key}: {before.get(key, 'none')!r} -> {after.get(key, 'none')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _files(directory: epath.Path) -> list[epath.Path]:
+    inside = sorted(directory.iterdir()) if directory.exists() else []
+    return [file for path in inside for file in (_files(path) if path.is_dir() else [path])]
+
+
+def _numbered(directory: epath.Path) -> list[epath.Path]:
+    """The checkpoints in a directory, newest first."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted((p for p in found if p.name.isdigit()), key=lambda p: -int(p.name))
+
+
+def _write_json(file: epath.Path, content: dict) -> None:
+    """All of it or nothing: a reader never sees half a file."""
+    part = file.parent / f"{file.name}.part"
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
