@@ -278,7 +278,7 @@ def test_without_the_quickstart_packages_the_way_out_is_named(tmp_path, monkeypa
     class AllBut:
         """Python's own import finders, as if two packages were not installed."""
 
-        finders = list(sys.meta_path)
+        finders = tuple(sys.meta_path)
 
         def find_spec(self, name, path=None, target=None):
             if name.partition(".")[0] in ("skimage", "sklearn"):

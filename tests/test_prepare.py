@@ -1,0 +1,394 @@
+"""`mae-jax prepare` makes datasets that plain tfds opens, without TensorFlow, and loses no work."""
+
+import fcntl
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mae_jax.commands import prepare
+from mae_jax.data.sources import open_source
+
+RNG = np.random.default_rng(0)
+
+
+def encoded(format="JPEG", mode="RGB", size=(40, 30), color=None, **options) -> bytes:
+    image = Image.new("RGB", size, color) if color else noise(size)
+    buffer = io.BytesIO()
+    image.convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(size) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def by_name(name: str, data_dir: Path, split="train") -> dict[str, dict]:
+    source = open_source(name, split, str(data_dir))
+    return {source[i]["name"]: source[i] for i in range(len(source))}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twelve images in two classes."""
+    folder = tmp_path / "images"
+    for i in range(12):
+        path = folder / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(size=(40 + i, 30)))
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 3)
+
+
+# --- a folder ---
+
+
+def test_a_folder_becomes_a_dataset_that_plain_tfds_opens(images, tmp_path, capsys):
+    code = prepare.main(
+        ["folder", f"--source={images}", "--name=mine", f"--data-dir={tmp_path}", "--workers=1"]
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "mine: 12 images" in out
+    assert f"--config.data.source=mine --config.data.data_dir={tmp_path}" in out
+    records = by_name("mine", tmp_path)
+    assert {name: r["image"] for name, r in records.items()} == {
+        f"{'ab'[i % 2]}/{i}.jpg": (images / "ab"[i % 2] / f"{i}.jpg").read_bytes()
+        for i in range(12)
+    }
+    plain = tfds.builder_from_directory(tmp_path / "mine" / "1.0.0")
+    assert plain.info.features["label"].names == ["a", "b"]
+    for example in plain.as_data_source("train"):
+        np.testing.assert_array_equal(
+            example["image"], pixels(records[example["file_name"].decode()]["image"])
+        )
+
+
+def test_the_printed_mean_and_std_are_those_of_all_pixels(images, tmp_path):
+    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    summary = json.loads((final / "prepared.json").read_text())
+    everything = np.concatenate(
+        [pixels(path.read_bytes()).reshape(-1, 3) for path in images.rglob("*.jpg")]
+    )
+    np.testing.assert_allclose(summary["mean"], (everything / 255).mean(0), rtol=1e-9)
+    np.testing.assert_allclose(summary["std"], (everything / 255).std(0), rtol=1e-9)
+
+
+def test_resize_gives_the_short_side_by_pillows_bicubic(tmp_path):
+    for name, size in (("wide", (90, 60)), ("tall", (50, 200)), ("small", (10, 12))):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_bytes(encoded("PNG", size=size))
+    prepare.prepare_folder(
+        str(tmp_path / "images"), "mine", data_dir=str(tmp_path), resize=32, quality=90
+    )
+    for name, size in (("wide", (48, 32)), ("tall", (32, 128)), ("small", (32, 38))):
+        expected = Image.open(tmp_path / "images" / f"{name}.png").resize(size, Image.BICUBIC)
+        buffer = io.BytesIO()
+        expected.save(buffer, "JPEG", quality=90)
+        assert by_name("mine", tmp_path)[f"{name}.png"]["image"] == buffer.getvalue()
+
+
+def test_what_not_every_reader_shows_alike_is_stored_as_upright_rgb_jpeg(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # "rotate 90 degrees clockwise to show"
+    kept = {"rgb.jpg": encoded(), "grey.jpg": encoded(mode="L"), "rgb.png": encoded("PNG")}
+    mended = {
+        "rotated.jpg": encoded(exif=rotated),
+        "cmyk.jpg": encoded(mode="CMYK"),
+        "palette.png": encoded("PNG", mode="P"),
+        "web.webp": encoded("WEBP"),
+    }
+    for name, data in (kept | mended).items():
+        (folder / name).write_bytes(data)
+    prepare.prepare_folder(str(folder), "mine", data_dir=str(tmp_path))
+    records = by_name("mine", tmp_path)
+    for name, data in kept.items():
+        assert records[name]["image"] == data
+    for name in mended:
+        image = Image.open(io.BytesIO(records[name]["image"]))
+        assert (image.format, image.mode) == ("JPEG", "RGB")
+        assert image.size == ((30, 40) if name == "rotated.jpg" else (40, 30))
+
+
+def test_images_that_cannot_be_read_are_left_out_counted_and_named(
+    images, tmp_path, small_shards, capsys
+):
+    (images / "a" / "text.jpg").write_text("text")
+    (images / "a" / "link.png").symlink_to(images / "gone.png")
+    (images / "b" / "cut.jpg").write_bytes((images / "a" / "0.jpg").read_bytes()[:300])
+    os.rename(images / "b" / "1.jpg", os.fsencode(images) + b"/b/caf\xe9.jpg")
+    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    out = capsys.readouterr().out
+    assert "3 could not be read" in out
+    assert "a/text.jpg" in out and "b/cut.jpg" in out
+    assert "a/link.png (No such file or directory)" in out
+    records = by_name("mine", tmp_path)
+    assert len(records) == 12
+    assert "b/caf\\xe9.jpg" in records
+
+
+def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.jpg").write_bytes(encoded() if i % 2 else b"text")
+    prepare.prepare_folder(str(folder), "mine", data_dir=str(tmp_path))
+    assert sorted(by_name("mine", tmp_path)) == ["1.jpg", "3.jpg", "5.jpg"]
+
+
+def test_several_processes_write_what_one_writes(images, tmp_path, small_shards):
+    for workers in (1, 2):
+        prepare.prepare_folder(
+            str(images), "mine", data_dir=str(tmp_path / f"{workers}"), workers=workers
+        )
+    one, two = (open_source("mine", "train", str(tmp_path / w)) for w in ("1", "2"))
+    assert [one[i] for i in range(12)] == [two[i] for i in range(12)]
+
+
+def test_an_interrupted_preparation_keeps_its_finished_shards(
+    images, tmp_path, small_shards, monkeypatch, capsys
+):
+    arguments = ["folder", f"--source={images}", "--name=mine", "--workers=1"]
+    prepare.main([*arguments, f"--data_dir={tmp_path / 'whole'}"])
+    write, written = prepare.write_shard, []
+
+    def interrupted(shard):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(shard)
+        written.append(shard.path)
+
+    monkeypatch.setattr(prepare, "write_shard", interrupted)
+    arguments.append(f"--data_dir={tmp_path / 'parts'}")
+    assert prepare.main(arguments) == 130
+    before = [path.stat().st_mtime_ns for path in written]
+    with pytest.raises(ValueError, match="not prepared|no tfds dataset"):
+        open_source("mine", "train", str(tmp_path / "parts"))
+    monkeypatch.setattr(prepare, "write_shard", write)
+    assert prepare.main(arguments) == 0
+    folder = tmp_path / "parts" / "mine" / "1.0.0"
+    assert [(folder / path.name).stat().st_mtime_ns for path in written] == before
+    whole, parts = (open_source("mine", "train", str(tmp_path / w)) for w in ("whole", "parts"))
+    assert [whole[i] for i in range(12)] == [parts[i] for i in range(12)]
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole" / "mine" / "1.0.0"))
+
+
+def test_other_options_after_an_interruption_start_again(
+    images, tmp_path, small_shards, monkeypatch
+):
+    def stop(shard):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        write = prepare.write_shard
+        patch.setattr(prepare, "write_shard", lambda shard: write(shard) or stop(shard))
+        prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=8)
+    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=16)
+    for record in by_name("mine", tmp_path).values():
+        assert min(pixels(record["image"]).shape[:2]) == 16
+
+
+def test_a_second_run_changes_nothing_and_other_images_are_refused(images, tmp_path):
+    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    before = {path.name: path.stat().st_mtime_ns for path in final.iterdir()}
+    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    assert {path.name: path.stat().st_mtime_ns for path in final.iterdir()} == before
+    with pytest.raises(ValueError, match="already exists"):
+        prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=16)
+
+
+def test_two_writers_of_one_dataset_are_refused(images, tmp_path):
+    work = tmp_path / "mine" / "1.0.0.incomplete"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another"):
+            prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing to prepare"),
+        (["folder", "more"], "unexpected argument 'more'"),
+        (["folder", "--name=x"], "--source=PATH and --name=NAME"),
+        (["folder", "--source=/", "--name=My Images"], "small letters"),
+        (["folder", "--source=/", "--name=imagenet2012"], "choose another name"),
+        (["folder", "--source=/", "--name=x", "--resize=zero"], "resize"),
+        (["folder", "--source=/", "--name=x", "--resize=0"], "resize"),
+        (["folder", "--source=/", "--nam=x"], "name"),
+        (["folder", "--source=/", "--name=x", "--manual-dir=x"], "--manual_dir means nothing"),
+        (["imagenet2012", "--resize=256"], "--resize means nothing"),
+        (["imagenet2012", "--data-dir=gs://bucket"], "local directory"),
+        (["imagnet2012"], "did you mean imagenet2012"),
+    ],
+)
+def test_impossible_command_lines_are_refused_in_words(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare.main(arguments)
+
+
+# --- ImageNet ---
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+TRAIN = {  # the forms that the real archive holds: tfds names a CMYK file and the one PNG
+    "n01440764": {"n01440764_10026.JPEG": encoded(), "n01440764_10027.JPEG": encoded(mode="L")},
+    "n01739381": {"n01739381_1309.JPEG": encoded(mode="CMYK", color=(200, 30, 60))},
+    "n02105855": {"n02105855_2933.JPEG": encoded("PNG", color=(10, 120, 240))},
+}
+VALIDATION = {f"ILSVRC2012_val_{i:08d}.JPEG": encoded() for i in (3, 1, 2, 50_000)}
+
+
+@pytest.fixture
+def archives(tmp_path):
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
+        for wordnet_id, files in TRAIN.items():
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as tar:
+                for name, data in files.items():
+                    add(tar, name, data)
+            add(train, f"{wordnet_id}.tar", buffer.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name, data in VALIDATION.items():
+            add(tar, name, data)
+    return folder
+
+
+def test_imagenet_is_prepared_for_plain_tfds_in_a_process_without_tensorflow(archives, tmp_path):
+    code = (
+        "import sys; from mae_jax.commands.prepare import main;"
+        f"main(['imagenet2012', '--manual-dir={archives}', '--data-dir={tmp_path}']);"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "imagenet2012: train 4, validation 4" in out.stdout
+
+    builder = tfds.builder("imagenet2012", data_dir=tmp_path)
+    labels = builder.info.features["label"]
+    assert (str(builder.version), labels.num_classes) == ("5.1.0", 1000)
+    train = by_name("imagenet2012", tmp_path)
+    assert {name: labels.int2str(record["label"]) for name, record in train.items()} == {
+        name: wordnet_id for wordnet_id, files in TRAIN.items() for name in files
+    }
+    for name, data in TRAIN["n01440764"].items():
+        assert train[name]["image"] == data
+    cmyk = Image.open(io.BytesIO(train["n01739381_1309.JPEG"]["image"]))
+    assert (cmyk.format, cmyk.mode) == ("JPEG", "RGB")
+    np.testing.assert_allclose(np.asarray(cmyk).mean((0, 1)), (200, 30, 60), atol=3)
+    was_png = train["n02105855_2933.JPEG"]["image"]
+    assert Image.open(io.BytesIO(was_png)).format == "JPEG"
+    np.testing.assert_allclose(pixels(was_png).mean((0, 1)), (10, 120, 240), atol=3)
+
+    # By position in tfds's own list, whichever validation images are there.
+    known = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
+    for name, record in by_name("imagenet2012", tmp_path, "validation").items():
+        assert labels.int2str(record["label"]) == known[int(name[-13:-5]) - 1]
+        assert record["image"] == VALIDATION[name]
+
+
+def test_a_damaged_archive_leaves_no_dataset_behind(archives, tmp_path):
+    path = archives / "ILSVRC2012_img_val.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut short"):
+        prepare.main(["imagenet2012", f"--manual-dir={archives}", f"--data-dir={tmp_path}"])
+    with pytest.raises(ValueError, match="not prepared"):
+        open_source("imagenet2012", "validation", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "manual, message",
+    [("none", "no such directory"), ("", "register on https"), ("images", "holds none of ILSVRC")],
+)
+def test_missing_archives_are_named(images, tmp_path, manual, message):
+    option = [f"--manual_dir={tmp_path / manual}"] if manual else []
+    with pytest.raises(ValueError, match=message):
+        prepare.main(["imagenet2012", f"--data_dir={tmp_path}", *option])
+
+
+# --- other tfds datasets ---
+
+
+def test_a_dataset_that_tfds_prepares_with_tensorflow_only_says_so(archives, tmp_path):
+    with pytest.raises(ValueError, match="tfds build imagenet2012_corrupted"):
+        prepare.main(
+            ["imagenet2012_corrupted", f"--manual-dir={archives}", f"--data-dir={tmp_path}"]
+        )
+
+
+def as_tfrecord(folder: Path) -> None:
+    """Turn a prepared dataset into what TensorFlow would have written."""
+    for path in folder.glob("*.array_record-*"):
+        source = tfds.builder_from_directory(folder).as_data_source(
+            "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        frames = b""
+        for record in source:
+            length = len(record).to_bytes(8, "little")
+            frames += length + masked_crc(length) + record + masked_crc(record)
+        path.unlink()
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(frames)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def masked_crc(data: bytes) -> bytes:
+    """The CRC-32C of TFRecord, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return crc.to_bytes(4, "little")
+
+
+def test_the_command_that_a_tfrecord_dataset_names_converts_it(images, tmp_path):
+    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    before = by_name("mine", tmp_path)
+    as_tfrecord(final)
+    with pytest.raises(ValueError, match="mae-jax prepare mine --data-dir=") as refused:
+        open_source("mine", "train", str(tmp_path))
+    command = str(refused.value).partition("mae-jax prepare ")[2].split()
+    assert prepare.main(command) == 0
+    assert by_name("mine", tmp_path) == before
+    assert list(final.glob("*.tfrecord-*"))
+    assert prepare.main(command) == 0  # nothing left to do
+
+
+def test_a_tfrecord_dataset_cut_short_is_not_converted(images, tmp_path):
+    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    as_tfrecord(final)
+    (shard,) = final.glob("*.tfrecord-*")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="ends inside a record"):
+        prepare.main(["mine", f"--data_dir={tmp_path}"])
+    assert not list(final.glob("*array_record*"))
