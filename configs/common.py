@@ -31,7 +31,9 @@ def parse_arg(arg, **defaults):
             )
         kind = type(defaults[key])
         try:
-            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            values[key] = (
+                {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            )
         except (ValueError, KeyError):
             raise ValueError(f"config argument {key}={text!r}: wants a {kind.__name__}") from None
     return values

@@ -14,7 +14,9 @@ def get_config(arg=None):
     args = parse_arg(arg, variant="S/16", epochs=800, batch_size=64, image_size=224)
     config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
     config.model.update(decoder_width=256, decoder_depth=4, decoder_heads=8)
-    config.data.source = "folder:"
-    config.evals.reconstruct.update(source="same", split="train", images=64, batch_size=32)
+    config.data.update(source="folder:", split="train[:95%]")
+    config.evals.reconstruct.update(
+        every="1000 steps", source="", split="train[95%:]", images=64, batch_size=32
+    )
     config.checkpoint.update(every="1000 steps", keep_every="")
     return config

@@ -48,7 +48,9 @@ def get_config(arg=None):
     )
 
     config.optim = ConfigDict(
-        dict(blr=1.5e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, warmup="40 epochs", min_lr=0.0)
+        dict(
+            blr=1.5e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, warmup="40 epochs", min_lr=0.0
+        )
     )
 
     config.data = ConfigDict(
@@ -74,7 +76,7 @@ def get_config(arg=None):
             reconstruct=dict(
                 type="reconstruct",
                 every="20 epochs",
-                source="imagenet2012",
+                source="",  # '' = the source of the training images
                 split="validation[:512]",
                 images=512,
                 batch_size=128,

@@ -32,9 +32,7 @@ def stack(tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
     return 2.0 * depth * tokens * (linear + attention)
 
 
-def encoder(
-    tokens: int, values: int, width: int, depth: int, mlp_ratio: float = 4.0
-) -> float:
+def encoder(tokens: int, values: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
     """Forward FLOPs of patch embedding and blocks for `tokens` patches and the cls token."""
     return 2.0 * tokens * values * width + stack(tokens + 1, width, depth, mlp_ratio)
 

@@ -3,6 +3,7 @@
 Knows meshes, checkpoints and metrics; knows no model and no dataset: those come as a Task.
 """
 
+import contextlib
 import math
 import time
 import zlib
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, evals, flops, metrics, sharding
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.optim import peak_lr
 
 
 @flax.struct.dataclass
@@ -151,7 +152,9 @@ def compile_step(
     return Program(compiled, state_shapes, jax.jit(init, out_shardings=shardings))
 
 
-def describe(task: Task, program: Program, config: ConfigDict, mesh: Mesh) -> list[str]:
+def describe(
+    task: Task, program: Program, config: ConfigDict, mesh: Mesh, total: int, per_epoch: int
+) -> list[str]:
     """What a user should know before the first batch, one fact a line."""
     params = jax.tree.leaves(program.state_shapes.params)
     count = sum(math.prod(x.shape) for x in params)
@@ -159,7 +162,8 @@ def describe(task: Task, program: Program, config: ConfigDict, mesh: Mesh) -> li
         f"parameters: {count:,} trained",
         f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
         f" ({task.flops_per_example / 2e9:.2f} GMACs)",
-        "mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        "mesh: "
+        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         + f" on {mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} host(s)",
     ]
     memory = program.step.memory_analysis()
@@ -170,14 +174,62 @@ def describe(task: Task, program: Program, config: ConfigDict, mesh: Mesh) -> li
             f"memory of the step per device: {arguments + temporary:,.0f} MiB"
             f" ({arguments:,.0f} state and batch, {temporary:,.0f} temporary)"
         )
+    lines.append(
+        f"batch: {config.batch_size} in {config.grad_accum} pass(es), {per_epoch} steps per epoch of"
+        f" {task.num_examples:,} examples; {total:,} steps"
+    )
+    lines.append(f"learning rate: peak {peak_lr(config.optim.blr, config.batch_size):.3g}")
     return lines
+
+
+class Stopwatch:
+    """Times updates between two reports, leaving out evaluation and saving."""
+
+    def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.since, self.waited, self.paused = step, time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no part of training."""
+        began = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - began
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """(updates per second, fraction of the time spent waiting for batches) since the last."""
+        seconds = max(time.perf_counter() - self.since - self.paused, 1e-9)
+        speed, waited = (step - self.step) / seconds, self.waited / seconds
+        self.restart(step)
+        return speed, waited
+
+
+def require_finite(step: int, scalars: Mapping[str, float], last_good: str) -> None:
+    """Raises NonFiniteError if the loss or the gradient norm of an update is not finite."""
+    loss, norm = scalars["train/loss"], scalars["train/grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(
+            f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; the last good"
+            f" checkpoint is {last_good}. A lower config.optim.blr, or"
+            " config.model.residual_dtype=float32 if it is not, may help."
+        )
 
 
 def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> TrainState:
     """Train to the end of `config.train_for`, from wherever the workdir stands.
 
     Between two updates: evaluate, then save, and only then take the next batch, so that what is saved
-    is one moment. The metrics of an update are read after the next one was started.
+    is one moment. The metrics of an update are read after the next one was started, so that the
+    device never waits for the host; before a save they are read first.
 
     Raises:
       ValueError: the config cannot work here, or the workdir belongs to another run.
@@ -187,12 +239,11 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
     sharding.check_batch(mesh, config.batch_size, config.grad_accum)
     per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
     in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=per_epoch)
-    total = in_steps(config.train_for)
+    total, log_every = in_steps(config.train_for), in_steps(config.log_every)
     save_every = in_steps(config.checkpoint.every)
-    log_every = max(in_steps(config.log_every), 1)
+    eval_every = {name: in_steps(cfg.every) for name, cfg in config.evals.items()}
     tx, schedule = task.optimizer(total, per_epoch)
     evaluators = evals.build(config, task.predict, mesh)
-    eval_every = {name: in_steps(config.evals[name].every) for name in evaluators}
 
     checkpoint.prepare_workdir(workdir, config)
     saver = checkpoint.Checkpointer(
@@ -201,13 +252,14 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
     program = compile_step(task, tx, config, mesh)
     state, origin = checkpoint.restore_or_init(saver, config, program.state_shapes, program.init)
     start = int(state.step)
-
+    stop = checkpoint.preemption()
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
     writer = metrics.Writer(workdir, start)
-    stop = checkpoint.preemption()
-    pending: tuple[int, dict[str, Any]] | None = None
-    waited, timed_from, timed_since = 0.0, start, time.perf_counter()
+    unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
+
+    def due(step: int, every: int) -> bool:
+        return step == total or bool(every and step % every == 0)
 
     with metrics.Progress(total, start, config.task) as progress:
 
@@ -215,29 +267,22 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
             writer.log(line)
             progress.log(line)
 
-        def settle() -> None:
-            """Read the metrics of the last update, stop if they are not finite, log if due."""
-            nonlocal pending, waited, timed_from, timed_since
-            if pending is None:
+        def read_metrics() -> None:
+            nonlocal unread
+            if unread is None:
                 return
-            (done, scalars), pending = pending, None
-            scalars = {name: float(value) for name, value in scalars.items()}
-            if not (math.isfinite(scalars["train/loss"]) and math.isfinite(scalars["train/grad_norm"])):
-                saver.wait()
-                raise NonFiniteError(
-                    f"step {done}: loss {scalars['train/loss']}, gradient norm"
-                    f" {scalars['train/grad_norm']}. Nothing of it was saved; the last good"
-                    f" checkpoint is step {saver.latest_step()} in {workdir}. A lower"
-                    " config.optim.blr or config.model.residual_dtype=float32 may help."
-                )
-            if done % log_every and done not in (start + 1, total):
+            (done, values), unread = unread, None
+            scalars = {name: float(value) for name, value in values.items()}
+            require_finite(done, scalars, f"step {saver.latest_step()} in {workdir}")
+            if done != 1 and not due(done, log_every):
                 return
-            now = time.perf_counter()
-            seconds, updates = now - timed_since, done - timed_from
-            rate = updates * config.batch_size / seconds
-            scalars["train/lr"] = float(schedule(done - 1))
-            scalars["perf/images_per_sec_per_chip"] = rate / mesh.size
-            scalars["perf/data_wait_frac"] = waited / seconds
+            speed, waited = stopwatch.lap(done)
+            rate = speed * config.batch_size
+            scalars |= {
+                "train/lr": float(schedule(done - 1)),
+                "perf/images_per_sec_per_chip": rate / mesh.size,
+                "perf/data_wait_frac": waited,
+            }
             if peak:
                 scalars["perf/mfu"] = 3 * task.flops_per_example * rate / (peak * mesh.size)
             writer.scalars(done, scalars)
@@ -246,52 +291,44 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
                 loss=scalars["train/loss"],
                 lr=scalars["train/lr"],
                 images_per_sec=rate,
-                data_wait=scalars["perf/data_wait_frac"],
+                data_wait=waited,
             )
-            waited, timed_from, timed_since = 0.0, done, now
 
-        for line in [
-            *describe(task, program, config, mesh),
-            f"batch: {config.batch_size} images, {per_epoch} steps per epoch; {total} steps;"
-            f" peak lr {float(max(schedule(s) for s in np.linspace(0, total, 257))):.3g}",
-            origin,
-        ]:
+        for line in [*describe(task, program, config, mesh, total, per_epoch), origin]:
             say(line)
+        if start >= total:
+            say(f"finished: {start} of {total} steps were done before; nothing to do")
+        batches = task.batches(start, rows) if start < total else iter(())
+        stopwatch = Stopwatch(start)
 
-        batches: Iterator = task.batches(start, rows)
         for step in range(start, total + 1):
-            fresh = step == 0 or step > start
+            new = step > start
             for name, evaluator in evaluators.items():
-                every = eval_every[name]
-                if fresh and (step == total or (every and step % every == 0)):
-                    settle()
-                    scalars, pictures = evaluator.run(state)
-                    writer.scalars(step, scalars)
-                    writer.images(step, pictures)
+                if (new or step == 0) and due(step, eval_every[name]):
+                    read_metrics()
+                    with stopwatch.pause():
+                        scalars, pictures = evaluator.run(state)
+                        writer.scalars(step, scalars)
+                        writer.images(step, pictures)
                     say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
             stopping = stop.requested(step)
-            if step > start and (
-                stopping or step == total or (save_every and step % save_every == 0)
-            ):
-                settle()
-                saver.save(step, state)
+            if new and (stopping or due(step, save_every)):
+                read_metrics()
+                with stopwatch.pause():
+                    saver.save(step, state)
             if stopping:
-                saver.wait()
+                saver.close()
                 raise checkpoint.Preempted(f"asked to stop: saved step {step} of {total}")
             saver.check()
             if step == total:
                 break
 
-            asked = time.perf_counter()
-            batch, reported = next(batches)
-            waited += time.perf_counter() - asked
-            arrays = {name: batch[name] for name in task.inputs}
-            state, scalars = program.step(
-                state, sharding.put_batch(mesh, arrays, config.batch_size)
-            )
-            settle()
-            pending = step + 1, {f"train/{k}": v for k, v in scalars.items()} | reported
-        settle()
-        saver.close()
+            with stopwatch.waiting():
+                batch, reported = next(batches)
+            inputs = {name: batch[name] for name in task.inputs}
+            state, values = program.step(state, sharding.put_batch(mesh, inputs, config.batch_size))
+            read_metrics()
+            unread = step + 1, {f"train/{k}": v for k, v in values.items()} | reported
+    saver.close()
     writer.close()
     return state

@@ -9,7 +9,10 @@ def _block(state: dict, prefix: str, heads: int) -> dict:
         return {"scale": state[f"{prefix}.{name}.weight"], "bias": state[f"{prefix}.{name}.bias"]}
 
     def linear(name):
-        return {"kernel": state[f"{prefix}.{name}.weight"].T, "bias": state[f"{prefix}.{name}.bias"]}
+        return {
+            "kernel": state[f"{prefix}.{name}.weight"].T,
+            "bias": state[f"{prefix}.{name}.bias"],
+        }
 
     qkv, proj = linear("attn.qkv"), linear("attn.proj")
     qkv["kernel"] = rearrange(qkv["kernel"], "d (three s f) -> d three s f", three=3, s=heads)

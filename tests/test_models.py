@@ -246,9 +246,7 @@ def test_first_half_of_the_positions_encodes_the_column():
     expected = [0.84147096, 0.81525064, 0.78859305]
     np.testing.assert_allclose(table[2, :3], expected, rtol=1e-6)  # row 0, column 1
     np.testing.assert_allclose(table[15, 384:387], expected, rtol=1e-6)  # row 1, column 0
-    np.testing.assert_allclose(
-        table[-1, :3], [0.42016703, -0.1743702, -0.68575615], rtol=1e-5
-    )
+    np.testing.assert_allclose(table[-1, :3], [0.42016703, -0.1743702, -0.68575615], rtol=1e-5)
 
 
 def test_non_square_images_and_patches_and_other_channels_work():

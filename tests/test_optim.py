@@ -70,7 +70,9 @@ def test_a_parameter_without_a_role_raises():
 def test_updates_are_those_of_adamw_written_out():
     rng = np.random.default_rng(0)
     shapes = {"fc1": {"kernel": (3, 2), "bias": (2,)}, "cls_token": (1, 1, 2)}
-    params = jax.tree.map(lambda s: rng.normal(size=s), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    params = jax.tree.map(
+        lambda s: rng.normal(size=s), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
     schedule = optim.cosine_schedule(0.1, 10, 2)
     tx = optim.adamw(schedule)
     ours = jax.tree.map(jnp.asarray, params)

@@ -82,9 +82,7 @@ def test_prediction_loss_and_every_gradient_agree(case, execution):
     model = build(**execution)
     target = {"pixels": targets.pixels, "norm_pix": targets.norm_pixels}[case]
     assert_close(model.apply({"params": PARAMS}, PATCHES, MASK), GOLDEN[f"{case}/pred"])
-    loss, grads = jax.jit(jax.value_and_grad(loss_fn), static_argnums=(1, 2))(
-        PARAMS, target, model
-    )
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn), static_argnums=(1, 2))(PARAMS, target, model)
     assert_close(loss, GOLDEN[f"{case}/loss"])
     official = golden("param/") | golden(f"{case}/grad/")
     theirs = dict(jax.tree_util.tree_leaves_with_path(mae_params(official, META)))

@@ -63,7 +63,9 @@ def test_a_rule_that_leaves_a_large_parameter_whole_raises(monkeypatch):
 
 def test_a_path_without_a_rule_raises():
     with pytest.raises(ValueError, match="no sharding rule for 'params/adapter/weights'"):
-        sharding.state_shardings(mesh_of(1, 8, 1), {"params": {"adapter": {"weights": jnp.ones(3)}}})
+        sharding.state_shardings(
+            mesh_of(1, 8, 1), {"params": {"adapter": {"weights": jnp.ones(3)}}}
+        )
 
 
 def test_moments_are_split_like_their_parameters():
@@ -84,7 +86,8 @@ def test_an_axis_that_does_not_divide_raises():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2}, {"data": -1, "tensor": 3}, {"data": 0}]
+    "sizes",
+    [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2}, {"data": -1, "tensor": 3}, {"data": 0}],
 )
 def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh data="):

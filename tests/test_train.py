@@ -62,9 +62,7 @@ def gradients(config, mesh):
     task = pretrain.make_task(config, sharding.constrain_batch(mesh))
     shapes = jax.eval_shape(lambda: task.init(train.stream(0, "init", 0))[0])
     shardings = sharding.state_shardings(mesh, shapes)
-    params = jax.jit(
-        lambda: task.init(train.stream(0, "init", 0))[0], out_shardings=shardings
-    )()
+    params = jax.jit(lambda: task.init(train.stream(0, "init", 0))[0], out_shardings=shardings)()
     rng = partial(train.stream, 0, step=0)
 
     @jax.jit
@@ -73,9 +71,7 @@ def gradients(config, mesh):
         (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch, rng, True)
         return loss, grads, batch["score"]
 
-    return jax.device_get(
-        run(params, sharding.put_batch(mesh, images(config), config.batch_size))
-    )
+    return jax.device_get(run(params, sharding.put_batch(mesh, images(config), config.batch_size)))
 
 
 @pytest.fixture(scope="module")

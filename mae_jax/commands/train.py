@@ -53,13 +53,55 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     return config, workdir
 
 
+def summary(workdir: str) -> list[str]:
+    """What a run came to, read from its own files: numbers, pictures, and what to do next."""
+    from mae_jax import metrics
+
+    lines = metrics.read(Path(workdir, "metrics.jsonl"))
+    losses = [line for line in lines if "train/loss" in line]
+    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    metrics.loss_figure(Path(workdir, "metrics.jsonl"), Path(workdir, "loss.png"))
+    first, last = losses[0], losses[-1]
+    text = [
+        "",
+        f"training loss  {first['train/loss']:.3f} at step {first['step']}"
+        f" -> {last['train/loss']:.3f} at step {last['step']}",
+    ]
+    if evaluated:
+        e = evaluated[-1]
+        text += [
+            f"error of hidden pixels on {e['eval/images']:.0f} held-out images"
+            " (root mean square, of 255 levels):",
+            f"  this model                                        {e['eval/rmse']:6.2f}",
+            f"  the mean colour of the visible patches            {e['eval/rmse_mean_colour']:6.2f}",
+            f"  linear interpolation between visible patches      "
+            f"{e['eval/rmse_interpolation']:6.2f}",
+        ]
+    return [
+        *text,
+        f"pictures       {Path(workdir, 'images')}/, curves in {Path(workdir, 'loss.png')}",
+        f"checkpoint     {Path(workdir, 'checkpoints', str(last['step']))}",
+        f"curves         tensorboard --logdir={workdir}  (pip install tensorboard)",
+        "next           your own images:  mae-jax train --config=configs/folder.py"
+        " --config.data.source=folder:PATH --workdir=DIR",
+    ]
+
+
 def main(argv: list[str]) -> int:
     config, workdir = parse(argv)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
+    import jax
+
     from mae_jax import sharding, train
 
     mesh = sharding.make_mesh(**config.mesh)
     module = importlib.import_module(f"mae_jax.tasks.{config.task}")
     task = module.make_task(config, sharding.constrain_batch(mesh))
-    train.fit(config, workdir, task, mesh)
+    try:
+        train.fit(config, workdir, task, mesh)
+    except train.NonFiniteError as error:
+        print(f"mae-jax train: {error}", file=sys.stderr)
+        return 1
+    if jax.process_index() == 0:
+        print("\n".join(summary(workdir)))
     return 0

@@ -81,9 +81,7 @@ def build(
             )
     return MAE(
         Encoder(grid, width, depth, heads, mlp_ratio, execution=execution),
-        Decoder(
-            grid, values, decoder_width, decoder_depth, decoder_heads, mlp_ratio, execution
-        ),
+        Decoder(grid, values, decoder_width, decoder_depth, decoder_heads, mlp_ratio, execution),
     )
 
 

@@ -63,7 +63,9 @@ def block(rng: Array, batch: int, grid: tuple[int, int], ratio: float) -> Array:
     area_rng, aspect_rng, top_rng, left_rng, tie_rng = jax.random.split(rng, 5)
     shape = (batch, draws)
     smallest = min(16, num_hidden)
-    area = jax.random.uniform(area_rng, shape, minval=smallest, maxval=max(num_hidden, smallest + 1))
+    area = jax.random.uniform(
+        area_rng, shape, minval=smallest, maxval=max(num_hidden, smallest + 1)
+    )
     bound = math.log(1 / 0.3)
     aspect = jnp.exp(jax.random.uniform(aspect_rng, shape, minval=-bound, maxval=bound))
     height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, rows)

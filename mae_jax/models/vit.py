@@ -59,9 +59,7 @@ class Attention(nn.Module):
             (3, self.heads, width // self.heads), dtype=dtype, kernel_init=xavier, name="qkv"
         )(x_BND)
         q, k, v = (qkv_BN3SF[:, :, i] for i in range(3))
-        y_BNSF = jax.nn.dot_product_attention(
-            q, k, v, implementation=self.execution.attention
-        )
+        y_BNSF = jax.nn.dot_product_attention(q, k, v, implementation=self.execution.attention)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, kernel_init=xavier, name="proj")(
             y_BNSF
         )

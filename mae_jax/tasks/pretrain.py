@@ -86,9 +86,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
 
     def prepare(batch: dict, rng: Callable[[str], Array]) -> dict:
         batch_size = len(batch["image"])
-        score_BL = score_patches(
-            rng("mask"), batch=batch_size, grid=grid, ratio=config.mask_ratio
-        )
+        score_BL = score_patches(rng("mask"), batch=batch_size, grid=grid, ratio=config.mask_ratio)
         return batch | {"score": score_BL}
 
     def reconstruct(params: dict, extra: dict, batch: dict) -> dict:

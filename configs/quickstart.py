@@ -1,0 +1,27 @@
+"""Watch it learn: a small masked autoencoder on the photographs inside a few Python wheels.
+
+    bash launch/quickstart.sh
+
+A few minutes on 2 CPU cores, no download beyond the packages. The target is plain pixels, because those
+give the better pictures; the recipe for features is configs/pretrain.py.
+"""
+
+from configs.pretrain import get_config as recipe
+
+
+def get_config(arg=None):
+    config = recipe(f"batch_size=64,image_size=96{',' if arg else ''}{arg or ''}")
+    config.train_for = "1000 steps"
+    config.target.name = "pixels"
+    config.model.update(
+        patch_size=(12, 12), width=192, depth=4, heads=3,
+        decoder_width=128, decoder_depth=2, decoder_heads=4, dtype="float32",
+    )  # fmt: skip
+    config.optim.update(blr=4e-3, warmup="50 steps")
+    config.data.update(source="bundled:photos")
+    config.evals.reconstruct.update(
+        every="250 steps", source="bundled:photos", split="test", images=24, batch_size=24
+    )
+    config.checkpoint.update(every="100 steps", keep=2, keep_every="")
+    config.log_every = "10 steps"
+    return config
