@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -234,7 +235,7 @@ def _write_shards(shards: list[Shard], workers: int) -> list[dict]:
         else:
             context = multiprocessing.get_context("spawn")  # a fork would copy running threads
             pool = futures.ProcessPoolExecutor(
-                min(workers, len(todo)), context, initializer=_ignore_interrupts
+                min(workers, len(todo)), context, initializer=_follow_parent
             )
             try:
                 running = {pool.submit(write_shard, shard): shard for shard in todo}
@@ -337,8 +338,17 @@ def _read_json(path: Path) -> dict:
         return {}
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a shard in work is finished
+def _follow_parent() -> None:
+    """In a worker: leave interrupts to the parent, and end when it does, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextlib.contextmanager
