@@ -1,9 +1,9 @@
 """What the configs share: typed arguments of get_config, and the sizes of the published models."""
 
-# width, depth, heads. Ti and S: arXiv 2012.12877; B and L: arXiv 2010.11929; H: as MAE uses it. All of
-# B, L and H agree with the official parameter counts (tests/test_models.py). 2B and 6.5B: widths and
-# depths of arXiv 2303.13496, where 12 * width^2 * depth gives 1.89e9 and 6.44e9; their numbers of
-# heads are from memory and were not checked.
+# width, depth, heads. Ti and S: arXiv 2012.12877; B and L: arXiv 2010.11929; H: as MAE uses it. All
+# of B, L and H agree with the official parameter counts (tests/test_models.py). 2B and 6.5B: widths
+# and depths of arXiv 2303.13496, where 12 * width^2 * depth gives 1.89e9 and 6.44e9; their numbers
+# of heads are from memory and were not checked.
 SIZES = {
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),

@@ -2,8 +2,8 @@
 
     mae-jax train --config=configs/pretrain.py:variant=L/16,epochs=800 --workdir=DIR
 
-Arguments: variant (Ti/16, S/16, B/16, L/16, H/14, 2B/14, 6.5B/14), epochs (1600 for the paper's main
-results, 800 for its ablations), batch_size, image_size.
+Arguments: variant (Ti/16, S/16, B/16, L/16, H/14, 2B/14, 6.5B/14), epochs (1600 for the paper's
+main results, 800 for its ablations), batch_size, image_size.
 
 Paper's numbers, not measured here (fine-tuned / linear-probe top-1, norm-pix, 1600 epochs): B/16
 83.6 / 68.0, L/16 85.9 / 75.8, H/14 86.9 / 76.6. L/16 for 800 epochs took the authors 15.4 h on 128

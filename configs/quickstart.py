@@ -2,8 +2,8 @@
 
     bash launch/quickstart.sh
 
-A few minutes on 2 CPU cores, no download beyond the packages. The target is plain pixels, because those
-give the better pictures; the recipe for features is configs/pretrain.py.
+A few minutes on 2 CPU cores, no download beyond the packages. The target is plain pixels, because
+those give the better pictures; the recipe for features is configs/pretrain.py.
 """
 
 from configs.pretrain import get_config as recipe

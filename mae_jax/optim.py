@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Every parameter has a role, found by the first pattern that its path ends in. A path that no pattern
-# knows is an error: a new parameter must be thought about once, here.
+# Every parameter has a role, found by the first pattern that its path ends in. A path that no
+# pattern knows is an error: a new parameter must be thought about once, here.
 ROLES = (
     (r"(qkv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
     (r"/bias", "bias"),

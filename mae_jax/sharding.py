@@ -1,7 +1,7 @@
 """Where every array lives: the mesh, one table of rules for parameters, and the rows of each host.
 
-Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads
-and hidden units. One size may be -1: what is left of the devices.
+Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits
+heads and hidden units. One size may be -1: what is left of the devices.
 """
 
 import math

@@ -175,8 +175,8 @@ def describe(
             f" ({arguments:,.0f} state and batch, {temporary:,.0f} temporary)"
         )
     lines.append(
-        f"batch: {config.batch_size} in {config.grad_accum} pass(es), {per_epoch} steps per epoch of"
-        f" {task.num_examples:,} examples; {total:,} steps"
+        f"batch: {config.batch_size} in {config.grad_accum} pass(es); {per_epoch} steps per epoch"
+        f" of {task.num_examples:,} examples; {total:,} steps"
     )
     lines.append(f"learning rate: peak {peak_lr(config.optim.blr, config.batch_size):.3g}")
     return lines
@@ -218,8 +218,8 @@ def require_finite(step: int, scalars: Mapping[str, float], last_good: str) -> N
     loss, norm = scalars["train/loss"], scalars["train/grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(
-            f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; the last good"
-            f" checkpoint is {last_good}. A lower config.optim.blr, or"
+            f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; the last"
+            f" good checkpoint is {last_good}. A lower config.optim.blr, or"
             " config.model.residual_dtype=float32 if it is not, may help."
         )
 
@@ -227,8 +227,8 @@ def require_finite(step: int, scalars: Mapping[str, float], last_good: str) -> N
 def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> TrainState:
     """Train to the end of `config.train_for`, from wherever the workdir stands.
 
-    Between two updates: evaluate, then save, and only then take the next batch, so that what is saved
-    is one moment. The metrics of an update are read after the next one was started, so that the
+    Between two updates: evaluate, then save, and only then take the next batch, so that what is
+    saved is one moment. The metrics of an update are read after the next one was started, so that the
     device never waits for the host; before a save they are read first.
 
     Raises:

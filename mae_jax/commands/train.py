@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         if values.config is None:
             raise ValueError("--config=FILE is missing, such as --config=configs/pretrain.py")
         config = values.config
-        config.task  # an error inside the config file surfaces here
+        _ = config.task  # an error inside the config file surfaces here
     except flags.Error as error:
         raise ValueError(str(error)) from None
     except AttributeError as error:
@@ -68,14 +68,18 @@ def summary(workdir: str) -> list[str]:
         f" -> {last['train/loss']:.3f} at step {last['step']}",
     ]
     if evaluated:
-        e = evaluated[-1]
+        values = evaluated[-1]
+        text.append(
+            f"error of hidden pixels on {values['eval/images']:.0f} held-out images"
+            " (root mean square, of 255 levels):"
+        )
         text += [
-            f"error of hidden pixels on {e['eval/images']:.0f} held-out images"
-            " (root mean square, of 255 levels):",
-            f"  this model                                        {e['eval/rmse']:6.2f}",
-            f"  the mean colour of the visible patches            {e['eval/rmse_mean_colour']:6.2f}",
-            f"  linear interpolation between visible patches      "
-            f"{e['eval/rmse_interpolation']:6.2f}",
+            f"  {words:50}{values[f'eval/{key}']:6.2f}"
+            for key, words in (
+                ("rmse", "this model"),
+                ("rmse_mean_colour", "the mean colour of the visible patches"),
+                ("rmse_interpolation", "linear interpolation between visible patches"),
+            )
         ]
     return [
         *text,

@@ -1,8 +1,8 @@
 """Which patches the encoder sees.
 
-A masking strategy scores every patch of every image; the patches with the lowest scores are kept, in
-the order of their scores. To write your own, return scores from a function of the same arguments and
-name it in the config: `config.masking.name = "my_fork.masks.spiral"`.
+A masking strategy scores every patch of every image; the patches with the lowest scores are kept,
+in the order of their scores. To write your own, return scores from a function of the same arguments
+and name it in the config: `config.masking.name = "my_fork.masks.spiral"`.
 """
 
 import math
@@ -31,7 +31,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     if not 0 < kept < num_patches:
         raise ValueError(
             f"mask_ratio={ratio} keeps {kept} of {num_patches} patches; at least one must be kept"
-            f" and one hidden: choose it between {1 / num_patches:.3g} and {1 - 1 / num_patches:.3g}"
+            f" and one hidden: choose it from {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}"
         )
     return kept
 
@@ -90,7 +90,7 @@ def grid(rng: Array, batch: int, grid: tuple[int, int], ratio: float) -> Array:
     rows, cols = grid
     if ratio != 0.75 or rows % 2 or cols % 2:
         raise ValueError(
-            f"masking 'grid' keeps one patch of every 2 x 2: mask_ratio must be 0.75 (it is {ratio})"
+            f"masking 'grid' keeps one patch of every 2 x 2: mask_ratio must be 0.75, not {ratio},"
             f" and both sides of the patch grid even (it is {rows} x {cols})"
         )
     hidden = (jnp.arange(rows)[:, None] % 2 > 0) | (jnp.arange(cols)[None, :] % 2 > 0)

@@ -7,7 +7,7 @@ from jax import Array
 def patchify(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:
     """Cut images into patches, row-major; inside a patch the order is (row, column, channel).
 
-    Returns (B, L, P) with L = (H / rows) * (W / columns) and P = rows * columns * C. MAE, section 3.
+    Returns (B, L, P) with L = (H / rows) * (W / columns) and P = rows * columns * C.
     """
     rows, cols = patch_size
     return rearrange(images_BHWC, "b (h r) (w c) ch -> b (h w) (r c ch)", r=rows, c=cols)

@@ -1,7 +1,7 @@
 """What the decoder is asked to predict for each patch: a function (patches_BLP) -> target_BLP.
 
-The patches are those of the normalised image. To predict something else of the same shape, write such
-a function and name it in the config: `config.target.name = "my_fork.targets.hog"`.
+The patches are those of the normalised image. To predict something else of the same shape, write
+such a function and name it in the config: `config.target.name = "my_fork.targets.hog"`.
 """
 
 import jax.numpy as jnp
@@ -24,6 +24,6 @@ def patch_statistics(patches_BLP: Array) -> tuple[Array, Array]:
 
 
 def norm_pixels(patches_BLP: Array) -> Array:
-    """Each patch minus its mean, over its standard deviation: "norm_pix_loss" of the official code."""
+    """Each patch minus its mean, over its standard deviation: the official `norm_pix_loss`."""
     mean_BL1, std_BL1 = patch_statistics(patches_BLP)
     return (patches_BLP - mean_BL1) / std_BL1

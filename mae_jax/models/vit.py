@@ -5,7 +5,7 @@ N tokens, D width, E decoder width, P values of a patch, S heads, F head width, 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,16 +22,16 @@ class Execution(NamedTuple):
     residual_dtype: Any = jnp.float32  # of the residual stream
     scan_unroll: int = 1  # blocks per iteration of the loop over blocks
     remat: bool = False  # recompute each block in the backward pass instead of keeping its inside
-    attention: str | None = None  # jax.nn.dot_product_attention's implementation: "xla", "cudnn"
+    attention: Literal["xla", "cudnn"] | None = None  # of jax.nn.dot_product_attention
     constrain: Callable[[Array], Array] = lambda x: x  # applied to the stream around every block
 
 
-# On the (in, out) matrix; Flax flattens q, k, v and heads into one `out`, as the fused qkv wants it.
+# On the (in, out) matrix; Flax flattens q, k, v and heads into one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
 
 
 def conv_bias(fan_in: int) -> Callable:
-    """PyTorch's default for a convolution's bias, which MAE leaves in place: U(+-1/sqrt(fan_in))."""
+    """PyTorch's default for the bias of a convolution, which MAE keeps: U(+-1/sqrt(fan_in))."""
     bound = fan_in**-0.5
 
     def init(rng, shape, dtype=jnp.float32):
@@ -136,8 +136,8 @@ class Stack(nn.Module):
 class Encoder(nn.Module):
     """Patches to tokens: linear embedding, positions, cls token, blocks, final norm.
 
-    Embeds only the patches that it is given. The positions are the fixed sine-cosine table, or, with
-    `trained_positions`, a parameter that starts as that table.
+    Embeds only the patches that it is given. The positions are the fixed sine-cosine table, or,
+    with `trained_positions`, a parameter that starts as that table.
     """
 
     grid: tuple[int, int]
