@@ -340,15 +340,16 @@ def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
       ValueError: an array is on one side only or has another shape or type; the first are named.
     """
     path = epath.Path(checkpoint) / "state"
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
-        saved = reader.metadata(path).item_metadata.tree
+    # The bare handler: a Checkpointer would look for, and miss, metadata that belong to the step.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(path).tree
         if isinstance(target, dict):
             saved = {key: saved.get(key, {}) for key in target}
         there, wanted = _described(saved), _described(target)
         differing = [
             f"{name}: {there.get(name, 'none')} in the checkpoint,"
             f" {wanted.get(name, 'none')} by this config"
-            for name in sorted(there.keys() | wanted.keys())
+            for name in [*wanted, *(name for name in there if name not in wanted)]
             if there.get(name) != wanted.get(name)
         ]
         if differing:
@@ -359,8 +360,7 @@ def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
             )
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         return reader.restore(
-            path,
-            args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
+            path, args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
         )
 
 

@@ -1,0 +1,456 @@
+"""Checkpoints: whole or passed over, on any mesh, never lost; and the rules of a workdir."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mae_jax import checkpoint
+
+TX = optax.adamw(1e-3)
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+    extra: Any
+
+
+def init(step=0, width=16):
+    kernel = jnp.sin(jnp.arange(8 * width, dtype=jnp.float32) + step).reshape(8, width)
+    params = {"dense": {"kernel": kernel, "bias": jnp.full((width,), float(step))}}
+    return State(jnp.int32(step), params, TX.init(params), {"seen": jnp.arange(4)})
+
+
+def target(devices=8, width=16):
+    """Shapes on a mesh of the first devices, with the leading axis split where it can be."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("fsdp",), axis_types=(AxisType.Auto,))
+
+    def placed(x):
+        spec = P("fsdp") if x.ndim and x.shape[0] % devices == 0 else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(lambda: init(width=width)))
+
+
+def state_of(step, devices=8):
+    return jax.device_put(init(step), jax.tree.map(lambda x: x.sharding, target(devices)))
+
+
+def open_run(workdir, keep=9, keep_every=0):
+    return checkpoint.Checkpointer(workdir, keep, keep_every)
+
+
+def run_of(workdir, *steps, **kwargs):
+    """A finished run with checkpoints of these steps."""
+    run = open_run(workdir, **kwargs)
+    for step in steps:
+        run.save(step, state_of(step))
+    run.close()
+
+
+def config(**changes):
+    base = ConfigDict(
+        dict(
+            resume="", init_from="", seed=0, log_every="50 steps", model=dict(width=8, remat=False)
+        )
+    )
+    base.update_from_flattened_dict(changes)
+    return base
+
+
+def assert_equal(state, expected):
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def data_files(workdir, step):
+    """The files with the arrays' bytes, largest first."""
+    files = (Path(workdir) / "checkpoints" / str(step) / "state").glob("**/d/*")
+    return sorted(files, key=lambda f: -f.stat().st_size)
+
+
+# ---- what is saved comes back -----------------------------------------------------------------
+
+
+def test_a_state_comes_back_on_any_number_of_devices(tmp_path):
+    for before, after in ((8, 1), (1, 4), (4, 8)):
+        run = open_run(tmp_path)
+        run.save(before, state_of(before, before))
+        run.wait()
+        step, state = run.restore(target(after))
+        assert step == before
+        assert_equal(state, init(before))
+        assert len(state.params["dense"]["kernel"].sharding.device_set) == after
+        run.close()
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_what_is_saved_is_the_moment_of_the_save(tmp_path):
+    """The buffers are donated to the next update while the save goes on in the background."""
+    run = open_run(tmp_path)
+    state = state_of(3)
+    run.save(3, state)
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    for _ in range(3):
+        state = update(state)
+    run.wait()
+    assert_equal(run.restore(target())[1], init(3))
+    run.close()
+
+
+def test_the_newest_n_and_every_kth_are_kept(tmp_path):
+    run_of(tmp_path, *range(1, 14), keep=2, keep_every=5)
+    run = open_run(tmp_path, keep=2, keep_every=5)
+    assert run.all_steps() == [5, 10, 12, 13]
+    assert run.latest_step() == 13
+    run.close()
+    with pytest.raises(ValueError, match=r"checkpoint\.keep=0"):
+        open_run(tmp_path, keep=0)
+
+
+def test_a_step_is_never_saved_twice(tmp_path):
+    run = open_run(tmp_path)
+    run.save(1, state_of(1))
+    with pytest.raises(ValueError, match=r"there is a checkpoint .*checkpoints/1 already"):
+        run.save(1, state_of(2))
+    run.close()
+
+
+# ---- damage -----------------------------------------------------------------------------------
+
+
+def truncate(workdir):
+    file = data_files(workdir, 20)[0]
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(workdir):
+    os.truncate(data_files(workdir, 20)[0], 0)
+
+
+def remove(workdir):
+    data_files(workdir, 20)[0].unlink()
+
+
+def remove_all(workdir):
+    shutil.rmtree(workdir / "checkpoints/20")
+    (workdir / "checkpoints/20").mkdir()
+
+
+def flip(workdir):
+    file = data_files(workdir, 20)[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate_digests(workdir):
+    os.truncate(workdir / "checkpoints/20" / checkpoint.DIGESTS, 50)
+
+
+def remove_metadata(workdir):
+    (workdir / "checkpoints/20/state/_METADATA").unlink()
+
+
+@pytest.mark.parametrize(
+    ("hurt", "reason"),
+    [
+        (truncate, "bytes"),
+        (empty, "has 0 of"),
+        (remove, "is missing"),
+        (remove_all, "has no digests.json"),
+        (flip, "other contents"),
+        (truncate_digests, "digests.json cannot be read"),
+        (remove_metadata, "_METADATA is missing"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, hurt, reason):
+    run_of(tmp_path, 10, 20)
+    hurt(tmp_path)
+    run = open_run(tmp_path)
+    state, line = checkpoint.restore_or_init(run, config(), target(), lambda: init())
+    assert_equal(state, init(10))
+    assert line == f"resumed at step 10 from {tmp_path}/checkpoints/10"
+    said = [text for text in capsys.readouterr().out.splitlines() if reason in text]
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint 20 is damaged: ")
+    assert said[0].endswith("using checkpoint 10 instead")
+
+    # The run goes on to the same step, and what was damaged is kept beside it.
+    run.save(20, state_of(20))
+    run.close()
+    assert checkpoint.damage(run.root / "20") is None
+    assert (tmp_path / "damaged-20").is_dir()
+
+
+def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, capsys):
+    run_of(tmp_path, 10, 20)
+    (tmp_path / "checkpoints/20").rename(tmp_path / "checkpoints/20.orbax-checkpoint-tmp")
+    run = open_run(tmp_path)
+    assert run.restore(target())[0] == 10
+    run.save(20, state_of(20))
+    run.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+    assert "checkpoint 20: its save was interrupted" in capsys.readouterr().out
+
+
+def test_without_any_intact_checkpoint_nothing_starts_over_silently(tmp_path):
+    run_of(tmp_path, 20)
+    flip(tmp_path)
+    run = open_run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is intact: checkpoint 20 is damaged"
+    ):
+        checkpoint.restore_or_init(run, config(), target(), lambda: init())
+    run.close()
+    assert (tmp_path / "checkpoints/20").is_dir()
+
+
+def test_digests_are_there_before_a_checkpoint_has_its_name(tmp_path):
+    """No moment exists at which a kill leaves a checkpoint without them."""
+    run = open_run(tmp_path)
+    for step in range(1, 6):
+        run.save(step, state_of(step))
+        final = tmp_path / "checkpoints" / str(step)
+        while not final.exists():
+            pass
+        assert (final / checkpoint.DIGESTS).exists()
+        assert checkpoint.damage(run.root / str(step)) is None
+    run.close()
+
+
+# ---- a checkpoint that does not fit -----------------------------------------------------------
+
+
+def test_another_config_is_an_error_and_not_damage(tmp_path):
+    run_of(tmp_path, 10, 20)
+    run = open_run(tmp_path)
+    with pytest.raises(ValueError, match="does not fit this config") as raised:
+        run.restore(target(width=32))
+    said = str(raised.value)
+    assert "params/dense/kernel: float32[8, 16] in the checkpoint, float32[8, 32] by" in said
+    assert "opt_state/0/mu/dense/bias: float32[16] in the checkpoint, float32[32] by" in said
+    bigger = target().replace(params={**target().params, "head": target().params["dense"]})
+    with pytest.raises(
+        ValueError, match=r"params/head/bias: none in the checkpoint, float32\[16\]"
+    ):
+        run.restore(bigger)
+    with pytest.raises(ValueError, match=r"extra/seen: int32\[4\] in the checkpoint, none by"):
+        run.restore(target().replace(extra={}))
+    halves = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), target().params)
+    with pytest.raises(ValueError, match=r"bias: float32\[16\] in the checkpoint, bfloat16\[16\]"):
+        run.restore(target().replace(params=halves))
+    run.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+
+
+# ---- where a run starts -----------------------------------------------------------------------
+
+
+def start(workdir, **changes):
+    run = open_run(workdir)
+    state, line = checkpoint.restore_or_init(run, config(**changes), target(), lambda: init(-1))
+    run.close()
+    return state, line
+
+
+def test_own_workdir_before_resume_before_init_from_before_scratch(tmp_path):
+    own, other, third = tmp_path / "own", tmp_path / "other", tmp_path / "third"
+    run_of(other, 30, 40)
+    run_of(third, 50)
+
+    state, line = start(own)
+    assert line == "from scratch"
+    assert_equal(state, init(-1))
+
+    state, line = start(own, init_from=str(third))
+    assert line == f"step 0, parameters of {third}/checkpoints/50 (config.init_from)"
+    assert_equal(state, init(-1).replace(params=init(50).params))
+
+    state, line = start(own, init_from=str(third), resume=str(other))
+    assert line == f"resumed at step 40 from {other}/checkpoints/40 (config.resume)"
+    assert_equal(state, init(40))
+
+    for form in (other / "checkpoints", other / "checkpoints/30"):
+        assert (
+            f"/{30 if form.name == '30' else 40} (config.resume)" in start(own, resume=str(form))[1]
+        )
+
+    run_of(own, 5)
+    state, line = start(own, init_from=str(third), resume=str(other))
+    assert line == f"resumed at step 5 from {own}/checkpoints/5"
+    assert_equal(state, init(5))
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for key in ("resume", "init_from"):
+        with pytest.raises(
+            ValueError, match=rf"config\.{key}='.*empty' holds no checkpoint: looked"
+        ):
+            start(tmp_path / "own", **{key: str(tmp_path / "empty")})
+
+
+def test_damage_in_another_run_is_passed_over_and_left_there(tmp_path, capsys):
+    run_of(tmp_path / "other", 10, 20)
+    flip(tmp_path / "other")
+    state, _ = start(tmp_path / "own", resume=str(tmp_path / "other"))
+    assert_equal(state, init(10))
+    assert "using checkpoint 10 instead" in capsys.readouterr().out
+    assert (tmp_path / "other/checkpoints/20").is_dir()
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+    run_of(tmp_path / "other", 10)
+    run = open_run(tmp_path / "own")
+    with pytest.raises(
+        ValueError, match=r"params/dense/bias: float32\[16\] in the checkpoint, .*32"
+    ):
+        checkpoint.restore_or_init(
+            run, config(init_from=str(tmp_path / "other")), target(width=32), init
+        )
+    run.close()
+
+
+# ---- the workdir ------------------------------------------------------------------------------
+
+
+def test_a_workdir_holds_its_config_and_environment(tmp_path):
+    checkpoint.prepare_workdir(tmp_path / "a/b", config())
+    assert json.loads((tmp_path / "a/b/config.json").read_text()) == config().to_dict()
+    env = json.loads((tmp_path / "a/b/env.json").read_text())
+    assert env["jax"] == jax.__version__
+    assert env["device_count"] == 8
+    assert {"python", "orbax-checkpoint", "grain", "device_kind", "process_count"} <= env.keys()
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    checkpoint.prepare_workdir(tmp_path, config())
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="was made with another config") as raised:
+        checkpoint.prepare_workdir(tmp_path, config(**{"model.width": 9, "log_every": "9 steps"}))
+    assert "model.width: 8 -> 9" in str(raised.value)
+    assert "log_every" not in str(raised.value)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_keys_that_cannot_change_the_result_may_change(tmp_path):
+    checkpoint.prepare_workdir(tmp_path, config())
+    changed = config(**{"model.remat": True, "log_every": "9 steps"})
+    checkpoint.prepare_workdir(tmp_path, changed)
+    assert json.loads((tmp_path / "config.json").read_text()) == changed.to_dict()
+
+
+def test_another_environment_is_said_once(tmp_path, capsys):
+    checkpoint.prepare_workdir(tmp_path, config())
+    env = json.loads((tmp_path / "env.json").read_text())
+    (tmp_path / "env.json").write_text(json.dumps(env | {"jax": "0.0.1"}))
+    checkpoint.prepare_workdir(tmp_path, config())
+    checkpoint.prepare_workdir(tmp_path, config())
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert f"jax: '0.0.1' -> '{jax.__version__}'" in said[0]
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be made"):
+        checkpoint.prepare_workdir(tmp_path / "file/run", config())
+
+
+# ---- errors in the background -----------------------------------------------------------------
+
+
+FULL_DISK = """
+    import os, resource, sys, time
+    sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
+    import numpy as np, jax, jax.numpy as jnp
+    from test_checkpoint import State
+    from mae_jax import checkpoint
+
+    workdir, limit = sys.argv[1], int(sys.argv[2])
+    state = State(jnp.int32(0), {"a": jnp.ones(8)}, {}, {})
+    run = checkpoint.Checkpointer(workdir, keep=1)
+    run.save(1, state)
+    run.wait()
+    noise = np.random.default_rng(0).standard_normal(2**20)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run.save(2, state.replace(params={"a": jnp.asarray(noise, jnp.float32)}))
+    try:
+        for _ in range(6000):  # steps of a training loop
+            run.check()
+            time.sleep(0.01)
+    except OSError as error:
+        print("SAID", error)
+        print("LEFT", checkpoint.damage(run.root / "1"), sorted(p.name for p in run.root.iterdir()))
+"""
+# A disk of 3 MiB where this user can mount one; else files of at most 1 MiB, which needs no right.
+MOUNT = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+CAN_MOUNT = (
+    subprocess.run(
+        [*MOUNT, "mount -t tmpfs -o size=1m none /tmp"], capture_output=True, check=False
+    ).returncode
+    == 0
+    if shutil.which("unshare")
+    else False
+)
+
+
+@pytest.mark.parametrize("limit", ["file size", *(["disk size"] if CAN_MOUNT else [])])
+def test_a_full_disk_surfaces_at_the_next_check_and_older_checkpoints_stay(tmp_path, limit):
+    """With keep=1 too: the older one is deleted when the newer one is whole, and not before."""
+    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]
+    if limit == "disk size":
+        mount = f'mount -t tmpfs -o size=3m none "{tmp_path}" && exec "$@"'
+        command = [*MOUNT, mount, "sh", *command, "0"]
+    else:
+        command.append(str(2**20))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("SAID", "LEFT"))]
+    assert len(said) == 2, done.stdout + done.stderr
+    assert said[0].startswith(f"SAID checkpoint 2 could not be written to {tmp_path}/checkpoints")
+    assert "it takes up to 4.0 MiB, and" in said[0]
+    assert "Earlier checkpoints, intact: 1" in said[0]
+    assert said[1] == "LEFT None ['1']"
+
+
+# ---- being asked to stop ----------------------------------------------------------------------
+
+
+def test_sigterm_is_heard_and_does_not_kill():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = checkpoint.preemption()
+        assert not stop.requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_preempted_ends_a_process_with_its_own_exit_status():
+    code = "from mae_jax import checkpoint; raise checkpoint.Preempted('saved step 3')"
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=300)
+    assert done.returncode == checkpoint.PREEMPTED == 75
+    assert str(checkpoint.Preempted("saved step 3")) == "saved step 3"
