@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax.commands import prepare
+from mae_jax.data import pack
 from mae_jax.data.sources import open_source
 
 RNG = np.random.default_rng(0)
@@ -53,7 +54,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 3)
+    monkeypatch.setattr(pack, "IMAGES_PER_SHARD", 3)
 
 
 # --- a folder ---
@@ -146,7 +147,7 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(
 
 
 def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 1)
+    monkeypatch.setattr(pack, "IMAGES_PER_SHARD", 1)
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(6):
@@ -169,7 +170,7 @@ def test_an_interrupted_preparation_keeps_its_finished_shards(
 ):
     arguments = ["folder", f"--source={images}", "--name=mine", "--workers=1"]
     prepare.main([*arguments, f"--data_dir={tmp_path / 'whole'}"])
-    write, written = prepare.write_shard, []
+    write, written = pack.write_shard, []
 
     def interrupted(shard):
         if len(written) == 2:
@@ -177,13 +178,14 @@ def test_an_interrupted_preparation_keeps_its_finished_shards(
         write(shard)
         written.append(shard.path)
 
-    monkeypatch.setattr(prepare, "write_shard", interrupted)
+    monkeypatch.setattr(pack, "write_shard", interrupted)
     arguments.append(f"--data_dir={tmp_path / 'parts'}")
     assert prepare.main(arguments) == 130
     before = [path.stat().st_mtime_ns for path in written]
+    (written[0].parent / f"{written[0].name}.1.partial").touch()  # as SIGKILL leaves one behind
     with pytest.raises(ValueError, match="not prepared|no tfds dataset"):
         open_source("mine", "train", str(tmp_path / "parts"))
-    monkeypatch.setattr(prepare, "write_shard", write)
+    monkeypatch.setattr(pack, "write_shard", write)
     assert prepare.main(arguments) == 0
     folder = tmp_path / "parts" / "mine" / "1.0.0"
     assert [(folder / path.name).stat().st_mtime_ns for path in written] == before
@@ -199,8 +201,8 @@ def test_other_options_after_an_interruption_start_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        write = prepare.write_shard
-        patch.setattr(prepare, "write_shard", lambda shard: write(shard) or stop(shard))
+        write = pack.write_shard
+        patch.setattr(pack, "write_shard", lambda shard: write(shard) or stop(shard))
         prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=8)
     prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=16)
     for record in by_name("mine", tmp_path).values():

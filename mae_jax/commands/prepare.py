@@ -1,10 +1,8 @@
 """Prepare: turn a folder, ImageNet's archives or a tfds dataset into ArrayRecord, once."""
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -20,12 +18,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mae_jax.data import arrayrecord
+from mae_jax.data import arrayrecord, pack
 from mae_jax.data.sources import FolderSource, find_tfds, open_source
-from mae_jax.data.transforms import BadImage, decode
 
 USAGE = """\
 mae-jax prepare folder --source=PATH --name=my_images [--resize=256] [--data_dir=DIR] [--workers=N]
@@ -36,9 +32,6 @@ mae-jax prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
 mae-jax prepare NAME[/CONFIG][:VERSION] [--data_dir=DIR] [--manual_dir=DIR]
     Any other tfds dataset. One that is there as TFRecord gets ArrayRecord files beside them.
 """
-IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
-MAX_SHARDS = 1024
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
@@ -110,20 +103,6 @@ def main(argv: list[str]) -> int:
 # --- a folder ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """What one process needs to write one shard."""
-
-    source: FolderSource
-    path: Path
-    resize: int | None
-    quality: int
-
-    @property
-    def report(self) -> Path:
-        return self.path.with_name(self.path.name + ".json")
-
-
 def prepare_folder(
     source: str,
     name: str,
@@ -173,11 +152,12 @@ def prepare_folder(
         if (kept := _read_json(work / "plan.json")) != plan:
             if kept:
                 print("The images or options changed since the interruption: starting again.")
-            for file in work.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+            for file in set(work.iterdir()) - {work / "lock"}:
+                file.unlink()
             (work / "plan.json").write_text(json.dumps(plan))
-        shards = _shards(images, work, name, resize, quality)
+        for file in work.glob("*.partial"):  # of a process that was killed
+            file.unlink()
+        shards = pack.make_shards(images, work, name, resize, quality)
         reports = _write_shards(shards, workers)
         lengths = [report["images"] for report in reports]
         bad = dict(sorted(item for report in reports for item in report["bad"].items()))
@@ -188,7 +168,7 @@ def prepare_folder(
         arrayrecord.write_metadata(
             work, features, {"train": (lengths, size)}, f"Images of the folder {source!a}."
         )
-        mean, std = _mean_std(np.sum([report["histogram"] for report in reports], axis=0))
+        mean, std = pack.mean_std(np.sum([report["histogram"] for report in reports], axis=0))
         summary = {
             "plan": plan,
             "images": sum(lengths),
@@ -205,32 +185,15 @@ def prepare_folder(
     return final
 
 
-def _shards(
-    images: FolderSource, work: Path, name: str, resize: int | None, quality: int
-) -> list[Shard]:
-    order = arrayrecord.shuffled(images.files)
-    num_shards = min(-(-len(order) // IMAGES_PER_SHARD), MAX_SHARDS)
-    return [
-        Shard(
-            dataclasses.replace(
-                images, files=[images.files[i] for i in rows], labels=images.labels[rows]
-            ),
-            arrayrecord.shard_path(work, name, "train", i, num_shards),
-            resize,
-            quality,
-        )
-        for i, rows in enumerate(np.array_split(np.array(order), num_shards))
-    ]
-
-
-def _write_shards(shards: list[Shard], workers: int) -> list[dict]:
+def _write_shards(shards: list[pack.Shard], workers: int) -> list[dict]:
     """Write what is not there yet, in `workers` processes; the reports of all shards in order."""
-    todo = [shard for shard in shards if not (shard.report.exists() and shard.path.exists())]
-    with _progress("images", sum(len(shard.source) for shard in shards)) as advance:
-        advance(sum(len(shard.source) for shard in shards if shard not in todo))
+    todo = [shard for shard in shards if not shard.report.exists()]
+    total = sum(len(shard.source) for shard in shards)
+    with _progress("images", total) as advance:
+        advance(total - sum(len(shard.source) for shard in todo))
         if workers == 1 or len(todo) <= 1:
             for shard in todo:
-                write_shard(shard)
+                pack.write_shard(shard)
                 advance(len(shard.source))
         else:
             context = multiprocessing.get_context("spawn")  # a fork would copy running threads
@@ -238,7 +201,7 @@ def _write_shards(shards: list[Shard], workers: int) -> list[dict]:
                 min(workers, len(todo)), context, initializer=_follow_parent
             )
             try:
-                running = {pool.submit(write_shard, shard): shard for shard in todo}
+                running = {pool.submit(pack.write_shard, shard): shard for shard in todo}
                 for future in futures.as_completed(running):
                     future.result()
                     advance(len(running[future].source))
@@ -250,66 +213,6 @@ def _write_shards(shards: list[Shard], workers: int) -> list[dict]:
             finally:
                 pool.shutdown(cancel_futures=True)
     return [_read_json(shard.report) for shard in shards]
-
-
-def write_shard(shard: Shard) -> None:
-    """Write one shard, then its report; runs in a worker process."""
-    features = arrayrecord.image_features(shard.source.class_names)
-    histogram = np.zeros((3, 256), np.int64)
-    bad = {}
-
-    def records() -> Iterator[bytes]:
-        for i in range(len(shard.source)):
-            record = shard.source[i]
-            try:
-                if "unreadable" in record:
-                    raise BadImage(record["unreadable"])
-                data, image = encode(record["image"], shard.resize, shard.quality)
-            except BadImage as error:
-                bad[record["name"]] = str(error)
-                continue
-            histogram[:] += np.reshape(image.histogram(), (3, 256))
-            example = {"image": data, "file_name": record["name"]}
-            if shard.source.class_names:
-                example["label"] = record["label"]
-            yield features.serialize_example(features.encode_example(example))
-
-    count, size = arrayrecord.write_shard(shard.path, records())
-    report = {"images": count, "bytes": size, "histogram": histogram.tolist(), "bad": bad}
-    partial = shard.report.with_suffix(".partial")
-    partial.write_text(json.dumps(report))
-    partial.replace(shard.report)
-
-
-def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.Image]:
-    """What to store of an image file, and the RGB image that it shows.
-
-    Raises:
-      BadImage: it cannot be read.
-    """
-    decoded = decode(data, 3)
-    image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
-    if resize is None:
-        with Image.open(io.BytesIO(data)) as original:
-            plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")
-            upright = original.getexif().get(ORIENTATION, 1) == 1
-            if plain and upright and "transparency" not in original.info:
-                return data, image
-    else:
-        scale = resize / min(image.size)
-        width, height = (max(resize, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), image
-
-
-def _mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation over all pixels, in 0..1, from counts [3, 256]."""
-    values = np.arange(256) / 255
-    weights = histogram / histogram.sum(1, keepdims=True)
-    mean = weights @ values
-    return mean.tolist(), np.sqrt(weights @ values**2 - mean**2).tolist()
 
 
 def _report(summary: dict, name: str, data_dir: str, folder: Path) -> None:
