@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, pictures, a log per host, and the progress bar."""
+"""What a run reports: metrics.jsonl, TensorBoard, pictures, a log per host, a progress bar."""
 
 import io
 import json
@@ -22,8 +22,8 @@ MIN_BAR = 6  # characters
 class Writer:
     """Writes into a workdir what a run measures; process 0 the metrics, every host its own log.
 
-    metrics.jsonl holds a line for each call of `scalars`. A run that goes on from step `start` first
-    drops the lines of later steps, and those cut short by a crash, because it will write them again;
+    metrics.jsonl holds a line for each call of `scalars`. A run that goes on from step `start`
+    drops the lines of later steps, which it will write again, and those cut short by a crash;
     TensorBoard is told the same. A local line is safe against a kill as soon as the call returns.
     A workdir such as gs://BUCKET/RUN cannot be appended to: its files are held in memory and sent
     whole, at most once a minute and at `flush` and `close`; a kill can lose that minute.
@@ -117,7 +117,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _is_before(line: str, start: int) -> bool:
     """Whether a line of metrics.jsonl stays when the run goes on from `start`."""
     values = _parse(line)
-    # A run that starts evaluates step 0 again; one that goes on had evaluated its step before saving.
+    # A run that starts will report step 0 again; one that goes on reported its step before saving.
     return values is not None and 0 < start >= values["step"]
 
 

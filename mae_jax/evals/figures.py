@@ -1,0 +1,73 @@
+"""The canonical figure of reconstructions."""
+
+import textwrap
+
+import numpy as np
+from einops import rearrange, repeat
+
+TILE = 160  # smaller images are enlarged to at least this width or height
+MARGIN = 6
+HIDDEN = (190, 196, 206)  # a grey that differs from the greys of a grey image
+TITLES = ("original", "masked", "reconstruction", "with visible patches")
+
+
+def reconstructions(
+    images_BHWC: np.ndarray,
+    masks_BL: np.ndarray,
+    predictions_BHWC: np.ndarray,
+    *,
+    patch: tuple[int, int],
+    caption: str,
+) -> np.ndarray:
+    """A row for each image: original, masked, reconstruction, reconstruction with visible patches.
+
+    Small images are enlarged by a whole factor, without smoothing. Of more than three channels the
+    first three are shown, of two the first.
+
+    Args:
+      images_BHWC: uint8.
+      masks_BL: 1 = hidden.
+      predictions_BHWC: uint8, of the whole image.
+      caption: what a reader must know, written below.
+
+    Returns uint8 [height, width, 3].
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    images, predictions = _rgb(images_BHWC), _rgb(predictions_BHWC)
+    height, width = images.shape[1:3]
+    hidden = rearrange(masks_BL > 0, "b (h w) -> b h w", h=height // patch[0])
+    hidden = repeat(hidden, "b h w -> b (h r) (w c) 1", r=patch[0], c=patch[1])
+    columns = (
+        images,
+        np.where(hidden, np.array(HIDDEN, np.uint8), images),
+        predictions,
+        np.where(hidden, predictions, images),
+    )
+    factor = max(1, -(-TILE // max(height, width)))
+    height, width = height * factor, width * factor
+
+    font = ImageFont.load_default(13)
+    cell = max(width, *(int(font.getlength(title)) + 4 for title in TITLES))
+    page = MARGIN + 4 * (cell + MARGIN)
+    characters = int((page - 2 * MARGIN) / (font.getlength(caption) / len(caption)))
+    lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
+    line = 17  # pixels from one line of text to the next
+    top = MARGIN + line
+    bottom = top + len(images) * (height + MARGIN)
+    canvas = Image.new("RGB", (page, bottom + len(lines) * line + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, (title, tiles) in enumerate(zip(TITLES, columns, strict=True)):
+        left = MARGIN + column * (cell + MARGIN)
+        draw.text((left + cell / 2, MARGIN), title, "black", font, anchor="ma")
+        for row, tile in enumerate(tiles):
+            enlarged = tile.repeat(factor, 0).repeat(factor, 1)
+            place = (left + (cell - width) // 2, top + row * (height + MARGIN))
+            canvas.paste(Image.fromarray(enlarged), place)
+    for number, text in enumerate(lines):
+        draw.text((MARGIN, bottom + number * line), text, "black", font)
+    return np.asarray(canvas)
+
+
+def _rgb(images_BHWC: np.ndarray) -> np.ndarray:
+    return images_BHWC[..., :3] if images_BHWC.shape[-1] >= 3 else images_BHWC[..., [0, 0, 0]]
