@@ -214,10 +214,10 @@ class Checkpointer:
                 free = shutil.disk_usage(self.root).free
                 room = f"; it takes up to {_size(self._bytes)}, and {_size(free)} are free there"
             older = ", ".join(path.name for path in _numbered(self.root)) or "none"
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0].rpartition(": ")[2]
             raise OSError(
-                f"checkpoint {self._writing} could not be written to {self.root}{room}. Earlier"
-                f" checkpoints, intact: {older}. Reason: {reason}"
+                f"checkpoint {self._writing} could not be written to {self.root}: {reason}{room}."
+                f" Earlier checkpoints, intact: {older}"
             ) from error
 
 
