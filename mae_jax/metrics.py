@@ -92,10 +92,11 @@ class Writer:
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter
 
-            # TensorBoard forgets older events of this step and of those after it.
-            purge_step = self._start + 1 if self._start else 0
             self._tensorboard = SummaryWriter(
-                os.fspath(self._workdir / "tensorboard"), purge_step=purge_step
+                os.fspath(self._workdir / "tensorboard"),
+                # TensorBoard forgets what it had of this step and of those after it.
+                purge_step=self._start + 1 if self._start else 0,
+                filename_suffix=f".from_step_{self._start}",
             )
         return self._tensorboard
 

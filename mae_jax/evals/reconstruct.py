@@ -60,7 +60,8 @@ class Evaluator:
         self._source = sources.open_source(name, cfg.split, config.data.data_dir)
         self._origin = f"{name}, {cfg.split}"
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-        self._batch_size = -(-min(cfg.batch_size, cfg.images) // ways) * ways
+        batch_size = min(cfg.batch_size, cfg.images, len(self._source))
+        self._batch_size = -(-batch_size // ways) * ways
         self._rows = sharding.host_rows(mesh, self._batch_size)
         self._target = config.target.name
         self._in_pixels = self._target in pixels.CAPTIONS  # else nothing but the loss can be told
@@ -75,8 +76,8 @@ class Evaluator:
 
         eval/loss: the training loss on these images. eval/rmse: root mean squared error, in levels,
         of all hidden pixels and channels of all images together; eval/rmse_mean_colour and
-        eval/rmse_interpolation: the same of the predictors of evals/pixels.py. eval/images: how many
-        images. If the target is not made of pixels there are the loss and the number alone.
+        eval/rmse_interpolation: the same of the predictors of evals/pixels.py. eval/images: their
+        number. If the target is not made of pixels there are the loss and the number alone.
 
         Raises:
           ValueError: none of the images can be read.
@@ -103,7 +104,7 @@ class Evaluator:
                 f"no image of {self._origin} can be read: there is nothing to evaluate"
             )
         hidden, loss, squared = sums.tolist()
-        scalars = {"eval/loss": loss / hidden, "eval/images": float(images)}
+        scalars = {"eval/loss": loss / hidden}
         if self._in_pixels:
             count = hidden * math.prod(self._patch) * self._config.model.channels
             if self._trivial is None:
@@ -113,7 +114,7 @@ class Evaluator:
                     "eval/rmse_interpolation": interpolation,
                 }
             scalars |= {"eval/rmse": math.sqrt(squared / count), **self._trivial}
-        return scalars, pictures
+        return scalars | {"eval/images": float(images)}, pictures
 
     def _batches(self) -> Iterator[tuple[dict, np.ndarray, dict]]:
         """(this host's rows, which rows of the global batch count, the global arrays)."""
