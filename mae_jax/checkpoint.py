@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import signal
@@ -43,9 +44,7 @@ FREE_KEYS = (
     "model.remat",
     "model.scan_unroll",
 )
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow"
-)  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 DIGESTS = "digests.json"
 SHOWN = 5  # differences in an error message
 PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
@@ -54,15 +53,13 @@ PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
 class Preempted(SystemExit):
     """Asked to stop, and the state was saved: ends the process with exit status PREEMPTED."""
 
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.code = PREEMPTED
+    code = PREEMPTED
 
 
 class Preemption(NamedTuple):
-    """`requested(step)`: whether to save and stop now; on all hosts at the same step."""
+    """Whether the run is asked to stop."""
 
-    requested: Callable[[int], bool]
+    requested: Callable[[int], bool]  # of the step: save and stop now? On all hosts alike
 
 
 def preemption() -> Preemption:
@@ -85,7 +82,7 @@ class Checkpointer:
     of `save`, `check`, `wait` or `close`.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         """Opens WORKDIR/checkpoints, and clears what an interrupted save left there.
 
         Args:
@@ -101,7 +98,7 @@ class Checkpointer:
                 f"config.checkpoint.keep={keep} must be at least 1, and"
                 f" config.checkpoint.keep_every={keep_every} steps at least 0"
             )
-        self.root = epath.Path(workdir) / "checkpoints"
+        self.root = _absolute(workdir) / "checkpoints"
         self._writing = 0
         self._bytes = 0
         for left in self._unfinished():
@@ -251,13 +248,13 @@ def restore_or_init(
     return init(), "from scratch"
 
 
-def find(path: str | Path, key: str) -> epath.Path:
+def find(path: str | os.PathLike, key: str) -> epath.Path:
     """The newest intact checkpoint of a run (its workdir), or the one that is named.
 
     Raises:
       ValueError: there is none; `config.KEY` and what was looked for are named.
     """
-    base = epath.Path(path)
+    base = _absolute(path)
     if (base / "state").is_dir():
         found = [base]
     else:
@@ -330,7 +327,7 @@ def damage(checkpoint: epath.Path) -> str | None:
     return None
 
 
-def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
+def restore(checkpoint: str | os.PathLike, target: Any) -> Any:
     """The arrays of a checkpoint that are in `target`, in its shardings.
 
     Args:
@@ -339,7 +336,7 @@ def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
     Raises:
       ValueError: an array is on one side only or has another shape or type; the first are named.
     """
-    path = epath.Path(checkpoint) / "state"
+    path = _absolute(checkpoint) / "state"
     # The bare handler: a Checkpointer would look for, and miss, metadata that belong to the step.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(path).tree
@@ -364,7 +361,7 @@ def restore(checkpoint: str | Path | epath.Path, target: Any) -> Any:
         )
 
 
-def prepare_workdir(workdir: str | Path, config: ConfigDict) -> None:
+def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Makes the workdir, with config.json and env.json; prints what changed in the environment.
 
     Raises:
@@ -445,6 +442,11 @@ def _changes(old: dict, new: dict) -> dict[str, str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     }
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    """As Orbax wants it; the name of a bucket's object already is."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _files(directory: epath.Path) -> list[epath.Path]:

@@ -116,6 +116,14 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path):
     run.close()
 
 
+def test_a_workdir_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.prepare_workdir("run", config())
+    run_of("run", 1)
+    assert_equal(start("run")[0], init(1))
+    assert_equal(start("other", resume="run")[0], init(1))
+
+
 def test_the_newest_n_and_every_kth_are_kept(tmp_path):
     run_of(tmp_path, *range(1, 14), keep=2, keep_every=5)
     run = open_run(tmp_path, keep=2, keep_every=5)
