@@ -320,8 +320,8 @@ def damage(checkpoint: epath.Path) -> str | None:
     for name, entry in expected.items():
         if name not in found:
             return f"{name} is missing"
-        if found[name]["bytes"] != entry["bytes"]:
-            return f"{name} has {found[name]['bytes']} of {entry['bytes']} bytes"
+        if found[name]["bytes"] != entry.get("bytes"):
+            return f"{name} has {found[name]['bytes']} of {entry.get('bytes')} bytes"
         if found[name] != entry:
             return f"{name} has other contents than were written"
     return None
@@ -420,21 +420,19 @@ def environment() -> dict[str, Any]:
 
 
 def _described(tree: Any) -> dict[str, str]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    """Path -> type and shape of the arrays of a tree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{[*x.shape]}"
-        for path, x in leaves
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
 
 
 def _changes(old: dict, new: dict) -> dict[str, str]:
     """Key -> 'key: old -> new' where two nested dicts differ."""
 
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        parts = [flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
-        return {key: value for part in parts for key, value in part.items()}
+    def flat(tree: dict) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree, lambda x: not isinstance(x, dict))[0]
+        return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}
 
     before, after = flat(old), flat(new)
     return {

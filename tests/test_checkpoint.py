@@ -210,6 +210,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, hurt, reas
     assert (tmp_path / "damaged-20").is_dir()
 
 
+def test_only_the_files_of_the_state_are_needed(tmp_path):
+    """What Orbax keeps beside them, which no digest covers, may be damaged or gone."""
+    run_of(tmp_path, 10)
+    directory = tmp_path / "checkpoints/10"
+    beside = sorted(p.name for p in directory.iterdir() if p.name not in ("state", "digests.json"))
+    assert beside == ["_CHECKPOINT_METADATA", "commit_success.txt"]
+    (directory / beside[0]).write_text("{")
+    (directory / beside[1]).unlink()
+    assert_equal(start(tmp_path)[0], init(10))
+
+
 def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, capsys):
     run_of(tmp_path, 10, 20)
     (tmp_path / "checkpoints/20").rename(tmp_path / "checkpoints/20.orbax-checkpoint-tmp")
