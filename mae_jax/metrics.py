@@ -286,7 +286,7 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
 
     def plot(axis: Any, name: str, label: str, colour: str, style: str = "-") -> None:
         steps, values = series(name)
-        marker = "o" if len(steps) < 20 else ""
+        marker = "o" if style == "-" and len(steps) < 20 else ""
         axis.plot(steps, values, style, color=colour, label=label, marker=marker, markersize=3)
 
     plot(axes[0], "train/loss", "training images", "C0")
@@ -305,9 +305,10 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
     if panels == 2:
         for name, (label, colour, style) in errors.items():
             plot(axes[1], name, label, colour, style)
-        axes[1].set(title="Error of hidden pixels (of 255)", xlabel="step")
+        axes[1].set(title="Error of hidden pixels (RMSE, of 255 levels)", xlabel="step")
         axes[1].set_ylim(bottom=0)
         axes[1].legend(frameon=False)
+    rate.spines["top"].set_visible(False)
     for axis in axes:
         axis.spines["top"].set_visible(False)
         axis.grid(color="0.92")
