@@ -47,7 +47,7 @@ class Task(NamedTuple):
     loss: Callable  # (params, extra, batch, rng, train) -> loss, (extra, metrics)
     predict: Mapping[str, Callable]  # name -> fn(params, extra, batch)
     optimizer: Callable  # (total_steps, steps_per_epoch) -> transformation, schedule
-    batches: Callable  # (start_step, rows) -> iterator of (this host's rows, scalars to report)
+    batches: Callable  # (start_step, rows) -> iterator of (rows of this host, scalars, log lines)
     flops_per_example: float  # forward pass, matrix products only
 
 
@@ -228,8 +228,8 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
     """Train to the end of `config.train_for`, from wherever the workdir stands.
 
     Between two updates: evaluate, then save, and only then take the next batch, so that what is
-    saved is one moment. The metrics of an update are read after the next one was started, so that the
-    device never waits for the host; before a save they are read first.
+    saved is one moment. The metrics of an update are read after the next one was started, so that
+    the device never waits for the host; before a save they are read first.
 
     Raises:
       ValueError: the config cannot work here, or the workdir belongs to another run.
@@ -324,7 +324,9 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
                 break
 
             with stopwatch.waiting():
-                batch, reported = next(batches)
+                batch, reported, lines = next(batches)
+            for line in lines:
+                say(line)
             inputs = {name: batch[name] for name in task.inputs}
             state, values = program.step(state, sharding.put_batch(mesh, inputs, config.batch_size))
             read_metrics()

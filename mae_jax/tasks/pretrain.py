@@ -104,6 +104,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         out = reconstruct(params, extra, batch)
         return mae.masked_mse(out["pred_BLP"], out["target_BLP"], out["mask_BL"]), (extra, {})
 
+    pipeline.check(data)
     source = sources.open_source(data.source, data.split, data.data_dir)
 
     def optimizer(total_steps: int, steps_per_epoch: int):
@@ -117,7 +118,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
         return tx, schedule
 
-    def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict]]:
+    def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
         stream = pipeline.train_batches(
             source,
             data,
@@ -128,9 +129,10 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             start_step=start_step,
             rows=rows,
         )
-        bad_images = pipeline.BadImageLog(source, data.max_bad_fraction)
+        unreadable = pipeline.BadImageLog(source, data.max_bad_fraction, m.channels)
         for batch in stream:
-            yield batch, {"data/bad_images": bad_images.count(batch["bad"])}
+            lines = unreadable.add(batch["bad"])
+            yield batch, {"data/bad_images": unreadable.count}, lines
 
     return Task(
         inputs={"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)},
