@@ -1,0 +1,200 @@
+"""Real runs of the train command: killed, asked to stop, moved to other devices, and gone on."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mae_jax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+STEPS, SAVE_EVERY, KILLS = 44, 2, 10
+
+CONFIG = f'''
+from configs.pretrain import get_config as recipe
+
+def get_config(arg=None):
+    config = recipe("batch_size=16,image_size=32")
+    config.model.update(
+        width=32, depth=2, heads=4, patch_size=(8, 8), decoder_width=16, decoder_depth=1,
+        decoder_heads=4, dtype="float32", channels=1,
+    )
+    config.train_for, config.optim.warmup = "{STEPS} steps", "5 steps"
+    config.data.update(source="bundled:digits", mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
+    config.evals = {{}}
+    config.checkpoint.update(every="{SAVE_EVERY} steps", keep=2, keep_every="")
+    config.log_every = "1 steps"
+    return config
+'''
+
+
+class Run:
+    """One process of `mae-jax train`; `said` grows line by line."""
+
+    def __init__(self, folder: Path, workdir: Path, *flags: str, devices: int = 2):
+        config = folder / "tiny.py"
+        config.write_text(CONFIG)
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mae_jax", "train"),
+                *(f"--config={config}", f"--workdir={workdir}", *flags),
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.workdir, self.said = workdir, []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._too_long = threading.Timer(240, self.process.kill)
+        self._too_long.start()
+
+    def _read(self) -> None:
+        self.said.extend(line.rstrip() for line in self.process.stdout)
+
+    def until(self, condition) -> None:
+        """Waits for a condition, or for the end of the process."""
+        while self.process.poll() is None and not condition():
+            time.sleep(0.002)
+
+    def until_step(self, step: int) -> None:
+        """Waits until this process has trained, and the run has reported a step."""
+        self.until(lambda: any("resumed at" in x or "from scratch" in x for x in self.said))
+        before = len(logged(self.workdir))
+        self.until(lambda: len(logged(self.workdir)) > before)
+        self.until(lambda: logged(self.workdir)[-1]["step"] >= step)
+
+    def end(self, how: int | None = None) -> int:
+        """Sends a signal, if one is given; the exit status."""
+        if how is not None:
+            self.process.send_signal(how)
+        status = self.process.wait()
+        self._reader.join()
+        self._too_long.cancel()
+        return status
+
+
+def logged(workdir: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl that tell of updates."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for entry in entries if "train/loss" in entry]
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """Everything in the newest checkpoint."""
+    path = checkpoint.find(workdir, "test")
+    shapes = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    here = SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    leaves = jax.tree_util.tree_flatten_with_path(checkpoint.restore(path, target))[0]
+    return {jax.tree_util.keystr(name): np.asarray(value) for name, value in leaves}
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    """Bit-equal arrays; every step reported once, with the same numbers."""
+    ours, theirs = arrays(workdir), arrays(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    assert ours[".step" if ".step" in ours else "['step']"] == STEPS
+
+    def numbers(path):
+        return [(x["step"], x["train/loss"], x["train/grad_norm"]) for x in logged(path)]
+
+    assert [step for step, *_ in numbers(workdir)] == list(range(1, STEPS + 1))
+    assert numbers(workdir) == numbers(expected)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    run = Run(folder, folder / "uninterrupted")
+    assert run.end() == 0, run.said
+    return run.workdir
+
+
+def test_a_run_killed_ten_times_ends_bit_equal_to_an_uninterrupted_one(folder, uninterrupted):
+    """SIGKILL at seeded moments: after a random step, or at a random moment of a save."""
+    moments = random.Random(0)
+    workdir = folder / "killed"
+    unfinished = (workdir / "checkpoints").glob
+    while_saving = 0
+    for kill in range(KILLS):
+        run = Run(folder, workdir)
+        run.until_step(moments.randint(kill, kill + 3) * STEPS // (KILLS + 5))
+        if kill % 2:
+            run.until(lambda: any(unfinished("*tmp*")))
+        time.sleep(moments.uniform(0, 0.1))
+        assert run.end(signal.SIGKILL) == -signal.SIGKILL, run.said
+        while_saving += any(unfinished("*tmp*"))
+    assert while_saving >= 2
+
+    run = Run(folder, workdir)
+    assert run.end() == 0, run.said
+    assert any("resumed at step" in line for line in run.said)
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninterrupted):
+    workdir = folder / "stopped"
+    run = Run(folder, workdir)
+    run.until_step(7)
+    assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, run.said
+    saved = int(checkpoint.find(workdir, "test").name)
+    assert saved == logged(workdir)[-1]["step"] >= 7
+
+    run = Run(folder, workdir)
+    assert run.end() == 0, run.said
+    assert any(f"resumed at step {saved} from" in line for line in run.said)
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):
+    """8, then 1, then 4: the same images and masks, so the same losses but for rounding."""
+    workdir = folder / "moved"
+    for devices in (8, 1):
+        run = Run(folder, workdir, devices=devices)
+        run.until_step(len(logged(workdir)) + 5)
+        assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, run.said
+    assert any("device_count: 8 -> 1" in line for line in run.said)
+    run = Run(folder, workdir, devices=4)
+    assert run.end() == 0, run.said
+    assert arrays(workdir).keys() == arrays(uninterrupted).keys()
+    ours, theirs = ([x["train/loss"] for x in logged(path)] for path in (workdir, uninterrupted))
+    assert len(ours) == STEPS
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    assert any(a != b for a, b in itertools.pairwise(ours))
+
+
+def test_another_config_is_refused_before_anything_is_touched(folder, uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    run = Run(folder, uninterrupted, "--config.optim.blr=1.0")
+    assert run.end() == 2
+    assert "optim.blr: 0.00015 -> 1.0" in "\n".join(run.said)
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
