@@ -299,6 +299,13 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path):
     assert scalars["eval/images"] == 4
 
 
+def test_nothing_but_unreadable_images_is_refused(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"not an image")
+    Image.fromarray(natural(16, 16, 3, 0)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="no image of .* can be read"):
+        evaluate(config_of(tmp_path, images=1))
+
+
 def test_a_perfect_model_is_perfect_in_pixels_but_not_through_estimated_statistics(folder):
     exact, _ = evaluate(config_of(folder, "pixels"), params=1.0)
     assert exact["eval/loss"] == 0

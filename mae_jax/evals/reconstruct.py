@@ -26,7 +26,7 @@ from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.vit import grid_of
 
 MASK_SEED = 0
-PICTURES = 8  # rows of the figure
+PICTURES = 6  # rows of the figure
 
 
 class Evaluator:
@@ -202,5 +202,6 @@ class Evaluator:
     def _caption(self, step: int) -> str:
         return (
             f"Step {step:,}. {self._origin}: {self._config.mask_ratio:.0%} of the patches are"
-            f" hidden. {pixels.CAPTIONS[self._target]}"
+            " hidden. The visible ones carry no loss, so that their predictions (third column) mean"
+            f" little. {pixels.CAPTIONS[self._target]}"
         )
