@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from mae_jax.data.pipeline import eval_batches
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax import sharding
+from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import open_source
 from mae_jax.evals import figures, pixels
 from mae_jax.evals.reconstruct import Evaluator
