@@ -255,13 +255,15 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
     stop = checkpoint.preemption()
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
-    writer = metrics.Writer(workdir, start)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
 
     def due(step: int, every: int) -> bool:
         return step == total or bool(every and step % every == 0)
 
-    with metrics.Progress(total, start, config.task) as progress:
+    with (
+        contextlib.closing(metrics.Writer(workdir, start)) as writer,
+        metrics.Progress(total, start, config.task) as progress,
+    ):
 
         def say(line: str) -> None:
             writer.log(line)
@@ -312,13 +314,14 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
                         writer.images(step, pictures)
                     say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
             stopping = stop.requested(step)
-            if new and (stopping or due(step, save_every)):
+            if (new and (stopping or due(step, save_every))) or (stopping and step == 0):
                 read_metrics()
+                writer.flush()
                 with stopwatch.pause():
                     saver.save(step, state)
             if stopping:
                 saver.close()
-                raise checkpoint.Preempted(f"asked to stop: saved step {step} of {total}")
+                raise checkpoint.Preempted(f"asked to stop at step {step} of {total}: it is saved")
             saver.check()
             if step == total:
                 break
@@ -332,5 +335,4 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
             read_metrics()
             unread = step + 1, {f"train/{k}": v for k, v in values.items()} | reported
     saver.close()
-    writer.close()
     return state

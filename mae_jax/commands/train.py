@@ -59,7 +59,7 @@ def summary(workdir: str) -> list[str]:
 
     lines = metrics.read(Path(workdir, "metrics.jsonl"))
     losses = [line for line in lines if "train/loss" in line]
-    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    evaluated = [line for line in lines if "eval/rmse" in line]
     metrics.loss_figure(Path(workdir, "metrics.jsonl"), Path(workdir, "loss.png"))
     first, last = losses[0], losses[-1]
     text = [
