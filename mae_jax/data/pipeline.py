@@ -1,12 +1,17 @@
 """From a source to uint8 batches of this host's rows, in an order that (seed, step) decides.
 
-A global batch is a stretch of an endless shuffled sequence of record indices. Each host decodes
-only its own rows of it, and a crop depends on the place in the sequence, not on who makes it:
-batches are the same for any number of hosts and after any resume, and nothing has to be saved.
+The global batches are consecutive stretches of an endless shuffled sequence of record indices. A
+host decodes only its own rows of them, and what is random about an example depends on its place in
+the sequence alone: batches are the same for any number of hosts, of threads and of processes, and
+after any resume, with nothing saved.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -14,106 +19,81 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_jax.config import nearest
+from mae_jax.config import nearest, resolve
 from mae_jax.data import transforms
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import BadImage, decode
+from mae_jax.data.transforms import BadImage, Picture
 
 CROPS = ("random_resized", "fixed", "center")
-REPLACEMENTS = 100  # records tried in place of one that cannot be read
+MAX_DRAWS = 100  # in search of a readable record
+SMALL = 2000  # a source of up to so many records is searched for all that is unreadable
+LISTED = 50  # unreadable records in an error message
+SHARED_MEMORY = Path("/dev/shm")
+
+Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Whole batches in an epoch; the incomplete one is dropped.
 
     Raises:
-      ValueError: there is not even one.
+      ValueError: there is not one whole batch.
     """
     if num_examples < batch_size:
         raise ValueError(
-            f"the dataset has {num_examples} images, fewer than one batch of {batch_size}: choose"
-            f" config.batch_size of at most {num_examples}, or add images"
+            f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
+            f" set config.batch_size to at most {num_examples:,}, or add images"
         )
     return num_examples // batch_size
 
 
 def check(data: ConfigDict) -> None:
-    """Raises ValueError for a value of config.data that cannot work."""
-    if data.crop not in CROPS:
-        raise ValueError(f"config.data.crop={data.crop!r} is unknown{nearest(data.crop, [*CROPS])}")
-    low, high = data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"config.data.crop_scale={(low, high)}: wants 0 < low <= high <= 1")
-    low, high = data.crop_ratio
-    if not 0 < low <= high:
-        raise ValueError(f"config.data.crop_ratio={(low, high)}: wants 0 < low <= high")
-    if not 0 <= data.flip <= 1:
-        raise ValueError(f"config.data.flip={data.flip} is no probability")
-    if data.threads < 1 or data.workers < 0 or data.prefetch < 1:
-        raise ValueError(
-            f"config.data: threads={data.threads} and prefetch={data.prefetch} must be at least 1,"
-            f" workers={data.workers} at least 0"
+    """Check config.data before anything is opened.
+
+    Raises:
+      ValueError: a value that cannot work.
+    """
+
+    def refuse(name: str, wanted: str) -> None:
+        raise ValueError(f"config.data.{name}={data[name]!r}: {wanted}")
+
+    make_crop(data)
+    for name in ("crop_scale", "crop_ratio"):
+        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
+            refuse(name, "give two numbers (low, high) with 0 < low <= high")
+    if data.crop_scale[1] > 1:
+        refuse("crop_scale", "a crop has at most the area of its image, so that high is at most 1")
+    if not all(0 < value < math.inf for value in data.std):
+        refuse("std", "standard deviations are positive")
+    for name in ("flip", "max_bad_fraction"):
+        if not 0 <= data[name] <= 1:
+            refuse(name, "give a number from 0 to 1")
+    for name, least in (("workers", 0), ("threads", 1), ("prefetch", 1)):
+        if data[name] < least:
+            refuse(name, f"give at least {least}")
+
+
+def make_crop(data: ConfigDict) -> Crop:
+    """The crop that config.data.crop names: one of CROPS, or a dotted path to a `Crop`.
+
+    Raises:
+      ValueError: there is no such crop.
+    """
+    if data.crop == "random_resized":
+        scale, ratio = tuple(data.crop_scale), tuple(data.crop_ratio)
+        return lambda picture, size, rng: transforms.random_resized_crop(
+            picture, size, scale, ratio, rng
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """Record index to example: read, decode, crop; an unreadable record is replaced by the next."""
-
-    source: Source
-    image_size: tuple[int, int]
-    channels: int
-    crop: str
-    scale: tuple[float, float] = (1.0, 1.0)
-    ratio: tuple[float, float] = (1.0, 1.0)
-    flip: float = 0.0
-
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        bad = -1
-        for attempt in range(min(REPLACEMENTS, len(self.source))):
-            found = (index + attempt) % len(self.source)
-            record = self.source[found]
-            try:
-                picture = decode(record["image"], self.channels)
-                break
-            except BadImage:
-                bad = index
-        else:
-            raise ValueError(
-                f"{REPLACEMENTS} records from number {index} on cannot be read, such as"
-                f" {record['name']}: {reason(self.source, index, self.channels)}"
-            )
-        if self.crop == "random_resized":
-            picture = transforms.random_resized(
-                picture, self.image_size, self.scale, self.ratio, rng
-            )
-        elif self.crop == "fixed":
-            picture = transforms.fixed(picture, self.image_size, rng)
-        else:
-            picture = transforms.center(picture, self.image_size)
-        if rng.random() < self.flip:
-            picture = transforms.flip(picture)
-        return {
-            "image": transforms.to_array(picture),
-            "label": np.int32(record["label"]),
-            "index": np.int32(found),
-            "bad": np.int32(bad),
-        }
-
-
-class Rows(grain.MapDataset):
-    """The given rows of every global batch, from batch `start` on."""
-
-    def __init__(self, parent: Any, batch_size: int, rows: np.ndarray, start: int):
-        super().__init__(parent)
-        self._batch_size, self._rows, self._start = batch_size, rows, start
-
-    def __len__(self) -> int:
-        return max(len(self._parent) // self._batch_size - self._start, 0) * len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        batch, row = divmod(index, len(self._rows))
-        return self._parent[(self._start + batch) * self._batch_size + int(self._rows[row])]
+    if data.crop == "fixed":
+        return transforms.fixed_crop
+    if data.crop == "center":
+        return lambda picture, size, rng: transforms.center_crop(picture, size)
+    if "." in data.crop:
+        return resolve(data.crop, None)
+    raise ValueError(
+        f"config.data.crop={data.crop!r} is no crop{nearest(data.crop, list(CROPS))}; or give a"
+        " dotted path to a function (picture, (height, width), rng) -> uint8 [H, W, C]"
+    )
 
 
 def train_batches(
@@ -127,34 +107,56 @@ def train_batches(
     start_step: int = 0,
     rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches; the first is that of step `start_step`.
+    """Endless batches for training, the first being that of step `start_step`.
 
     Every epoch is a new permutation of the source, cut to whole batches.
 
     Args:
-      rows: the rows of the global batch of `batch_size` that this host wants; None = all.
+      source: what is read.
+      data: config.data.
+      batch_size: of the global batch.
+      image_size: (height, width).
+      channels: of the images; see `transforms.decode`.
+      seed: of the order and of the augmentation.
+      start_step: how many batches are passed over; costs nothing.
+      rows: which rows of the global batch to load, sorted; None = all.
 
-    Yields:
-      image: uint8 [rows, H, W, C]; label, index (of the record) int32 [rows]; bad int32 [rows], the
-      index of an unreadable record that this row replaces, or -1.
+    Returns:
+      Dicts of image: uint8 [rows, H, W, C]; label: int32 [rows], -1 = none; index: int32 [rows], of
+      the record in the source; bad: int32 [rows], -1, or the record that should have stood here but
+      cannot be read, and was replaced by one drawn at random.
 
     Raises:
-      ValueError: see `check` and `steps_per_epoch`.
+      ValueError: see `check` and `steps_per_epoch`; while iterating: no readable record was found.
     """
     check(data)
     rows = np.arange(batch_size) if rows is None else rows
-    load = Load(
-        source,
-        tuple(image_size),
-        channels,
-        data.crop,
-        tuple(data.crop_scale),
-        tuple(data.crop_ratio),
-        data.flip,
-    )
-    epoch = steps_per_epoch(len(source), batch_size) * batch_size
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:epoch].repeat()
-    return _read(Rows(order.random_map(load), batch_size, rows, start_step), len(rows), data)
+    crop, flip = make_crop(data), data.flip
+
+    def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
+        drawn, bad = index, -1
+        for _ in range(MAX_DRAWS):
+            try:
+                record, picture = _read(source, index, channels)
+                break
+            except BadImage:
+                bad, index = drawn, int(rng.integers(len(source)))
+        else:
+            raise ValueError(
+                f"{MAX_DRAWS} images drawn one after another cannot be read, the first being"
+                f" {_describe(source, drawn, channels)}"
+            )
+        image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
+        return _example(image, record["label"], index, bad)
+
+    per_epoch = steps_per_epoch(len(source), batch_size) * batch_size
+    order = grain.MapDataset.range(len(source)).seed(seed % 2**32)
+    # random_map seeds by place in the endless sequence: rows are picked after it. Everything is
+    # lazy, rows that are not picked are not read.
+    examples = order.shuffle()[:per_epoch].repeat().random_map(load)
+    local = _Rows(examples, batch_size, rows)[start_step * len(rows) :]
+    num_bytes = len(rows) * math.prod(image_size) * channels
+    return _batches(local, len(rows), data, num_bytes, data.workers)
 
 
 def eval_batches(
@@ -167,82 +169,192 @@ def eval_batches(
     rows: np.ndarray | None = None,
     limit: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in order: centre crop, no flip; the last batch is filled up.
+    """Every image once, in order, cropped at its centre, not flipped; the last batch is padded.
 
-    All hosts get the same number of batches. Filled-up rows repeat the last image and have
-    valid=False.
+    Every host gets the same number of batches. Read in threads, whatever config.data.workers is.
 
-    Yields:
-      as `train_batches`, and valid: bool [rows].
+    Args:
+      limit: read only so many images, from the first on; None = all.
+      Others as of `train_batches`.
+
+    Returns:
+      Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
+      index 0. An image that cannot be read is black too, its index stands in `bad`.
     """
     rows = np.arange(batch_size) if rows is None else rows
     count = len(source) if limit is None else min(limit, len(source))
+    black = np.zeros((*image_size, channels), np.uint8)
+
+    def load(index: int) -> dict[str, Any]:
+        if index >= count:
+            return _example(black, -1, 0, -1) | {"valid": False}
+        try:
+            record, picture = _read(source, index, channels)
+        except BadImage:
+            return _example(black, -1, index, index) | {"valid": True}
+        image = transforms.center_crop(picture, image_size)
+        return _example(image, record["label"], index, -1) | {"valid": True}
+
     padded = -(-count // batch_size) * batch_size
-    load = Load(source, tuple(image_size), channels, "center")
-    # The shuffled order is not asked for; the seed only satisfies random_map.
-    order = grain.MapDataset.range(padded).seed(0)
-    examples = order.map(lambda i: min(i, count - 1)).random_map(load)
-    batches = _read(Rows(examples, batch_size, rows, 0), len(rows), data)
-    for number, batch in enumerate(batches):
-        yield batch | {"valid": number * batch_size + rows < count}
+    local = _Rows(grain.MapDataset.range(padded).map(load), batch_size, rows)
+    return _batches(local, len(rows), data, len(rows) * black.size, workers=0)
 
 
-def _read(examples: grain.MapDataset, batch_size: int, data: ConfigDict) -> Iterator[dict]:
-    """Read ahead, in threads or in processes, keeping the order."""
-    ahead = data.prefetch * batch_size
-    if data.workers == 0:
-        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
-        return iter(examples.to_iter_dataset(options).batch(batch_size))
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
-    threads = max(data.threads // data.workers, 1)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2))
-    processes = grain.MultiprocessingOptions(
-        num_workers=data.workers, per_worker_buffer_size=max(data.prefetch // data.workers, 1)
-    )
-    return iter(examples.to_iter_dataset(options).batch(batch_size).mp_prefetch(processes))
+def synthetic_batches(
+    *, batch_size: int, image_size: tuple[int, int], channels: int, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same random batch for ever, at no cost: tells a slow model from a slow input.
+
+    Returns:
+      Dicts as of `train_batches`, without labels.
+    """
+    rows = np.arange(batch_size) if rows is None else rows
+    shape = (len(rows), *image_size, channels)
+    none = np.full(len(rows), -1, np.int32)
+    batch = {
+        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+        "label": none,
+        "index": rows.astype(np.int32),
+        "bad": none,
+    }
+    while True:
+        yield dict(batch)
 
 
-def reason(source: Source, index: int, channels: int) -> str:
-    """Why a record cannot be read."""
+def _read(source: Source, index: int, channels: int) -> tuple[dict[str, Any], Picture]:
     record = source[index]
+    if "unreadable" in record:
+        raise BadImage(record["unreadable"])
+    return record, transforms.decode(record["image"], channels)
+
+
+def _describe(source: Source, index: int, channels: int) -> str | None:
+    """'NAME: why it cannot be read', or None if it can be read."""
     try:
-        decode(record["image"], channels)
+        _read(source, index, channels)
+        return None
     except BadImage as error:
-        return record.get("unreadable", str(error))
-    return "it can be read now"
+        return f"{source[index]['name']}: {error}"
 
 
-class BadImageLog:
-    """Counts the records that could not be read, and stops a run that has too many."""
+def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
+    numbers = {"label": label, "index": index, "bad": bad}
+    return {"image": image_HWC, **{name: np.int32(value) for name, value in numbers.items()}}
 
-    def __init__(self, source: Source, max_fraction: float, channels: int = 3):
-        self._source, self._channels = source, channels
-        self._limit = max_fraction * len(source)
-        self._max_fraction = max_fraction
-        self._seen: dict[int, str] = {}
 
-    def add(self, bad: np.ndarray) -> list[str]:
-        """Take the `bad` row of a batch; returns a line for each record that is new.
+class _Rows(grain.MapDataset):
+    """Of every `batch_size` elements of the parent, those at `rows`."""
 
-        Raises:
-          ValueError: more distinct records than the fraction allows; they are listed.
-        """
-        lines = []
-        for index in sorted({int(i) for i in bad if i >= 0} - self._seen.keys()):
-            name = self._source[index]["name"]
-            self._seen[index] = f"{name}: {reason(self._source, index, self._channels)}"
-            lines.append(f"image replaced by the next one, {self._seen[index]}")
-        if len(self._seen) > self._limit:
-            listed = "\n  ".join([*self._seen.values()][:20] + ["..."] * (len(self._seen) > 20))
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
+
+
+def _batches(
+    examples: grain.MapDataset, size: int, data: ConfigDict, num_bytes: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of `size` examples and `num_bytes` of pixels, read ahead and kept in order."""
+    if not workers:
+        options = grain.ReadOptions(
+            num_threads=data.threads, prefetch_buffer_size=data.prefetch * size
+        )
+        batches = examples.to_iter_dataset(options).batch(size)
+        # Copies the examples into batches in the background, too.
+        return _closing(
+            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+        )
+
+    ahead = -(-data.prefetch // workers)
+    if SHARED_MEMORY.is_dir():  # processes that run out of it die of a bus error
+        needed, free = (ahead + 2) * workers * num_bytes, shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
             raise ValueError(
-                f"{len(self._seen)} of {len(self._source)} images cannot be read, more than"
-                f" config.data.max_bad_fraction={self._max_fraction} allows:\n  {listed}\n"
-                "Remove or mend them, or allow more."
+                f"config.data.workers={workers} needs {needed / 2**20:,.0f} MiB of shared memory,"
+                f" {SHARED_MEMORY} has {free / 2**20:,.0f} free: set config.data.workers=0 (threads"
+                " need none), lower workers or prefetch, or give the container more (docker run"
+                " --shm-size)"
             )
-        return lines
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags when it starts processes
+    # Whole batches are made in each process: what is sliced among processes is what stands before
+    # to_iter_dataset, and slicing examples would mix the batches.
+    batches = examples.batch(size).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+    return _closing(batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts))
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the first one tells the others to stop."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    """Iterate, and stop threads and processes as soon as the iterator is dropped."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+@dataclasses.dataclass
+class BadImageLog:
+    """Counts the records that turn out unreadable, and stops a run that meets too many."""
+
+    source: Source
+    max_bad_fraction: float
+    channels: int = 3
+    _found: dict[int, str] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def count(self) -> int:
-        """Distinct records so far."""
-        return len(self._seen)
+        """Distinct unreadable records met so far."""
+        return len(self._found)
+
+    def add(self, bad: np.ndarray) -> list[str]:
+        """Take a batch's `bad`; returns one line for each record that was not met before.
+
+        Raises:
+          ValueError: there are more than `max_bad_fraction` of the source; they are listed.
+        """
+        new = sorted({int(index) for index in bad if index >= 0} - self._found.keys())
+        for index in new:
+            reason = _describe(self.source, index, self.channels)
+            name = self.source[index]["name"]
+            self._found[index] = reason or f"{name}: was unreadable for a moment"
+        if new and self.count > self.max_bad_fraction * len(self.source):
+            self._stop()
+        return [f"unreadable, replaced by another image: {self._found[index]}" for index in new]
+
+    def _stop(self) -> None:
+        rest = range(len(self.source)) if len(self.source) <= SMALL else range(0)
+        for index in rest:
+            if index not in self._found:
+                reason = _describe(self.source, index, self.channels)
+                if reason:
+                    self._found[index] = reason
+        lines = [self._found[index] for index in sorted(self._found)]
+        if len(lines) > LISTED:
+            lines[LISTED:] = [f"... and {len(lines) - LISTED:,} more"]
+        fraction = self.count / len(self.source)
+        raise ValueError(
+            f"{self.count:,} of {len(self.source):,} images"
+            + ("" if rest else " so far")
+            + f" ({fraction:.2%}) cannot be read, more than"
+            f" config.data.max_bad_fraction={self.max_bad_fraction} allows:\n  "
+            + "\n  ".join(lines)
+            + "\nRemove or replace them, or train without them:"
+            f" --config.data.max_bad_fraction={math.ceil(fraction * 100) / 100}"
+        )

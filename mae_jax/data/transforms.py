@@ -1,197 +1,231 @@
 """Decoding, cropping and resizing on the host: Pillow in, uint8 arrays out.
 
 Pillow's bicubic filter (antialiased, rounded to uint8) is the reference for pixels: the published
-recipe resizes with it. An image here is a PIL image, or, when it has neither one nor three
-channels, a uint8 array (H, W, C) whose channels are resized one by one.
+recipe resizes with it. An image between decoding and cropping, here called a picture, is a PIL
+image, or, when it has neither one nor three channels, a uint8 array [H, W, C] whose channels are
+resized one by one.
 """
 
+import contextlib
 import io
 import math
-import warnings
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Picture = Image.Image | np.ndarray
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit for what may be a decompression bomb, twice over
-WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
-TRIES = 10  # of a random crop, before the fallback
-EVAL_RATIO = 224 / 256  # of the crop to the resized short side, for images up to 224 pixels
+# Not all that Pillow opens: some formats run other programs (EPS), and none is a photograph.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 178_956_970  # beyond this Pillow, too, takes an image for a decompression bomb
+TRIES = 10  # of a random crop, before its fallback
+MAX_STRETCH = 16  # a resized picture is at most this many times as long as the crop wants it
+
+ORIENTATION = 0x0112  # the EXIF tag, and what turns its values upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(ValueError):
-    """Bytes that are no image a person would recognise; the message says why."""
+    """What cannot be read as an image; the message says why."""
+
+
+# --- decoding ---
 
 
 def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
-    """Decode an image as a person would see it.
+    """What a person would see of an image.
 
-    Turned upright by its EXIF tag; transparency on white; 16 bits scaled to 8; of an animation the
-    first frame; CMYK, grey and palettes converted. (The official loader does not turn images.)
+    CMYK, grey and palettes are converted, of 16 bits the upper 8 are kept (the full range, not
+    clipped), of an animation the first frame. Transparent parts are white, as on a page: what files
+    store under them is arbitrary. EXIF turns are applied: a sideways photograph is of no use to
+    anyone. The official loader does not turn, which concerns a handful of ImageNet's images.
 
     Args:
-      image: an encoded file, or a uint8 array (H, W) or (H, W, C).
-      channels: 1 converts to grey, 3 to RGB; any other number must be that of the array.
+      image: an encoded file, or a uint8 array [H, W] or [H, W, C].
+      channels: 1 makes grey, 3 RGB; with any other number the image must have that many and is not
+        converted.
+
+    Returns:
+      A PIL image of mode L or RGB, or for other numbers of channels a uint8 array [H, W, C].
 
     Raises:
       BadImage: it cannot be read, has no pixels, or more than MAX_PIXELS.
     """
-    if isinstance(image, np.ndarray):
-        return _from_array(image, channels)
-    if not image:
-        raise BadImage("it is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a warning about each odd tag of each file helps no one
-            with Image.open(io.BytesIO(image)) as opened:
-                width, height = opened.size
-                if width * height > MAX_PIXELS:
-                    raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
-                opened.load()
-                picture = ImageOps.exif_transpose(opened)
-                return _convert(picture, channels)
-    except BadImage:
+        picture = _from_array(image) if isinstance(image, np.ndarray) else _from_file(image)
+        return _convert(picture, channels)
+    except (BadImage, MemoryError):  # lack of memory is no property of the image
         raise
-    except UnidentifiedImageError as error:
-        raise BadImage("it is not an image") from error
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise BadImage(f"not an image of a format that is read ({known})") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow raises many kinds at broken files
-        raise BadImage(str(error) or type(error).__name__) from error
+        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _convert(picture: Image.Image, channels: int) -> Image.Image:
-    if channels not in (1, 3):
-        raise BadImage(f"an encoded image has 1 or 3 channels here, not {channels}")
-    if picture.mode in WIDE_MODES:
-        values = np.asarray(picture).astype(np.float64)
-        if picture.mode == "F":
-            low, high = min(values.min(), 0.0), max(values.max(), 1.0)
-            values = (values - low) / (high - low) * 255
-        else:
-            values = values / (65535 if values.max() > 255 or picture.mode != "I" else 255) * 255
-        picture = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
+def _from_file(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty")
+    picture: Image.Image = Image.open(io.BytesIO(data), formats=_readable_formats())
+    width, height = picture.size  # from the header; nothing is allocated yet
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels (from 1 to {MAX_PIXELS:,} can be read)")
+    picture.load()
+    turn = None
+    with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the pixels
+        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise BadImage("pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits")
+    return picture.transpose(turn) if turn is not None else picture
+
+
+def _readable_formats() -> list[str]:
+    """FORMATS that this build of Pillow knows; `Image.open` fails on others."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _from_array(array: np.ndarray) -> Picture:
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
+        raise BadImage(f"{array.dtype} of shape {array.shape} is no uint8 image [H, W, C]")
+    if array.shape[-1] > 4:
+        return array
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _convert(picture: Picture, channels: int) -> Picture:
+    if isinstance(picture, np.ndarray) or channels not in (1, 3):
+        array = np.asarray(picture)
+        if array.ndim != 3 or array.shape[-1] != channels or array.dtype != np.uint8:
+            count = array.shape[-1] if array.ndim == 3 else 1
+            raise BadImage(f"{count} channels where {channels} are wanted")
+        return array
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def _from_array(array: np.ndarray, channels: int) -> Picture:
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise BadImage(f"an array {array.dtype}{[*array.shape]} is no uint8 image (H, W, C)")
-    if array.shape[2] == channels and channels not in (1, 3):
-        return array
-    if array.shape[2] not in (1, 3) or channels not in (1, 3):
-        raise BadImage(f"it has {array.shape[2]} channels, the model wants {channels}")
-    return _convert(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array), channels)
+# --- cropping: a picture and the size wanted (height, width), to uint8 [height, width, C] ---
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """(height, width)"""
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+def random_resized_crop(
+    picture: Picture,
+    size_HW: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Crop a random box, resize it (REFERENCE section 2).
+
+    The box is cut out before it is resized, so that no pixel around it takes part.
+    """
+    left, top, width, height = random_box(*_size(picture)[::-1], scale, ratio, rng)
+    box = (left, top, left + width, top + height)
+    return _edit(picture, lambda p: p.crop(box).resize(size_HW[::-1], Image.Resampling.BICUBIC))
 
 
-def crop(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
-    """A rectangle; what lies outside of the picture is black."""
-    if isinstance(picture, np.ndarray):
-        return picture[top : top + height, left : left + width]
-    return picture.crop((left, top, left + width, top + height))
-
-
-def resize(picture: Picture, size: tuple[int, int]) -> Picture:
-    """Pillow's bicubic to (height, width), antialiased."""
-    if isinstance(picture, np.ndarray):
-        planes = [Image.fromarray(plane) for plane in np.moveaxis(picture, 2, 0)]
-        return np.stack([np.asarray(resize(plane, size)) for plane in planes], -1)
-    if picture.size == size[::-1]:
-        return picture
-    return picture.resize(size[::-1], Image.Resampling.BICUBIC)
-
-
-def to_array(picture: Picture) -> np.ndarray:
-    """uint8 (H, W, C)"""
-    array = np.asarray(picture)
-    return array[..., None] if array.ndim == 2 else array
-
-
-def sample_box(
-    size: tuple[int, int],
+def random_box(
+    width: int,
+    height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop of a picture of (height, width).
+    """(left, top, width, height) of a random part of a picture.
 
-    Area uniform in `scale`, aspect (width over height) log-uniform in `ratio`, sides rounded to
-    pixels; ten tries to fit, then the largest centred crop whose aspect is in `ratio`.
+    Area uniform in `scale` (fractions of the picture's), aspect (width over height) log-uniform in
+    `ratio`, place uniform; up to ten tries until it fits, else the largest centred box whose aspect
+    is the picture's clamped to `ratio`.
     """
-    height, width = size
-    log_ratio = np.log(ratio)
+    low, high = ratio
     for _ in range(TRIES):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.integers(0, height - h + 1))
-            return top, int(rng.integers(0, width - w + 1)), h, w
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return int(left), int(top), w, h
     w, h = width, height
-    if width / height < ratio[0]:
-        h = min(round(width / ratio[0]), height)
-    elif width / height > ratio[1]:
-        w = min(round(height * ratio[1]), width)
-    w, h = max(w, 1), max(h, 1)
-    return (height - h) // 2, (width - w) // 2, h, w
+    if width / height < low:
+        h = max(round(width / low), 1)
+    elif width / height > high:
+        w = max(round(height * high), 1)
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
-def random_resized(
-    picture: Picture,
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Picture:
-    """The crop of pre-training: cut first, then resize, so that nothing outside leaks in."""
-    return resize(crop(picture, *sample_box(size_of(picture), scale, ratio, rng)), size)
+def center_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:
+    """Resize the shorter side, crop the centre, as in evaluation (REFERENCE section 3).
 
-
-def fixed(picture: Picture, size: tuple[int, int], rng: np.random.Generator) -> Picture:
-    """A random crop without scaling, of the picture resized as for evaluation (Table 1e).
-
-    The paper names the variant and gives no sizes; these are ours.
+    The shorter side becomes size * 256 / 224, rounded down, up to size 224; beyond, size.
     """
-    picture = resize(picture, _covering(size_of(picture), size))
-    height, width = size_of(picture)
-    top = int(rng.integers(0, height - size[0] + 1))
-    left = int(rng.integers(0, width - size[1] + 1))
-    return crop(picture, top, left, *size)
+    margin = 256 if max(size_HW) <= 224 else 224
+    return _resized_crop(picture, size_HW, margin, lambda slack: round(slack / 2))
 
 
-def center(picture: Picture, size: tuple[int, int]) -> Picture:
-    """The crop of evaluation: resize so that the short side is size * 256 / 224, cut the centre.
+def fixed_crop(picture: Picture, size_HW: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Resize the shorter side to size * 256 / 224, crop anywhere.
 
-    Sizes over 224 are cut without a margin, as in the official evaluation.
+    For "crop, fixed size" of the paper's Table 1e, which gives no numbers: the margin is ours.
     """
-    picture = resize(picture, _covering(size_of(picture), size))
-    height, width = size_of(picture)
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return crop(picture, top, left, *size)
+    return _resized_crop(picture, size_HW, 256, lambda slack: int(rng.integers(slack + 1)))
 
 
-def _covering(old: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The size, of the old aspect, whose shorter side (beside `size`) leaves the margin."""
-    margin = EVAL_RATIO if max(size) <= 224 else 1.0
-    target = int(size[0] / margin), int(size[1] / margin)
-    if old[0] * target[1] <= old[1] * target[0]:  # relative to the target, height is the shorter
-        return target[0], max(int(target[0] * old[1] / old[0]), size[1])
-    return max(int(target[1] * old[0] / old[1]), size[0]), target[1]
+def _resized_crop(
+    picture: Picture, size_HW: tuple[int, int], margin: int, offset: Callable[[int], int]
+) -> np.ndarray:
+    """Resize to the smallest size that covers size * margin / 224, crop at offset(what is left)."""
+    crop_h, crop_w = size_HW
+    least_w, least_h = crop_w * margin // 224, crop_h * margin // 224
+    height, width = _size(picture)
+    # Of a very long strip only the middle is resized: all of it might not fit into memory.
+    cut_w = min(width, -(-MAX_STRETCH * least_w * height // least_h))
+    cut_h = min(height, -(-MAX_STRETCH * least_h * width // least_w))
+    left, top = (width - cut_w) // 2, (height - cut_h) // 2
+    if cut_w * least_h <= cut_h * least_w:
+        new_w, new_h = least_w, least_w * cut_h // cut_w
+    else:
+        new_w, new_h = least_h * cut_w // cut_h, least_h
+    x, y = offset(new_w - crop_w), offset(new_h - crop_h)
+
+    def edit(part: Image.Image) -> Image.Image:
+        if (cut_w, cut_h) != part.size:
+            part = part.crop((left, top, left + cut_w, top + cut_h))
+        part = part.resize((new_w, new_h), Image.Resampling.BICUBIC)
+        return part.crop((x, y, x + crop_w, y + crop_h))
+
+    return _edit(picture, edit)
 
 
-def flip(picture: Picture) -> Picture:
-    """Mirror left and right."""
+def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Mirror left and right, or not."""
+    return image_HWC[:, ::-1] if rng.random() < probability else image_HWC
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """(height, width)"""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+
+
+def _edit(picture: Picture, edit: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """uint8 [H, W, C] of a picture edited by Pillow; channels of an array one by one."""
     if isinstance(picture, np.ndarray):
-        return picture[:, ::-1]
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(picture, -1, 0)]
+        return np.stack([np.asarray(edit(plane)) for plane in planes], -1)
+    array = np.asarray(edit(picture))
+    return array[..., None] if array.ndim == 2 else array
