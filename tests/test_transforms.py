@@ -1,0 +1,442 @@
+"""Decoding as a person would expect it, and crops against plain Pillow, pixel by pixel."""
+
+import io
+import math
+import struct
+import threading
+import warnings
+import zlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_jax.data import transforms
+from mae_jax.data.transforms import BadImage, decode
+
+BICUBIC = Image.Resampling.BICUBIC
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    """A PNG file written by hand, since Pillow writes neither 16-bit colour nor false sizes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    data = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in data)
+
+
+def decoded(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+    return np.asarray(decode(image, channels))
+
+
+def gradient() -> np.ndarray:
+    """Smooth, so that lossy formats keep it nearly; no symmetry, so that turns show."""
+    y, x = np.mgrid[:16, :24]
+    return np.stack([10 * x, 15 * y, 5 * (x + y)], -1).astype(np.uint8)
+
+
+# --- decoding ---
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_lossless_files_give_their_pixels(kind):
+    image = noise(5, 7)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(decoded(encoded(image, kind, **options)), image)
+
+
+def test_grey_becomes_three_equal_channels_and_colour_becomes_grey():
+    grey, colour = noise(5, 7, 0), noise(5, 7)
+    for file in (encoded(grey), grey, grey[..., None]):
+        np.testing.assert_array_equal(decoded(file), np.stack([grey] * 3, -1))
+        np.testing.assert_array_equal(decoded(file, 1), grey)
+    luma = Image.fromarray(colour).convert("L")
+    for file in (encoded(colour), colour):
+        np.testing.assert_array_equal(decoded(file, 1), luma)
+
+
+def test_black_and_white_files_are_black_and_white():
+    bits = noise(5, 7, 0) > 127
+    file = encoded(Image.fromarray(bits), "PNG")
+    np.testing.assert_array_equal(decoded(file, 1), bits * 255)
+
+
+def test_cmyk_jpegs_show_their_colours():
+    cmyk = Image.fromarray(gradient()).convert("CMYK")
+    assert np.abs(decoded(encoded(cmyk, "JPEG", quality=95)) - gradient().astype(int)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(kind):
+    values = np.arange(0, 65536, 256, np.uint16).reshape(16, 16) + 255
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    file = encoded(Image.fromarray(values), kind, **options)
+    np.testing.assert_array_equal(decoded(file, 1), np.arange(256).reshape(16, 16))
+    np.testing.assert_array_equal(decoded(file)[..., 2], np.arange(256).reshape(16, 16))
+
+
+def test_16_bit_colour_is_scaled_as_16_bit_grey():
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    np.testing.assert_array_equal(decoded(png(5, 4, 16, 2, rows)), values >> 8)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_32_bit_pixels_of_unknown_range_are_refused(mode):
+    file = encoded(Image.fromarray(noise(4, 4, 0)).convert(mode), "TIFF")
+    with pytest.raises(BadImage, match="32 bits"):
+        decode(file)
+
+
+def test_palettes_are_looked_up():
+    palette = Image.fromarray(gradient()).quantize(32)
+    np.testing.assert_array_equal(decoded(encoded(palette)), palette.convert("RGB"))
+
+
+def test_transparent_parts_are_white():
+    image = noise(4, 4, 4)
+    alpha = image[..., 3:] / 255
+    expected = image[..., :3] * alpha + 255 * (1 - alpha)
+    for file in (encoded(image), image):
+        assert np.abs(decoded(file) - expected).max() <= 1
+
+    hole = np.full((4, 4), 1, np.uint8)
+    hole[0, 0] = 0
+    palette = Image.fromarray(hole, "P")
+    palette.putpalette([9, 9, 9, 50, 100, 200])
+    for kind in ("PNG", "GIF"):
+        pixels = decoded(encoded(palette, kind, transparency=0))
+        assert pixels[0, 0].tolist() == [255] * 3
+        assert pixels[1, 1].tolist() == [50, 100, 200]
+
+    key = Image.fromarray(np.array([[0, 7]], np.uint8))
+    assert decoded(encoded(key, transparency=7), 1).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_frames_the_first_is_read(kind):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 0, 200))]
+    file = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    pixels = decoded(file).astype(int)
+    assert pixels.shape == (4, 6, 3)
+    assert np.abs(pixels - (200, 0, 0)).max() < 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_photographs_are_turned_upright(orientation, kind):
+    # What the camera stored, for each value of the tag (EXIF 2.3, section 4.6.4).
+    upright = gradient()
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[transforms.ORIENTATION] = orientation
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    pixels = decoded(encoded(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).max() <= (4 if kind == "JPEG" else 0)
+
+
+def test_damaged_exif_does_not_lose_the_picture():
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\xff" + b"\xff" * 40
+    file = encoded(gradient(), "JPEG", quality=95)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about the tags
+        broken = decoded(file[:2] + segment + file[2:])
+    np.testing.assert_array_equal(broken, decoded(file))
+
+
+def test_a_single_pixel_is_an_image():
+    assert decoded(encoded(np.full((1, 1, 3), 9, np.uint8))).tolist() == [[[9, 9, 9]]]
+
+
+def bomb() -> bytes:
+    return png(20_000, 20_000, 8, 2, b"\0" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"Dear diary,\n", "not an image"),
+        (b"\xff\xd8\xff\xe0 no more of it", "cannot be decoded: Truncated"),
+        (encoded(noise(32, 32))[:1500], "truncated"),
+        (encoded(noise(64, 64), "JPEG")[:2000], "truncated"),
+        (encoded(noise(32, 32), "WEBP")[:100], "cannot be decoded"),
+        (bomb(), "more than 178,956,970 pixels"),
+        (png(0, 5, 8, 2, b""), "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
+    ],
+    ids=["empty", "text", "head", "png", "jpeg", "webp", "bomb", "flat", "postscript"],
+)
+def test_what_is_no_image_is_refused_with_the_reason(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode(data)
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch):
+    def load(self):
+        raise AssertionError("pixels were asked for")
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # not Pillow's own check alone
+    with pytest.raises(BadImage, match="20000 x 20000"):
+        decode(bomb())
+
+
+def test_lack_of_memory_is_not_the_images_fault(monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    file = encoded(noise(4, 4))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(MemoryError):
+        decode(file)
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    before, file = list(warnings.filters), encoded(noise(64, 64), "JPEG")
+    threads = [threading.Thread(target=decode, args=(file,)) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before
+
+
+def test_other_numbers_of_channels_pass_unchanged_and_are_never_guessed():
+    for channels in (2, 4, 5, 13):
+        image = noise(4, 6, channels)
+        np.testing.assert_array_equal(decoded(image, channels), image)
+    np.testing.assert_array_equal(decoded(encoded(noise(4, 6, 4)), 4), noise(4, 6, 4))
+    with pytest.raises(BadImage, match="5 channels where 3 are wanted"):
+        decode(noise(4, 6, 5), 3)
+    with pytest.raises(BadImage, match="3 channels where 5 are wanted"):
+        decode(encoded(noise(4, 6)), 5)
+    with pytest.raises(BadImage, match="1 channels where 4 are wanted"):
+        decode(noise(4, 6, 0), 4)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8)]
+)
+def test_arrays_that_are_no_images_are_refused(array):
+    with pytest.raises(BadImage, match="no uint8 image"):
+        decode(array)
+
+
+# --- crops ---
+
+
+def plain(image: np.ndarray, box: tuple[int, int, int, int], size_HW) -> np.ndarray:
+    """Cut the box out of the array, then Pillow's bicubic."""
+    left, top, width, height = box
+    part = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
+    return np.asarray(part.resize(size_HW[::-1], BICUBIC))
+
+
+@pytest.mark.parametrize("size_HW", [(24, 24), (16, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (9, 11), (1, 1)], ids=str)
+def test_random_resized_crop_cuts_its_box_and_resizes_it(shape, size_HW):
+    image = noise(*shape)
+    for seed in range(20):
+        rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+        got = transforms.random_resized_crop(Image.fromarray(image), size_HW, SCALE, RATIO, rng)
+        box = transforms.random_box(*shape[::-1], SCALE, RATIO, same)
+        np.testing.assert_array_equal(got, plain(image, box, size_HW))
+
+
+def test_pixels_around_the_box_would_leak_into_a_resize_with_a_box():
+    image = Image.fromarray(noise(50, 70))
+    cut = image.crop((10, 10, 40, 40)).resize((24, 24), BICUBIC)
+    boxed = image.resize((24, 24), BICUBIC, box=(10, 10, 40, 40))
+    assert not np.array_equal(cut, boxed)
+
+
+def test_random_box_follows_the_rule_draw_by_draw():
+    width, height = 300, 200
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        got = transforms.random_box(width, height, SCALE, RATIO, rng)
+        same = np.random.default_rng(seed)
+        expected = None
+        for _ in range(10):
+            area = 60_000 * same.uniform(0.2, 1.0)
+            aspect = math.exp(same.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                expected = same.integers(0, width - w + 1), same.integers(0, height - h + 1), w, h
+                break
+        assert got == (expected or ((300 - 267) // 2, 0, 267, 200))
+
+
+def boxes(width: int, height: int, scale=SCALE, ratio=RATIO, count: int = 4000) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    drawn = [transforms.random_box(width, height, scale, ratio, rng) for _ in range(count)]
+    return np.array(drawn, float)
+
+
+def distance_from_uniform(values: np.ndarray, low: float, high: float) -> float:
+    """Kolmogorov-Smirnov statistic, times the root of the number of values."""
+    ranks = np.arange(len(values)) / len(values)
+    expected = (np.sort(values) - low) / (high - low)
+    return np.abs(expected - ranks).max() * math.sqrt(len(values))
+
+
+def test_area_is_uniform_aspect_log_uniform_and_place_uniform():
+    # scale up to 0.7: every aspect of the range fits into a square, nothing is drawn again
+    left, top, width, height = boxes(1000, 1000, (0.2, 0.7)).T
+    critical = 1.95  # exceeded by chance once in a thousand
+    assert distance_from_uniform(width * height / 1e6, 0.2, 0.7) < critical
+    assert distance_from_uniform(np.log(width / height), *np.log(RATIO)) < critical
+    assert distance_from_uniform((left + 0.5) / (1001 - width), 0, 1) < critical
+    assert distance_from_uniform((top + 0.5) / (1001 - height), 0, 1) < critical
+    # and the measure does tell: aspect itself is not uniform
+    assert distance_from_uniform(width / height, *RATIO) > critical
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [
+        (1000, 10, (493, 0, 13, 10)),  # as wide as the ratio allows
+        (10, 1000, (0, 493, 10, 13)),
+        (1000, 1, (499, 0, 1, 1)),
+        (1, 1000, (0, 499, 1, 1)),
+        (1, 1, (0, 0, 1, 1)),
+    ],
+    ids=str,
+)
+def test_strips_get_the_largest_centred_box_of_an_allowed_aspect(width, height, expected):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        assert transforms.random_box(width, height, SCALE, RATIO, rng) == expected
+
+
+def test_fallback_of_an_allowed_aspect_is_the_whole_picture():
+    class Largest:  # draws that never fit: the largest area in the widest aspect
+        def uniform(self, low, high):
+            return high
+
+    assert transforms.random_box(100, 100, SCALE, RATIO, Largest()) == (0, 0, 100, 100)
+
+
+def test_center_crop_is_that_of_the_official_evaluation():
+    image = noise(300, 400)
+    resized = Image.fromarray(image).resize((341, 256), BICUBIC)
+    expected = resized.crop((58, 16, 58 + 224, 16 + 224))  # round((341 - 224) / 2) is even: 58
+    got = transforms.center_crop(Image.fromarray(image), (224, 224))
+    np.testing.assert_array_equal(got, expected)
+    upright = transforms.center_crop(Image.fromarray(image.swapaxes(0, 1)), (224, 224))
+    assert upright.shape == (224, 224, 3)
+
+
+def test_center_crop_beyond_224_has_no_margin():
+    image = noise(300, 400)
+    expected = Image.fromarray(image).resize((341, 256), BICUBIC).crop((42, 0, 298, 256))
+    got = transforms.center_crop(Image.fromarray(image), (256, 256))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size_HW", [(32, 64), (64, 32), (96, 96), (14, 14)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (7, 5), (1, 1), (300, 300)], ids=str)
+def test_center_crop_resizes_to_the_smallest_cover_of_the_size_and_its_margin(shape, size_HW):
+    (height, width), image = shape, noise(*shape)
+    least_h, least_w = (int(side / (224 / 256)) for side in size_HW)
+    factor = max(Fraction(least_h, height), Fraction(least_w, width))
+    new_w, new_h = int(width * factor), int(height * factor)
+    left, top = round((new_w - size_HW[1]) / 2), round((new_h - size_HW[0]) / 2)
+    resized = Image.fromarray(image).resize((new_w, new_h), BICUBIC)
+    expected = resized.crop((left, top, left + size_HW[1], top + size_HW[0]))
+    np.testing.assert_array_equal(transforms.center_crop(Image.fromarray(image), size_HW), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 60_000), (60_000, 2)], ids=str)
+def test_of_a_long_strip_only_the_middle_is_resized(shape, monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda p, size, *a: sizes.append(size) or resize(p, size, *a)
+    )
+    image = noise(*shape)
+    got = transforms.center_crop(Image.fromarray(image), (32, 32))
+    assert max(sizes[0]) <= 36 * (transforms.MAX_STRETCH + 1)
+    middle = slice(30_000 - 100, 30_000 + 100)
+    part = image[:, middle] if shape[0] == 2 else image[middle]
+    np.testing.assert_array_equal(got, transforms.center_crop(Image.fromarray(part), (32, 32)))
+
+
+def test_fixed_crop_is_a_part_of_the_resized_picture_at_every_place():
+    image = noise(80, 60)
+    resized = np.asarray(Image.fromarray(image).resize((36, 48), BICUBIC))  # 32 * 256 // 224 = 36
+    places = {}
+    for top in range(48 - 32 + 1):
+        for left in range(36 - 32 + 1):
+            places[resized[top : top + 32, left : left + 32].tobytes()] = (top, left)
+    rng = np.random.default_rng(0)
+    crops = [transforms.fixed_crop(Image.fromarray(image), (32, 32), rng) for _ in range(800)]
+    assert {places[crop.tobytes()] for crop in crops} == set(places.values())
+
+
+def test_fixed_crop_moves_at_any_size():
+    image = Image.fromarray(noise(60, 60))
+    rng = np.random.default_rng(0)
+    crops = [transforms.fixed_crop(image, (256, 256), rng).tobytes() for _ in range(3)]
+    assert len(set(crops)) == 3
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_crops_treat_the_channels_of_an_array_one_by_one(channels):
+    image = noise(30, 40, channels)
+    crops = {
+        "random_resized": lambda p: transforms.random_resized_crop(
+            p, (16, 24), SCALE, RATIO, np.random.default_rng(3)
+        ),
+        "fixed": lambda p: transforms.fixed_crop(p, (16, 24), np.random.default_rng(3)),
+        "center": lambda p: transforms.center_crop(p, (16, 24)),
+    }
+    for crop in crops.values():
+        got = crop(image)
+        assert got.shape == (16, 24, channels)
+        assert got.dtype == np.uint8
+        for channel in range(channels):
+            alone = crop(Image.fromarray(np.ascontiguousarray(image[..., channel])))
+            np.testing.assert_array_equal(got[..., channel], alone[..., 0])
+
+
+def test_flips_mirror_left_and_right_as_often_as_asked():
+    image, rng = noise(3, 5), np.random.default_rng(0)
+    mirrored = np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    for probability in (0.0, 0.3, 1.0):
+        flipped = []
+        for _ in range(1000):
+            got = transforms.random_flip(image, probability, rng)
+            flipped.append(np.array_equal(got, mirrored))
+            assert flipped[-1] or np.array_equal(got, image)
+        assert abs(np.mean(flipped) - probability) < 0.06
