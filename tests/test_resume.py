@@ -1,6 +1,5 @@
 """Real runs of the train command: killed, asked to stop, moved to other devices, and gone on."""
 
-import itertools
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from mae_jax import checkpoint
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE_EVERY, KILLS = 44, 2, 10
+STEPS, SAVE_EVERY, KILLS = 44, 2, 12
 
 CONFIG = f'''
 from configs.pretrain import get_config as recipe
@@ -43,11 +42,13 @@ def get_config(arg=None):
 class Run:
     """One process of `mae-jax train`; `said` grows line by line."""
 
-    def __init__(self, folder: Path, workdir: Path, *flags: str, devices: int = 2):
+    def __init__(self, folder: Path, workdir: Path, *flags: str, devices: int = 1):
         config = folder / "tiny.py"
         config.write_text(CONFIG)
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Compiling takes most of the time: quickly, and once for all runs alike.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -135,28 +136,34 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     run = Run(folder, folder / "uninterrupted")
-    assert run.end() == 0, run.said
+    assert run.end() == 0, "\n".join(run.said)
     return run.workdir
 
 
-def test_a_run_killed_ten_times_ends_bit_equal_to_an_uninterrupted_one(folder, uninterrupted):
-    """SIGKILL at seeded moments: after a random step, or at a random moment of a save."""
+def test_a_run_killed_twelve_times_ends_bit_equal_to_an_uninterrupted_one(folder, uninterrupted):
+    """SIGKILL at seeded moments: after a random step, while saving, or while starting."""
     moments = random.Random(0)
     workdir = folder / "killed"
-    unfinished = (workdir / "checkpoints").glob
+
+    def saving() -> bool:
+        return any((workdir / "checkpoints").glob("*tmp*"))
+
     while_saving = 0
     for kill in range(KILLS):
         run = Run(folder, workdir)
-        run.until_step(moments.randint(kill, kill + 3) * STEPS // (KILLS + 5))
-        if kill % 2:
-            run.until(lambda: any(unfinished("*tmp*")))
-        time.sleep(moments.uniform(0, 0.1))
-        assert run.end(signal.SIGKILL) == -signal.SIGKILL, run.said
-        while_saving += any(unfinished("*tmp*"))
+        if kill % 4 == 3:
+            time.sleep(moments.uniform(1, 4))
+        else:
+            run.until_step(moments.randint(kill, kill + 3) * STEPS // (KILLS + 5))
+            if kill % 4 == 1:
+                run.until(saving)
+            time.sleep(moments.uniform(0, 0.1))
+        assert run.end(signal.SIGKILL) == -signal.SIGKILL, "\n".join(run.said)
+        while_saving += saving()
     assert while_saving >= 2
 
     run = Run(folder, workdir)
-    assert run.end() == 0, run.said
+    assert run.end() == 0, "\n".join(run.said)
     assert any("resumed at step" in line for line in run.said)
     assert_same_run(workdir, uninterrupted)
 
@@ -165,12 +172,12 @@ def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninte
     workdir = folder / "stopped"
     run = Run(folder, workdir)
     run.until_step(7)
-    assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, run.said
+    assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, "\n".join(run.said)
     saved = int(checkpoint.find(workdir, "test").name)
     assert saved == logged(workdir)[-1]["step"] >= 7
 
     run = Run(folder, workdir)
-    assert run.end() == 0, run.said
+    assert run.end() == 0, "\n".join(run.said)
     assert any(f"resumed at step {saved} from" in line for line in run.said)
     assert_same_run(workdir, uninterrupted)
 
@@ -178,18 +185,16 @@ def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninte
 def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):
     """8, then 1, then 4: the same images and masks, so the same losses but for rounding."""
     workdir = folder / "moved"
-    for devices in (8, 1):
+    for devices in (8, 1, 4):
         run = Run(folder, workdir, devices=devices)
-        run.until_step(len(logged(workdir)) + 5)
-        assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, run.said
-    assert any("device_count: 8 -> 1" in line for line in run.said)
-    run = Run(folder, workdir, devices=4)
-    assert run.end() == 0, run.said
-    assert arrays(workdir).keys() == arrays(uninterrupted).keys()
+        run.until_step(len(logged(workdir)) + 4)
+        assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, "\n".join(run.said)
+    assert any("device_count: 1 -> 4" in line for line in run.said)
     ours, theirs = ([x["train/loss"] for x in logged(path)] for path in (workdir, uninterrupted))
-    assert len(ours) == STEPS
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    assert any(a != b for a, b in itertools.pairwise(ours))
+    assert len(ours) >= 12
+    np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=1e-3)
+    assert len(set(theirs)) == STEPS  # a step out of place would show
+    assert arrays(workdir).keys() == arrays(uninterrupted).keys()
 
 
 def test_another_config_is_refused_before_anything_is_touched(folder, uninterrupted):
