@@ -1,6 +1,7 @@
-"""AdamW as MAE uses it: learning-rate rule, schedule, and who is decayed, by role."""
+"""AdamW and LARS as MAE uses them: learning-rate rule, schedule, and who is decayed, by role."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import optax
 # Every parameter has a role, found by the first pattern that its path ends in. A path that no
 # pattern knows is an error: a new parameter must be thought about once, here.
 ROLES = (
-    (r"(qkv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
+    (r"(qkv|kv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
     (r"/bias", "bias"),
     (r"/scale", "scale"),
-    (r"(cls_token|mask_token)", "token"),
+    (r"(cls_token|mask_token|query_token)", "token"),
     (r"pos_embed", "position"),
 )
 
@@ -83,3 +84,49 @@ def adamw(
     return optax.adamw(
         schedule, b1, b2, eps, weight_decay=weight_decay, mask=lambda p: decay_mask(p, decayed)
     )
+
+
+def lars(
+    schedule: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust: float = 0.001,
+) -> optax.GradientTransformation:
+    """LARS of the official linear probe (REFERENCE section 4); pinned by tests/data/lars.npz.
+
+    Matrices: decayed, and their gradient scaled to `trust` times their own norm. All others: the
+    raw gradient. The rate stands outside the momentum buffer, where `optax.lars` has it inside:
+    the two differ as soon as the rate changes.
+    """
+
+    def scaled(path: tuple, grad: jax.Array, param: jax.Array) -> jax.Array:
+        if role(path) != "matrix":
+            return grad
+        grad = grad + weight_decay * param
+        norm, own = jnp.linalg.norm(grad), jnp.linalg.norm(param)
+        known = (norm > 0) & (own > 0)
+        return grad * jnp.where(known, trust * own / jnp.where(known, norm, 1.0), 1.0)
+
+    return optax.chain(
+        optax.stateless(lambda grads, params: jax.tree.map_with_path(scaled, grads, params)),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def side_by_side(
+    make: Callable[[jax.Array], optax.GradientTransformation], scales: tuple[float, ...]
+) -> optax.GradientTransformation:
+    """An optimizer for parameters stacked on a leading axis: make(scales[i]) for the i-th."""
+    factors = jnp.asarray(scales, jnp.float32)
+
+    def init(params: Any) -> Any:
+        return jax.vmap(lambda factor, p: make(factor).init(p))(factors, params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.vmap(lambda factor, *args: make(factor).update(*args))(
+            factors, grads, state, params
+        )
+
+    return optax.GradientTransformation(init, update)

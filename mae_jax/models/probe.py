@@ -1,0 +1,92 @@
+"""What is trained on frozen features: a linear head behind a bare batch norm, an attentive head.
+
+Shape suffixes as in models/vit.py, and R heads that are trained side by side.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+
+from mae_jax.models.vit import layer_norm, xavier
+
+EPSILON = 1e-6  # of the batch norm; REFERENCE section 4
+MOMENTUM = 0.9  # share of the old running statistics that stays; PyTorch calls it 0.1
+
+
+class BatchStats(NamedTuple):
+    """Running statistics of a batch norm."""
+
+    mean: Array  # (D,)
+    var: Array  # (D,)
+
+
+def initial_stats(width: int) -> BatchStats:
+    return BatchStats(jnp.zeros(width), jnp.ones(width))
+
+
+def batch_norm(x_BD: Array, stats: BatchStats, group: int, train: bool) -> tuple[Array, BatchStats]:
+    """Normalise each feature, without scale and bias, as the official linear probe does.
+
+    In training by the statistics of each group of `group` consecutive images, which stands for the
+    batch of one GPU; the running statistics follow the first group, as those of the first GPU were
+    handed to all others, with the variance that divides by n - 1. Else by the running statistics.
+
+    Args:
+      group: divides the batch; used in training only.
+    """
+    x_BD = x_BD.astype(jnp.float32)
+    if not train:
+        return (x_BD - stats.mean) / jnp.sqrt(stats.var + EPSILON), stats
+    x_GND = rearrange(x_BD, "(g n) d -> g n d", n=group)
+    mean_G1D = x_GND.mean(1, keepdims=True)
+    var_G1D = jnp.square(x_GND - mean_G1D).mean(1, keepdims=True)
+    y_BD = rearrange((x_GND - mean_G1D) / jnp.sqrt(var_G1D + EPSILON), "g n d -> (g n) d")
+    unbiased_D = var_G1D[0, 0] * group / (group - 1)
+    return y_BD, BatchStats(
+        MOMENTUM * stats.mean + (1 - MOMENTUM) * mean_G1D[0, 0],
+        MOMENTUM * stats.var + (1 - MOMENTUM) * unbiased_D,
+    )
+
+
+class LinearHead(nn.Module):
+    """Features to logits; starts from normal(0.01) and bias 0 (REFERENCE section 4)."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x_BD: Array) -> Array:
+        return nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.01), name="head")(x_BD)
+
+
+class AttentiveHead(nn.Module):
+    """Tokens to logits: a trained query attends to all of them, then a norm and a linear layer."""
+
+    classes: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        width = x_BLD.shape[-1]
+        split = (self.heads, width // self.heads)
+        x_BLD = x_BLD.astype(jnp.float32)
+        query_1SF = self.param("query_token", nn.initializers.normal(0.02), (1, *split))
+        kv_BL2SF = nn.DenseGeneral((2, *split), kernel_init=xavier, name="kv")(x_BLD)
+        query_B1SF = jnp.broadcast_to(query_1SF[None], (len(x_BLD), 1, *split))
+        y_B1SF = jax.nn.dot_product_attention(query_B1SF, kv_BL2SF[:, :, 0], kv_BL2SF[:, :, 1])
+        y_BD = rearrange(y_B1SF, "b 1 s f -> b (s f)")
+        return LinearHead(self.classes, name="linear")(layer_norm("norm")(y_BD))
+
+
+def init_heads(head: nn.Module, rng: Array, example: Array, count: int) -> dict:
+    """Parameters of `count` heads, stacked on a leading axis, all with the same start."""
+    params = head.init(rng, example)["params"]
+    return jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), params)
+
+
+def apply_heads(head: nn.Module, params: dict, x: Array) -> Array:
+    """(B, R, Y): the logits of each head for the same features."""
+    return jax.vmap(lambda p: head.apply({"params": p}, x), out_axes=1)(params)
