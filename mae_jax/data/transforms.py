@@ -66,8 +66,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
     except (BadImage, MemoryError):  # lack of memory is no property of the image
         raise
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise BadImage(f"not an image of a format that is read ({known})") from None
+        raise BadImage("not an image, or of a format that is not read") from None
     except Image.DecompressionBombError:
         raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow raises many kinds at broken files
