@@ -4,7 +4,13 @@ import collections
 import dataclasses
 import io
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from PIL import Image
 from mae_jax.data import pipeline, transforms
 from mae_jax.data.sources import open_source
 
+ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
 
 
@@ -209,11 +216,58 @@ def test_threads_and_processes_give_the_same_batches():
     expected = train(source, 7, start_step=2)
     for changed in ({"threads": 9, "prefetch": 7}, {"threads": 1, "prefetch": 1}, {"workers": 2}):
         assert_same(train(source, 7, config(**changed), start_step=2), expected)
-    rows = np.array([1, 5, 6])
-    assert_same(
-        train(source, 3, config(workers=3, prefetch=1), rows=rows),
-        train(source, 3, rows=rows),
+
+
+WORKING = """
+import multiprocessing
+import sys
+sys.path[:0] = ["tests"]
+from test_pipeline import *
+
+if __name__ == "__main__":
+    stream = pipeline.train_batches(
+        Noise(21), config(workers=2), batch_size=8, image_size=SIZE, channels=3, seed=0
     )
+    next(stream)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    print(next(stream)["index"].tolist(), flush=True)
+    for line in sys.stdin:
+        print(next(stream)["index"].tolist(), flush=True)
+"""
+
+
+def test_signals_to_workers_stop_nothing_and_a_killed_run_leaves_none_behind(tmp_path):
+    script = tmp_path / "working.py"
+    script.write_text(WORKING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, script],
+        cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as run:  # fmt: skip
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(workers) == 2
+        run.stdout.readline()
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        expected = [batch["index"].tolist() for batch in train(Noise(21), 8)][2:]
+        for batch in expected:  # more than was ready when the signals came
+            run.stdin.write("\n")
+            run.stdin.flush()
+            assert run.stdout.readline() == f"{batch}\n"
+        run.kill()
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_a_dropped_iterator_stops_its_threads():

@@ -8,8 +8,11 @@ after any resume, with nothing saved.
 
 import dataclasses
 import math
+import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,13 +294,25 @@ def _batches(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    return _closing(batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts))
+    return _closing(batches.mp_prefetch(options, worker_init_fn=_follow_parent))
 
 
-def _ignore_interrupts(worker: int, workers: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the first one tells the others to stop."""
+def _follow_parent(worker: int, workers: int) -> None:
+    """In a worker: leave signals, which may reach all, to the parent, and end when it does.
+
+    The parent saves and then stops its workers; killed, it would leave them waiting for ever.
+    """
     del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
