@@ -3,7 +3,7 @@
 Shape suffixes as in models/vit.py, and R heads that are trained side by side.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,6 +52,12 @@ def batch_norm(x_BD: Array, stats: BatchStats, group: int, train: bool) -> tuple
     )
 
 
+def pool(tokens_BND: Array) -> dict[str, Array]:
+    """(B, D) float32 features of an encoder's tokens: cls, and the mean of those of patches."""
+    tokens_BND = tokens_BND.astype(jnp.float32)
+    return {"cls": tokens_BND[:, 0], "mean": tokens_BND[:, 1:].mean(1)}
+
+
 class LinearHead(nn.Module):
     """Features to logits; starts from normal(0.01) and bias 0 (REFERENCE section 4)."""
 
@@ -89,4 +95,8 @@ def init_heads(head: nn.Module, rng: Array, example: Array, count: int) -> dict:
 
 def apply_heads(head: nn.Module, params: dict, x: Array) -> Array:
     """(B, R, Y): the logits of each head for the same features."""
-    return jax.vmap(lambda p: head.apply({"params": p}, x), out_axes=1)(params)
+
+    def one(p: dict) -> Any:
+        return head.apply({"params": p}, x)
+
+    return jax.vmap(one, out_axes=1)(params)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, optim
 from mae_jax.config import resolve, steps
 from mae_jax.data import pipeline, sources
-from mae_jax.models import mae, masking, targets
+from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import Execution, grid_of
 from mae_jax.train import Task
@@ -99,6 +100,15 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             "target_BLP": make_target(patches_BLP),
         }
 
+    def features(params: dict, extra: dict, batch: dict) -> dict:
+        """Of the whole image: every patch, in its order, nothing hidden."""
+        del extra
+        patches_BLP = patchify(normalize(batch["image"], data.mean, data.std), patch)
+        tokens_BND: Any = network.apply(
+            {"params": params}, patches_BLP, method=lambda m, patches: m.encoder(patches)
+        )
+        return probe.pool(tokens_BND)
+
     def loss(params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool):
         del rng, train
         out = reconstruct(params, extra, batch)
@@ -140,7 +150,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         init=init,
         prepare=prepare,
         loss=loss,
-        predict={"reconstruction": reconstruct},
+        predict={"reconstruction": reconstruct, "features": features},
         optimizer=optimizer,
         batches=batches,
         flops_per_example=flops.mae(

@@ -1,0 +1,161 @@
+"""Weighted k-nearest-neighbour classification of frozen features, by cosine similarity.
+
+The vote of a neighbour weighs exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978).
+Exact: every query is compared with the whole bank, in float32; of equally near neighbours the one
+that comes first in the bank counts. The bank stays where it was computed, split over the mesh.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mae_jax.evals.features import Extractor, Features, open_labelled
+from mae_jax.sharding import BATCH
+
+
+def unit(x_BD: Array) -> Array:
+    """Rows of length 1."""
+    return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12)
+
+
+def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Array, Array]:
+    """Cosine similarities and labels (B, k) of the nearest images of a bank, the nearest first.
+
+    Every device searches its own share of the bank, one batch of it after another, and only the k
+    best of each device are exchanged.
+
+    Args:
+      query_BD: of any lengths.
+      bank: of T batches; `k` is at most the number of images that count.
+    """
+
+    def search(query_BD: Array, bank: Features) -> tuple[Array, Array]:
+        rows = bank.label.shape[1]
+        first = jax.lax.axis_index(BATCH) * rows
+        ways = jax.lax.axis_size(BATCH)
+
+        def merge(best: tuple[Array, Array, Array], batch: tuple[Array, Features]):
+            number, (x, label, counted) = batch
+            similarity = jnp.matmul(query_BD, unit(x).T, precision="highest")
+            similarity = jnp.where(counted, similarity, -jnp.inf)
+            place = number * ways * rows + first + jnp.arange(rows)
+            both = [
+                jnp.concatenate([old, jnp.broadcast_to(new, similarity.shape)], 1)
+                for old, new in zip(best, (similarity, place, label), strict=True)
+            ]
+            # Of equal ones top_k takes the first, which is the first in the bank.
+            top, chosen = jax.lax.top_k(both[0], k)
+            return (top, *(jnp.take_along_axis(x, chosen, 1) for x in both[1:])), None
+
+        empty = jnp.full((len(query_BD), k), -1, jnp.int32)
+        start = (jnp.full(empty.shape, -jnp.inf), empty, empty)
+        best, _ = jax.lax.scan(merge, start, (jnp.arange(len(bank.label)), bank))
+        similarity, place, label = (jax.lax.all_gather(x, BATCH, axis=1, tiled=True) for x in best)
+        distance, _, label = jax.lax.sort((-similarity, place, label), num_keys=2)
+        return -distance[:, :k], label[:, :k]
+
+    split: Any = P(None, BATCH)
+    return jax.shard_map(
+        search,
+        mesh=mesh,
+        in_specs=(P(), Features(split, split, split)),
+        out_specs=P(),
+        check_vma=False,
+    )(unit(query_BD), bank)
+
+
+def vote(
+    similarity_Bk: np.ndarray, label_Bk: np.ndarray, classes: int, temperature: float
+) -> np.ndarray:
+    """The class (B,) with the largest sum of weights; of equal ones the lowest."""
+    weights = np.exp((similarity_Bk.astype(np.float64) - 1) / temperature)
+    total = np.zeros((len(label_Bk), classes))
+    np.add.at(total, (np.arange(len(label_Bk))[:, None], label_Bk), weights)
+    return total.argmax(1)
+
+
+class Evaluator:
+    """Classifies the images of one split by the nearest ones of another.
+
+    Args:
+      cfg: `source` ('' = that of the training images), `split` (the queries), `bank_split`, `ks`
+        (numbers of neighbours), `temperature` (0.07), `feature` (cls or mean), `batch_size`.
+      config: the whole config.
+      predict: its "features" is used.
+      mesh: where the state lives.
+
+    Raises:
+      ValueError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
+        are the same, or a temperature that is not positive.
+    """
+
+    def __init__(
+        self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
+    ):
+        self._name = cfg.source or config.data.source
+        data_dir = config.data.data_dir
+        self._queries = open_labelled(self._name, cfg.split, data_dir)
+        self._bank = open_labelled(self._name, cfg.bank_split, data_dir)
+        if cfg.split == cfg.bank_split:
+            raise ValueError(
+                f"k-NN with split and bank_split both {cfg.split!r}: every image would find itself"
+            )
+        if cfg.temperature <= 0:
+            raise ValueError(f"k-NN with temperature={cfg.temperature}: it must be positive")
+        self._cfg = cfg
+        self._check_ks(len(self._bank))
+        self._extractor = Extractor(
+            config, predict, mesh, feature=cfg.feature, batch_size=cfg.batch_size
+        )
+        self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
+
+    def _check_ks(self, bank: int) -> None:
+        ks = self._cfg.ks
+        if not ks or min(ks) < 1 or max(ks) > bank:
+            raise ValueError(
+                f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
+                f" {bank:,} images ({self._name}, {self._cfg.bank_split})"
+            )
+
+    def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent, and no pictures.
+
+        Raises:
+          ValueError: more of the bank is asked for than can be read; queries have a class that the
+            bank lacks.
+        """
+        classes = self._queries.num_classes or 0
+        bank = self._extractor.bank(state, self._bank)
+        label, counted = self._extractor.fetch((bank.label, bank.counted))
+        self._check_ks(int(counted.sum()))
+        known = np.unique(label[counted])
+        right, images = dict.fromkeys(self._cfg.ks, 0), 0
+        for batch in self._extractor.batches(state, self._queries):
+            found = self._extractor.fetch(
+                (*self._search(batch.x, bank), batch.label, batch.counted)
+            )
+            similarity_Bk, label_Bk, label_B, counted_B = found
+            unknown = np.setdiff1d(label_B[counted_B], known)
+            if len(unknown):
+                names = self._queries.class_names or []
+                raise ValueError(
+                    f"k-NN: no image of class {names[unknown[0]]!r} is in the bank"
+                    f" ({self._name}, {self._cfg.bank_split}), and some are among the queries"
+                    f" ({self._cfg.split}): take a larger bank_split"
+                )
+            images += int(counted_B.sum())
+            for k in self._cfg.ks:
+                voted = vote(similarity_Bk[:, :k], label_Bk[:, :k], classes, self._cfg.temperature)
+                right[k] += int((voted == label_B)[counted_B].sum())
+        if not images:
+            raise ValueError(f"k-NN: no image of {self._name}, {self._cfg.split} can be read")
+        scalars = {f"eval/knn{k}_{self._cfg.feature}": 100 * right[k] / images for k in right}
+        return scalars, {}

@@ -1,0 +1,264 @@
+"""k-NN is that of brute force, few-shot that of the normal equations, on any mesh."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+from test_train import tiny_config
+
+from mae_jax import evals, sharding, train
+from mae_jax.data.sources import open_source
+from mae_jax.evals import features, fewshot, knn
+from mae_jax.tasks import pretrain
+
+MESHES = [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def random_bank(batches=3, rows=16, width=5, classes=4):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batches, rows, width)).astype(np.float32)
+    x[1, 3] = x[0, 2] = x[2, 9] = x[0, 11]  # ties, which the order in the bank decides
+    label = rng.integers(0, classes, (batches, rows)).astype(np.int32)
+    counted = rng.random((batches, rows)) < 0.8
+    counted[0, 2] = counted[1, 3] = counted[2, 9] = counted[0, 11] = True
+    return features.Features(x, label, counted)
+
+
+def brute_force(query, bank, k):
+    """Similarities and labels of the k nearest, by a stable sort of all similarities."""
+    x = bank.x[bank.counted].astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    query = query / np.linalg.norm(query, axis=1, keepdims=True)
+    similarity = np.round(query @ x.T, 6)  # equal rows are equally similar
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, order, 1), bank.label[bank.counted][order]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("k", [1, 7, 30])
+def test_neighbours_are_those_of_brute_force(shape, k):
+    bank, query = random_bank(), np.random.default_rng(1).normal(size=(11, 5)).astype(np.float32)
+    query[0] = bank.x[0, 2]
+    found = jax.jit(lambda q, b: knn.neighbours(q, b, k, mesh_of(*shape)))(query, bank)
+    similarity, label = brute_force(query, bank, k)
+    np.testing.assert_allclose(found[0], similarity, atol=2e-6)
+    np.testing.assert_array_equal(found[1], label)
+
+
+def test_votes_are_weighted_by_similarity():
+    similarity = np.array([[0.9, 0.5, 0.5, 0.5]])
+    label = np.array([[2, 1, 1, 1]])
+    assert knn.vote(similarity, label, 3, temperature=0.07) == 2  # exp(0.4 / 0.07) > 3
+    assert knn.vote(similarity, label, 3, temperature=10.0) == 1
+    assert knn.vote(np.array([[0.5, 0.5]]), np.array([[2, 1]]), 3, 0.07) == 1
+
+
+# --- few-shot ---
+
+
+def test_ridge_is_the_solution_of_the_normal_equations():
+    rng = np.random.default_rng(0)
+    x, label = rng.normal(size=(30, 6)) * 4 + 1, rng.integers(0, 3, 30)
+    ridge = fewshot.fit_ridge(x, label, 3)
+    z = (x - x.mean(0)) / x.std(0)
+    design = np.concatenate([z, np.ones((30, 1))], 1)
+    penalty = ridge.penalty * np.diag([1] * 6 + [0])
+    solution = np.linalg.solve(design.T @ design + penalty, design.T @ np.eye(3)[label])
+    np.testing.assert_allclose(ridge.weight, solution[:6], atol=1e-9)
+    np.testing.assert_allclose(ridge.bias, solution[6], atol=1e-9)
+
+
+def test_the_penalty_is_the_one_with_the_least_error_of_images_left_out():
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 3, 24)
+    x = np.eye(3)[label] @ rng.normal(size=(3, 40)) + 2 * rng.normal(size=(24, 40))
+    z = (x - x.mean(0)) / x.std(0)
+    largest = np.linalg.norm(z, 2) ** 2
+    errors = {}
+    for factor in fewshot.PENALTIES:
+        total = 0.0
+        for i in range(24):
+            rest = np.arange(24) != i
+            mean = z[rest].mean(0)
+            bias = np.eye(3)[label[rest]].mean(0)
+            centred = z[rest] - mean
+            weight = np.linalg.solve(
+                centred.T @ centred + factor * largest * np.eye(40),
+                centred.T @ (np.eye(3)[label[rest]] - bias),
+            )
+            total += np.square(np.eye(3)[label[i]] - bias - (z[i] - mean) @ weight).sum()
+        errors[factor] = total
+    chosen = fewshot.fit_ridge(x, label, 3).penalty / largest
+    assert chosen == pytest.approx(min(errors, key=errors.get))
+
+
+def test_classes_are_drawn_alike_and_a_class_with_too_few_is_named():
+    source = open_source("bundled:digits", "train")
+    few = features.draw_per_class(source, 3, 1, seed=0)
+    assert [few[i]["label"] for i in range(30)] == list(np.repeat(np.arange(10), 3))
+    other = features.draw_per_class(source, 3, 1, seed=1)
+    assert set(few.indices) != set(other.indices)
+    with pytest.raises(ValueError, match="500 images of each class.*'0' has 1"):
+        features.draw_per_class(source, 500, 1, seed=0)
+
+
+# --- as evaluators ---
+
+
+def config_of(**changes) -> ConfigDict:
+    config = tiny_config()
+    common = dict(source="", split="test[:50]", bank_split="train[:70]", feature="cls", every="")
+    with config.unlocked():
+        config.evals = dict(
+            knn=common | dict(type="knn", ks=(1, 5), temperature=0.07, batch_size=16),
+            fewshot=common | dict(type="fewshot", shots=(2,), draws=2, batch_size=16),
+        )
+        for name in config.evals:
+            config.evals[name].update({k: v for k, v in changes.items() if k in config.evals[name]})
+        config.data.update({k: v for k, v in changes.items() if k == "source"})
+    return config
+
+
+@pytest.fixture(scope="module")
+def state():
+    params, extra = pretrain.make_task(tiny_config()).init(train.stream(0, "init", 0))
+    return SimpleNamespace(step=0, params=params, extra=extra)
+
+
+def evaluate(state, config, shape=(1, 1, 1)):
+    mesh = mesh_of(*shape)
+    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
+    found = {}
+    for evaluator in evals.build(config, task.predict, mesh).values():
+        found |= evaluator.run(state)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(state):
+    return evaluate(state, config_of(batch_size=70))
+
+
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("batch_size", [3, 24])
+def test_accuracies_are_the_same_on_any_mesh_and_for_any_batch_size(
+    state, alone, shape, batch_size
+):
+    assert evaluate(state, config_of(batch_size=batch_size), shape) == alone
+    assert alone.keys() == {
+        "eval/knn1_cls", "eval/knn5_cls", "eval/fewshot2_cls", "eval/fewshot2_cls_std"
+    }  # fmt: skip
+
+
+def test_the_accuracy_of_knn_is_that_of_brute_force(state, alone):
+    config = config_of()
+    task = pretrain.make_task(config)
+    mesh = mesh_of(1, 1, 1)
+    extractor = features.Extractor(config, task.predict, mesh, feature="cls", batch_size=10)
+    x, label = extractor.table(state, open_source("bundled:digits", "test[:50]"))
+    bank_x, bank_label = extractor.table(state, open_source("bundled:digits", "train[:70]"))
+    bank = features.Features(bank_x, bank_label, np.ones(70, bool))
+    similarity, near = brute_force(x, bank, 5)
+    right = knn.vote(similarity, near, 10, 0.07) == label
+    assert alone["eval/knn5_cls"] == 100 * right.mean()
+
+
+def test_features_are_of_the_whole_image_in_order(state):
+    task = pretrain.make_task(tiny_config())
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (2, 32, 32, 1), np.uint8))
+    found = task.predict["features"](state.params, {}, {"image": images})
+    assert {name: x.shape for name, x in found.items()} == {"cls": (2, 32), "mean": (2, 32)}
+    changed = images.at[:, 24:, 24:].set(0)  # the last patch is seen by all
+    again = task.predict["features"](state.params, {}, {"image": changed})
+    assert all(np.abs(found[name] - again[name]).max() > 1e-3 for name in found)
+    mirrored = task.predict["features"](state.params, {}, {"image": images[:, :, ::-1]})
+    assert np.abs(found["mean"] - mirrored["mean"]).max() > 1e-3
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, count in (("cat", 12), ("dog", 12)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = rng.integers(0, 256, (16, 16), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i:02d}.png")
+    return tmp_path
+
+
+def test_images_that_cannot_be_read_are_left_out_of_queries_and_bank(state, folder):
+    splits = dict(split="train[:30%]", bank_split="train[30%:]", batch_size=5)
+    config = config_of(source=f"folder:{folder}", **splits)
+    (folder / "cat" / "03.png").write_bytes(b"not an image")
+    (folder / "dog" / "07.png").write_bytes(b"")
+    mesh = mesh_of(1, 1, 1)
+    task = pretrain.make_task(config)
+    extractor = features.Extractor(config, task.predict, mesh, feature="mean", batch_size=5)
+    sizes = [
+        len(extractor.table(state, open_source(config.data.source, splits[key]))[0])
+        for key in ("split", "bank_split")
+    ]
+    assert sum(sizes) == 22
+    assert 0 <= evaluate(state, config)["eval/knn5_cls"] <= 100
+    with pytest.raises(ValueError, match=rf"from 1 to the size of the bank, which has {sizes[1]}"):
+        evaluate(state, config_of(source=f"folder:{folder}", **splits, ks=(sizes[1] + 1,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(ks=(71,)), "ks=.71,.*the bank, which has 70 images"),
+        (dict(ks=()), "give numbers from 1"),
+        (dict(split="train[:70]"), "split and bank_split both 'train.:70.'"),
+        (dict(temperature=0.0), "temperature=0.0: it must be positive"),
+        (dict(batch_size=0), "batch_size=0: it must be at least 1"),
+        (dict(shots=(20,)), "20 images of each class are wanted, and class '"),
+        (dict(draws=0), "draws=0: give at least one"),
+        (dict(feature="cla"), "no feature 'cla'; nearest: cls"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused(state, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(state, config_of(**changes))
+
+
+def test_a_source_without_labels_is_refused(state, folder):
+    Image.new("L", (8, 8)).save(folder / "loose.png")
+    config = config_of(source=f"folder:{folder}", split="train[:30%]", bank_split="train[30%:]")
+    with pytest.raises(ValueError, match="has no labels.*PATH/CLASS/FILE"):
+        evaluate(state, config)
+
+
+def test_queries_of_a_class_that_the_bank_lacks_are_refused(state, folder):
+    for i in range(11):
+        (folder / "dog" / f"{i:02d}.png").unlink()
+    order = open_source(f"folder:{folder}", "train")
+    assert len(order) == 13
+    splits = [("train[:1]", "train[1:]")] + [
+        (f"train[{i}:{i + 1}]", f"train[:{i}]+train[{i + 1}:]") for i in range(1, 13)
+    ]
+    refused = 0
+    for split, bank_split in splits:
+        query = open_source(f"folder:{folder}", split)
+        if query.class_names[query[0]["label"]] == "dog":
+            config = config_of(
+                source=f"folder:{folder}", split=split, bank_split=bank_split, ks=(1,)
+            )
+            with pytest.raises(ValueError, match="no image of class 'dog' is in the bank"):
+                del config.evals.fewshot
+                evaluate(state, config)
+            refused += 1
+    assert refused == 1
