@@ -35,6 +35,9 @@ FREE_KEYS = (
     "evals",
     "log_every",
     "mesh",
+    "connect_seconds",
+    "heartbeat_seconds",
+    "stall_seconds",
     "data.data_dir",
     "data.max_bad_fraction",
     "data.prefetch",
@@ -219,16 +222,21 @@ class Checkpointer:
 
 
 def restore_or_init(
-    checkpointer: Checkpointer, config: ConfigDict, target: Any, init: Callable[[], Any]
+    checkpointer: Checkpointer,
+    config: ConfigDict,
+    target: Any,
+    init: Callable[[], Any],
+    load: Callable[[epath.Path, Any], Any] | None = None,
 ) -> tuple[Any, str]:
     """The state to start from, and a line that says which.
 
     From, in this order: the workdir's own checkpoints; `config.resume`, the whole state of another
-    run; `config.init_from`, only the parameters of one; `init`.
+    run; `config.init_from`, only the parameters of one, or what `load` takes of it; `init`.
 
     Args:
       target: shapes and shardings of a TrainState, on any mesh.
       init: () -> a state in its shards.
+      load: (path of a checkpoint, a fresh state) -> the state to start from.
 
     Raises:
       ValueError: a checkpoint does not fit the config; one was asked for and is not there.
@@ -243,6 +251,8 @@ def restore_or_init(
         return state, f"resumed at step {int(state.step)} from {path} (config.resume)"
     if config.init_from:
         path = find(config.init_from, "init_from")
+        if load is not None:
+            return load(path, init()), f"step 0, encoder of {path} (config.init_from)"
         params = restore(path, {"params": target.params})["params"]
         return init().replace(params=params), f"step 0, parameters of {path} (config.init_from)"
     return init(), "from scratch"
@@ -327,11 +337,13 @@ def damage(checkpoint: epath.Path) -> str | None:
     return None
 
 
-def restore(checkpoint: str | os.PathLike, target: Any) -> Any:
+def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = ()) -> Any:
     """The arrays of a checkpoint that are in `target`, in its shardings.
 
     Args:
       target: shapes with shardings: a TrainState, or {"params": ...} for a part.
+      part: keys that lead to what `target` is, such as ("params", "encoder"); what stands beside
+        it in the checkpoint is not looked at.
 
     Raises:
       ValueError: an array is on one side only or has another shape or type; the first are named.
@@ -340,6 +352,10 @@ def restore(checkpoint: str | os.PathLike, target: Any) -> Any:
     # The bare handler: a Checkpointer would look for, and miss, metadata that belong to the step.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(path).tree
+        for key in part:
+            saved = saved.get(key) or {}
+        for key in reversed(part):
+            saved, target = {key: saved}, {key: target}
         if isinstance(target, dict):
             saved = {key: saved.get(key, {}) for key in target}
         there, wanted = _described(saved), _described(target)
@@ -356,9 +372,12 @@ def restore(checkpoint: str | os.PathLike, target: Any) -> Any:
                 + "\nThe config that it was made with is config.json in its workdir."
             )
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        return reader.restore(
+        found = reader.restore(
             path, args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
         )
+        for key in part:
+            found = found[key]
+        return found
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
@@ -402,15 +421,21 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, and the commit when this is a checkout."""
+    """Versions and devices."""
+    return versions() | {
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of the packages, and the commit when this is a checkout."""
     here = Path(__file__).parents[1]
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in ("mae-jax", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    found["device_kind"] = jax.devices()[0].device_kind
-    found["device_count"] = jax.device_count()
-    found["process_count"] = jax.process_count()
     if (here / ".git").exists():
         command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -427,13 +452,14 @@ def _described(tree: Any) -> dict[str, str]:
     }
 
 
+def flat(tree: dict) -> dict[str, Any]:
+    """Nested dicts as one, with keys such as 'optim.blr'."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, lambda x: not isinstance(x, dict))[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}
+
+
 def _changes(old: dict, new: dict) -> dict[str, str]:
     """Key -> 'key: old -> new' where two nested dicts differ."""
-
-    def flat(tree: dict) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree, lambda x: not isinstance(x, dict))[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}
-
     before, after = flat(old), flat(new)
     return {
         key: f"{key}: {before.get(key, 'none')!r} -> {after.get(key, 'none')!r}"

@@ -49,6 +49,8 @@ class Task(NamedTuple):
     optimizer: Callable  # (total_steps, steps_per_epoch) -> transformation, schedule
     batches: Callable  # (start_step, rows) -> iterator of (rows of this host, scalars, log lines)
     flops_per_example: float  # forward pass, matrix products only
+    # (checkpoint, fresh state) -> state: what config.init_from gives; None = all parameters
+    load: Callable | None = None
 
 
 class NonFiniteError(FloatingPointError):
@@ -250,7 +252,9 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
         workdir, keep=config.checkpoint.keep, keep_every=in_steps(config.checkpoint.keep_every)
     )
     program = compile_step(task, tx, config, mesh)
-    state, origin = checkpoint.restore_or_init(saver, config, program.state_shapes, program.init)
+    state, origin = checkpoint.restore_or_init(
+        saver, config, program.state_shapes, program.init, task.load
+    )
     start = int(state.step)
     stop = checkpoint.preemption()
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
