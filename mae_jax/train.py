@@ -226,12 +226,21 @@ def require_finite(step: int, scalars: Mapping[str, float], last_good: str) -> N
         )
 
 
-def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> TrainState:
+def fit(
+    config: ConfigDict,
+    workdir: str | Path,
+    task: Task,
+    mesh: Mesh,
+    happened: Callable[[str], None] = lambda what: None,
+) -> TrainState:
     """Train to the end of `config.train_for`, from wherever the workdir stands.
 
     Between two updates: evaluate, then save, and only then take the next batch, so that what is
     saved is one moment. The metrics of an update are read after the next one was started, so that
     the device never waits for the host; before a save they are read first.
+
+    Args:
+      happened: is told of every step, such as 'step 12'; see `distributed.watchdog`.
 
     Raises:
       ValueError: the config cannot work here, or the workdir belongs to another run.
@@ -243,14 +252,18 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
     in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=per_epoch)
     total, log_every = in_steps(config.train_for), in_steps(config.log_every)
     save_every = in_steps(config.checkpoint.every)
+    keep_every = in_steps(config.checkpoint.keep_every)
+    if save_every and keep_every % save_every:
+        raise ValueError(
+            f"config.checkpoint: keep_every={config.checkpoint.keep_every!r} ({keep_every} steps)"
+            f" is not a multiple of every={config.checkpoint.every!r} ({save_every} steps)"
+        )
     eval_every = {name: in_steps(cfg.every) for name, cfg in config.evals.items()}
     tx, schedule = task.optimizer(total, per_epoch)
     evaluators = evals.build(config, task.predict, mesh)
 
     checkpoint.prepare_workdir(workdir, config)
-    saver = checkpoint.Checkpointer(
-        workdir, keep=config.checkpoint.keep, keep_every=in_steps(config.checkpoint.keep_every)
-    )
+    saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
     program = compile_step(task, tx, config, mesh)
     state, origin = checkpoint.restore_or_init(
         saver, config, program.state_shapes, program.init, task.load
@@ -325,7 +338,8 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
                     saver.save(step, state)
             if stopping:
                 saver.close()
-                raise checkpoint.Preempted(f"asked to stop at step {step} of {total}: it is saved")
+                say(stopped := f"asked to stop at step {step} of {total}: it is saved")
+                raise checkpoint.Preempted(stopped)
             saver.check()
             if step == total:
                 break
@@ -338,5 +352,6 @@ def fit(config: ConfigDict, workdir: str | Path, task: Task, mesh: Mesh) -> Trai
             state, values = program.step(state, sharding.put_batch(mesh, inputs, config.batch_size))
             read_metrics()
             unread = step + 1, {f"train/{k}": v for k, v in values.items()} | reported
+            happened(f"step {step}")
     saver.close()
     return state

@@ -1,27 +1,55 @@
 """Train: pre-train on images, from a config file."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """The locked config and the workdir of a command line.
+class Hosts(NamedTuple):
+    """Which of the processes of a run this one is; see `distributed.join`."""
+
+    distributed: bool
+    coordinator: str | None
+    num_hosts: int | None
+    host: int | None
+
+
+USAGE = """\
+mae-jax train --config=FILE[:ARGUMENTS] [--workdir=DIR] [--config.KEY=VALUE ...]
+    The same --workdir again goes on where the run stopped.
+"""
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str, Hosts]:
+    """The locked config, the workdir and the hosts of a command line.
 
     Raises:
       ValueError: no config file, an unknown key or argument, a value of the wrong type.
     """
     values = flags.FlagValues()
+    whole = ["mae-jax train", *argv]
     config_flags.DEFINE_config_file(
-        "config", None, "config file, with arguments after a colon", flag_values=values
+        "config",
+        None,
+        "config file, with arguments after a colon; --config.KEY=VALUE changes what it says",
+        flag_values=values,
+        sys_argv=whole,
     )
     flags.DEFINE_string(
         "workdir", None, "where the run lives; '' = workdir/CONFIG", flag_values=values
     )
+    flags.DEFINE_bool(
+        "distributed", False, "one of several hosts, of a TPU pod or a cluster", flag_values=values
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, elsewhere", flag_values=values)
+    flags.DEFINE_integer("num_hosts", None, "with --coordinator: of how many", flag_values=values)
+    flags.DEFINE_integer("host", None, "with --coordinator: which one, from 0", flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
 
     given = [arg for arg in argv if arg.startswith("--config")]
@@ -34,9 +62,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
             # A config may import its neighbours: `from configs.common import ...`
             sys.path[:0] = [os.getcwd(), str(file.resolve().parent.parent)]
     try:
-        rest = values(["mae-jax train", *argv])[1:]
+        rest = values(whole)[1:]
         if values.help:
-            print(values.main_module_help() or values.get_help())
+            print(USAGE + values.get_help())
             raise SystemExit(0)
         if values.config is None:
             raise ValueError("--config=FILE is missing, such as --config=configs/pretrain.py")
@@ -50,7 +78,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     config.lock()
     workdir = values.workdir or str(Path("workdir") / file.stem)
-    return config, workdir
+    hosts = Hosts(values.distributed, values.coordinator, values.num_hosts, values.host)
+    return config, workdir, hosts
 
 
 def summary(workdir: str) -> list[str]:
@@ -91,21 +120,48 @@ def summary(workdir: str) -> list[str]:
     ]
 
 
+def join_hosts(hosts: Hosts, config: ConfigDict) -> None:
+    """One of several hosts, or alone; what was compiled is kept for the next start."""
+    from mae_jax import distributed
+
+    if not any((hosts.distributed, hosts.coordinator, hosts.num_hosts, hosts.host is not None)):
+        distributed.refuse_to_run_alone(os.environ)
+        return
+    distributed.join(
+        hosts.coordinator,
+        hosts.num_hosts,
+        hosts.host,
+        connect_seconds=config.connect_seconds,
+        heartbeat_seconds=config.heartbeat_seconds,
+    )
+
+
 def main(argv: list[str]) -> int:
-    config, workdir = parse(argv)
+    config, workdir, hosts = parse(argv)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
+    from etils import epath
 
-    from mae_jax import sharding, train
+    from mae_jax import checkpoint, distributed, sharding, train
 
-    mesh = sharding.make_mesh(**config.mesh)
-    module = importlib.import_module(f"mae_jax.tasks.{config.task}")
-    task = module.make_task(config, sharding.constrain_batch(mesh))
-    try:
-        train.fit(config, workdir, task, mesh)
-    except train.NonFiniteError as error:
-        print(f"mae-jax train: {error}", file=sys.stderr)
-        return 1
+    if jax.config.jax_compilation_cache_dir is None:  # what was compiled, for the next start
+        cache = epath.Path(workdir).absolute().parent / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
+    join_hosts(hosts, config)
+    with distributed.watchdog(config.stall_seconds) as happened:
+        with distributed.agreement("config and code") as facts:
+            facts |= checkpoint.flat({"config": json.loads(config.to_json()), "workdir": workdir})
+            facts |= checkpoint.versions()
+        with distributed.agreement("data") as facts:
+            mesh = sharding.make_mesh(**config.mesh)
+            module = importlib.import_module(f"mae_jax.tasks.{config.task}")
+            task = module.make_task(config, sharding.constrain_batch(mesh))
+            facts["the number of examples"] = task.num_examples
+        try:
+            train.fit(config, workdir, task, mesh, happened)
+        except train.NonFiniteError as error:
+            print(f"mae-jax train: {error}", file=sys.stderr)
+            return 1
     if jax.process_index() == 0:
         print("\n".join(summary(workdir)))
     return 0
