@@ -87,6 +87,9 @@ def get_config(arg=None):
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.checkpoint = ConfigDict(dict(every="5 epochs", keep=2, keep_every="100 epochs"))
     config.log_every = "50 steps"
+    config.connect_seconds = 50  # hosts wait so long for each other at the start
+    config.heartbeat_seconds = 100  # all hosts end when one was not heard of for so long
+    config.stall_seconds = 600  # when no step ends for so long, all stacks are printed; 0: never
     config.resume = ""  # another run's workdir: go on from its whole state
     config.init_from = ""  # another run's workdir: start from its parameters
     return config

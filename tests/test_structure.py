@@ -20,7 +20,7 @@ LAYERS = [
     {"tasks"},
     {"train"},
     {"evals"},
-    {"data", "checkpoint"},
+    {"data", "checkpoint", "distributed"},
     {"optim", "sharding", "metrics", "interop"},
     {"models", "flops", "config"},
 ]

@@ -5,20 +5,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-
-
-class Hosts(NamedTuple):
-    """Which of the processes of a run this one is; see `distributed.join`."""
-
-    distributed: bool
-    coordinator: str | None
-    num_hosts: int | None
-    host: int | None
-
 
 USAGE = """\
 mae-jax train --config=FILE[:ARGUMENTS] [--workdir=DIR] [--config.KEY=VALUE ...]
@@ -26,13 +15,13 @@ mae-jax train --config=FILE[:ARGUMENTS] [--workdir=DIR] [--config.KEY=VALUE ...]
 """
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str, Hosts]:
-    """The locked config, the workdir and the hosts of a command line.
+def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[ConfigDict, str]:
+    """The locked config and the workdir of a command line; all flags are in `values` afterwards.
 
     Raises:
       ValueError: no config file, an unknown key or argument, a value of the wrong type.
     """
-    values = flags.FlagValues()
+    values = flags.FlagValues() if values is None else values
     whole = ["mae-jax train", *argv]
     config_flags.DEFINE_config_file(
         "config",
@@ -78,8 +67,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Hosts]:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     config.lock()
     workdir = values.workdir or str(Path("workdir") / file.stem)
-    hosts = Hosts(values.distributed, values.coordinator, values.num_hosts, values.host)
-    return config, workdir, hosts
+    return config, workdir
 
 
 def summary(workdir: str) -> list[str]:
@@ -120,34 +108,27 @@ def summary(workdir: str) -> list[str]:
     ]
 
 
-def join_hosts(hosts: Hosts, config: ConfigDict) -> None:
-    """One of several hosts, or alone; what was compiled is kept for the next start."""
-    from mae_jax import distributed
-
-    if not any((hosts.distributed, hosts.coordinator, hosts.num_hosts, hosts.host is not None)):
-        distributed.refuse_to_run_alone(os.environ)
-        return
-    distributed.join(
-        hosts.coordinator,
-        hosts.num_hosts,
-        hosts.host,
-        connect_seconds=config.connect_seconds,
-        heartbeat_seconds=config.heartbeat_seconds,
-    )
-
-
 def main(argv: list[str]) -> int:
-    config, workdir, hosts = parse(argv)
+    values = flags.FlagValues()
+    config, workdir = parse(argv, values)
+    hosts = (values.coordinator, values.num_hosts, values.host)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
     from etils import epath
 
     from mae_jax import checkpoint, distributed, sharding, train
 
-    if jax.config.jax_compilation_cache_dir is None:  # what was compiled, for the next start
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # what was compiled, for the next start
         cache = epath.Path(workdir).absolute().parent / "compilation_cache"
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
-    join_hosts(hosts, config)
+    if values.distributed or hosts != (None, None, None):
+        distributed.join(
+            *hosts,
+            connect_seconds=config.connect_seconds,
+            heartbeat_seconds=config.heartbeat_seconds,
+        )
+    else:
+        distributed.refuse_to_run_alone(os.environ)
     with distributed.watchdog(config.stall_seconds) as happened:
         with distributed.agreement("config and code") as facts:
             facts |= checkpoint.flat({"config": json.loads(config.to_json()), "workdir": workdir})
