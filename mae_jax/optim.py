@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Every parameter has a role, found by the first pattern that its path ends in. A path that no
@@ -49,6 +50,50 @@ def decay_mask(params: Any, decayed: tuple[str, ...] = ("matrix", "token")) -> A
     return jax.tree_util.tree_map_with_path(lambda path, _: role(path) in decayed, params)
 
 
+# Where a parameter of a classifier stands: at its entrance, in a block, at its exit.
+PLACES = (
+    (r"^encoder/(cls_token|pos_embed|patch_embed/\w+)$", "entrance"),
+    (r"^encoder/stack/blocks/", "blocks"),
+    (r"^(encoder/norm|fc_norm|head)/\w+$", "exit"),
+)
+
+
+def layer_ids(params: Any) -> Any:
+    """For each parameter of a classifier its layer, for layer-wise decay of the learning rate.
+
+    0 for cls token, positions and patch embedding, i + 1 for block i, depth + 1 for what follows
+    the blocks. Stacked blocks get an array that broadcasts against them: the layer axis, then ones.
+
+    Raises:
+      ValueError: no pattern of PLACES knows a path.
+    """
+    depth = len(jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0])
+
+    def layer_id(path: tuple, leaf: Any) -> np.ndarray:
+        name = path_name(path)
+        place = next((place for pattern, place in PLACES if re.search(pattern, name)), None)
+        if place is None:
+            raise ValueError(
+                f"parameter {name!r} has no layer: add a pattern for it to PLACES in"
+                " mae_jax/optim.py, which decides its share of the learning rate"
+            )
+        if place == "blocks":
+            return np.arange(1, depth + 1).reshape(depth, *[1] * (leaf.ndim - 1))
+        return np.array(0 if place == "entrance" else depth + 1)
+
+    return jax.tree_util.tree_map_with_path(layer_id, params)
+
+
+def layer_scales(params: Any, layer_decay: float) -> Any:
+    """What each parameter's learning rate is multiplied by: layer_decay ** (depth + 1 - layer).
+
+    Shaped as `layer_ids`, float64. REFERENCE section 3; pinned by tests/data/vit_tiny_avg.npz.
+    """
+    ids = layer_ids(params)
+    top = max(int(x.max()) for x in jax.tree.leaves(ids))
+    return jax.tree.map(lambda x: layer_decay ** (top - x).astype(np.float64), ids)
+
+
 def peak_lr(blr: float, batch_size: int) -> float:
     """The linear scaling rule: base rate x effective batch / 256."""
     return blr * batch_size / 256
@@ -79,11 +124,23 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.05,
     decayed: tuple[str, ...] = ("matrix", "token"),
+    scales: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW: epsilon outside the root, decay decoupled and multiplied by the rate, by role."""
-    return optax.adamw(
+    """AdamW: epsilon outside the root, decay decoupled and multiplied by the rate, by role.
+
+    Args:
+      scales: params -> what the rate of each is multiplied by, such as `layer_scales`; None = 1.
+    """
+    tx = optax.adamw(
         schedule, b1, b2, eps, weight_decay=weight_decay, mask=lambda p: decay_mask(p, decayed)
     )
+    if scales is None:
+        return tx
+
+    def scale(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales(params))
+
+    return optax.chain(tx, optax.stateless(scale))
 
 
 def lars(

@@ -29,8 +29,10 @@ RULES = (
     (r"stack/blocks/mlp/fc1/kernel$", P(None, "fsdp", "tensor")),
     (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
     (r"stack/blocks/mlp/fc2/kernel$", P(None, "tensor", "fsdp")),
+    (r"(params|mu|nu|ema)/head/kernel$", P("fsdp")),  # D Y: the number of classes may be anything
     (r"(patch_embed|embed|pred|head|kv)/kernel$", P(None, "fsdp")),
-    (r"(scale|bias|token|pos_embed|count|step|mean|var)$", P()),
+    (r"pos_embed$", P(None, None, "fsdp")),
+    (r"(scale|bias|token|count|step|mean|var)$", P()),
 )
 LARGE = 2**17  # elements; a larger array that nothing splits is taken for a mistake in the rules
 

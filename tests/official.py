@@ -66,3 +66,14 @@ def mae_params(state: dict, meta: dict) -> dict:
             "pred": _linear(state, "decoder_pred"),
         },
     }
+
+
+def classifier_params(state: dict, meta: dict) -> dict:
+    params = {
+        "encoder": encoder_params(state, meta["depth"], meta["heads"]),
+        "head": _linear(state, "head"),
+    }
+    params["encoder"]["pos_embed"] = state["pos_embed"]
+    if "fc_norm.weight" in state:
+        params["fc_norm"] = _norm(state, "fc_norm")
+    return params

@@ -1,6 +1,10 @@
-"""Position tables: fixed 2-D sine-cosine."""
+"""Position tables: fixed 2-D sine-cosine, and the resizing of a table to another grid."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax import Array
 
 
 def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
@@ -28,3 +32,27 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
         [_sincos_1d(width // 2, cols.ravel()), _sincos_1d(width // 2, rows.ravel())], axis=1
     )
     return np.concatenate([np.zeros((1, width)), table_LD]).astype(np.float32)
+
+
+def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+    """A position table for another (rows, columns) grid; the cls token's row, the first, stays.
+
+    Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
+    aligned, no antialiasing.
+
+    Raises:
+      ValueError: the table is not one of the old grid.
+    """
+    rows = 1 + old[0] * old[1]
+    if table_1ND.shape[1] != rows:
+        raise ValueError(
+            f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
+            f" {old[1]} patches and a cls token, which has {rows}"
+        )
+    if old == new:
+        return table_1ND
+    image_1HWD = rearrange(table_1ND[:, 1:], "one (h w) d -> one h w d", h=old[0])
+    shape = (1, *new, table_1ND.shape[-1])
+    image_1HWD = jax.image.resize(image_1HWD, shape, "cubic-pytorch", antialias=False)
+    patches_1LD = rearrange(image_1HWD, "one h w d -> one (h w) d")
+    return jnp.concatenate([table_1ND[:, :1], patches_1LD], axis=1)

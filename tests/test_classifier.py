@@ -1,0 +1,260 @@
+"""The classifier, its layer-wise decay and its position table agree with the official numbers."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from official import classifier_params
+
+from configs.common import model_sizes
+from mae_jax import optim
+from mae_jax.models import classifier, posemb
+from mae_jax.models.patchify import patchify
+from mae_jax.models.vit import Block, Execution
+
+DATA = Path(__file__).parent / "data"
+POOLS = ("avg", "cls")
+
+
+def load(pool):
+    arrays = np.load(DATA / f"vit_tiny_{pool}.npz")
+    meta = json.loads(str(arrays["meta"]))
+    state = {k.removeprefix("param/"): arrays[k] for k in arrays.files if k.startswith("param/")}
+    return arrays, meta, state
+
+
+def build(pool, meta, **changes):
+    side = meta["img"] // meta["patch"]
+    sizes = {"width": meta["embed_dim"], "depth": meta["depth"], "heads": meta["heads"]}
+    return classifier.build((side, side), classes=meta["classes"], pool=pool, **(sizes | changes))
+
+
+def assert_close(ours, theirs):
+    assert np.max(np.abs(np.asarray(ours) - theirs)) <= 1e-5 * np.max(np.abs(theirs))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("execution", [{}, {"scan_unroll": 3}, {"remat": True}], ids=str)
+def test_features_and_logits_are_the_official_ones(pool, execution):
+    arrays, meta, state = load(pool)
+    network = build(pool, meta, execution=Execution(**execution))
+    patches = patchify(jnp.asarray(arrays["images"]), (meta["patch"],) * 2)
+    out = network.apply({"params": classifier_params(state, meta)}, patches)
+    assert_close(out.features_BD, arrays["features"])
+    assert_close(out.logits_BY, arrays["logits"])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_fresh_parameters_have_the_official_names_and_shapes(pool):
+    arrays, meta, state = load(pool)
+    patches = patchify(jnp.asarray(arrays["images"]), (meta["patch"],) * 2)
+    fresh = jax.eval_shape(build(pool, meta).init, jax.random.key(0), patches)["params"]
+    theirs = classifier_params(state, meta)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, theirs)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_parameter_has_the_official_rate_and_decay(pool):
+    arrays, meta, state = load(pool)
+    official = json.loads(str(arrays["layer_decay_0.65"]))
+    # The official tensors filled with their own scale, and with their decay, in our layout.
+    filled = [
+        classifier_params({k: np.full(v.shape, official[k][i]) for k, v in state.items()}, meta)
+        for i in (0, 1)
+    ]
+    params = classifier_params(state, meta)
+    scales = optim.layer_scales(params, 0.65)
+    mask = optim.decay_mask(params, ("matrix",))
+    for ours, theirs in zip(jax.tree.leaves(scales), jax.tree.leaves(filled[0]), strict=True):
+        np.testing.assert_allclose(np.broadcast_to(ours, theirs.shape), theirs, rtol=1e-12, atol=0)
+    for decayed, theirs in zip(jax.tree.leaves(mask), jax.tree.leaves(filled[1]), strict=True):
+        np.testing.assert_array_equal(theirs, 0.05 if decayed else 0.0)
+
+
+BLOCKS = tuple(range(1, 13))
+PLACES = {  # of ViT-B/16: path -> (decayed, layers)
+    "encoder/cls_token": (False, 0),
+    "encoder/patch_embed/bias": (False, 0),
+    "encoder/patch_embed/kernel": (True, 0),
+    "encoder/pos_embed": (False, 0),
+    "encoder/stack/blocks/attn/proj/bias": (False, BLOCKS),
+    "encoder/stack/blocks/attn/proj/kernel": (True, BLOCKS),
+    "encoder/stack/blocks/attn/qkv/bias": (False, BLOCKS),
+    "encoder/stack/blocks/attn/qkv/kernel": (True, BLOCKS),
+    "encoder/stack/blocks/mlp/fc1/bias": (False, BLOCKS),
+    "encoder/stack/blocks/mlp/fc1/kernel": (True, BLOCKS),
+    "encoder/stack/blocks/mlp/fc2/bias": (False, BLOCKS),
+    "encoder/stack/blocks/mlp/fc2/kernel": (True, BLOCKS),
+    "encoder/stack/blocks/norm1/bias": (False, BLOCKS),
+    "encoder/stack/blocks/norm1/scale": (False, BLOCKS),
+    "encoder/stack/blocks/norm2/bias": (False, BLOCKS),
+    "encoder/stack/blocks/norm2/scale": (False, BLOCKS),
+    "fc_norm/bias": (False, 13),
+    "fc_norm/scale": (False, 13),
+    "head/bias": (False, 13),
+    "head/kernel": (True, 13),
+}
+
+
+def base_params():
+    sizes = model_sizes("B/16")
+    sizes.pop("patch_size")
+    network = classifier.build((14, 14), classes=1000, **sizes)
+    patches = jax.ShapeDtypeStruct((1, 196, 768), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), patches)["params"]
+
+
+def test_decay_and_layer_of_every_parameter_of_vit_b_are_those_of_the_table():
+    params = base_params()
+    ids = jax.tree_util.tree_leaves_with_path(optim.layer_ids(params))
+    decayed = jax.tree.leaves(optim.decay_mask(params, ("matrix",)))
+    table = {
+        optim.path_name(path): (mask, tuple(x.ravel()) if x.ndim else int(x))
+        for (path, x), mask in zip(ids, decayed, strict=True)
+    }
+    assert table == PLACES
+
+
+def test_parameters_of_the_published_classifiers_are_86567656():
+    assert sum(x.size for x in jax.tree.leaves(base_params())) == 86_567_656
+
+
+def test_a_parameter_without_a_layer_raises():
+    params = base_params()
+    params["adapter"] = {"kernel": jnp.ones(2)}
+    with pytest.raises(ValueError, match="'adapter/kernel' has no layer"):
+        optim.layer_ids(params)
+
+
+def test_a_table_resized_is_the_official_one():
+    arrays = np.load(DATA / "posemb_resize.npz")
+    assert_close(posemb.resize(jnp.asarray(arrays["old"]), (4, 4), (7, 7)), arrays["new"])
+
+
+def bicubic_1d(values, size):
+    """PyTorch's bicubic along the first axis, from its formula: a = -0.75, edges clamped."""
+
+    def weight(x, a=-0.75):
+        x = abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    out = []
+    for i in range(size):
+        place = (i + 0.5) * len(values) / size - 0.5
+        taps = range(int(np.floor(place)) - 1, int(np.floor(place)) + 3)
+        out.append(sum(weight(place - t) * values[min(max(t, 0), len(values) - 1)] for t in taps))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("old, new", [((3, 5), (6, 7)), ((6, 4), (3, 9))], ids=str)
+def test_resizing_is_pytorchs_bicubic_for_any_grid_also_a_smaller_one(old, new):
+    table = np.random.default_rng(0).normal(size=(1, 1 + old[0] * old[1], 8)).astype(np.float32)
+    image = bicubic_1d(table[0, 1:].reshape(*old, 8).astype(np.float64), new[0])
+    image = bicubic_1d(image.swapaxes(0, 1), new[1]).swapaxes(0, 1)
+    ours = posemb.resize(jnp.asarray(table), old, new)
+    np.testing.assert_array_equal(ours[:, 0], table[:, 0])
+    assert_close(ours[0, 1:], image.reshape(-1, 8))
+
+
+def test_a_table_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match="10 rows is not one of a grid of 2 x 4"):
+        posemb.resize(jnp.zeros((1, 10, 4)), (2, 4), (3, 3))
+
+
+def test_drop_path_drops_whole_branches_of_samples_and_scales_the_survivors():
+    """Every sample is one of four: each branch dropped, or divided by the keep probability."""
+    rate, batch = 0.4, 64
+    block = Block(heads=2, mlp_ratio=2.0, execution=Execution())
+    x = jax.random.normal(jax.random.key(0), (batch, 3, 8))
+    params = block.init(jax.random.key(1), x, jnp.float32(0), True)
+
+    def run(x, rate, key=None):
+        rngs = {} if key is None else {"drop_path": key}
+        return np.asarray(block.apply(params, x, jnp.float32(rate), key is None, rngs=rngs)[0])
+
+    ours = run(x, rate, jax.random.key(2))
+    # Attention's branch: the block without an MLP. The MLP's: that of a given input.
+    silent = jax.tree.map(jnp.copy, params)
+    silent["params"]["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["params"]["mlp"]["fc2"])
+    attention = np.asarray(block.apply(silent, x, jnp.float32(0), True)[0]) - x
+    mute = jax.tree.map(jnp.copy, params)
+    mute["params"]["attn"]["proj"] = jax.tree.map(jnp.zeros_like, params["params"]["attn"]["proj"])
+    seen = []
+    for first in (0, 1):
+        middle = x + first * attention / (1 - rate)
+        mlp = np.asarray(block.apply(mute, middle, jnp.float32(0), True)[0]) - middle
+        for second in (0, 1):
+            expected = middle + second * mlp / (1 - rate)
+            seen.append(np.abs(ours - expected).max((1, 2)) < 1e-5)
+    counts = np.array(seen).sum(1)
+    assert counts.sum() == batch  # each sample is exactly one of the four
+    assert (counts > 0).all()  # the two branches are drawn independently
+    np.testing.assert_allclose(run(x, 0.0, jax.random.key(2)), run(x, 0.0), atol=1e-6)
+
+
+def test_drop_path_rates_grow_linearly_from_zero():
+    """Blocks that are the identity but for their MLP's bias tell which rate each block had."""
+    meta = {"img": 8, "patch": 4, "embed_dim": 8, "depth": 3, "heads": 2, "classes": 2}
+    network = build("cls", meta, drop_path=0.6)
+    patches = jnp.zeros((2000, 4, 48))
+    params = network.init(jax.random.key(0), patches[:1])["params"]
+    blocks = jax.tree.map(jnp.zeros_like, params["encoder"]["stack"]["blocks"])
+    direction = jnp.array([1.0, 10.0, 100.0])[:, None] * jnp.eye(8)[:3]  # one for each block
+    blocks["mlp"]["fc2"]["bias"] = direction
+    encoder = params["encoder"] | {"stack": {"blocks": blocks}}
+    encoder["cls_token"] = jnp.zeros((1, 1, 8))
+    encoder.pop("norm")
+    bare = network.encoder.clone(final_norm=False, parent=None)
+    x = (
+        bare.apply(
+            {"params": encoder}, patches, deterministic=False, rngs={"drop_path": jax.random.key(3)}
+        )[:, 0, :3]
+        - encoder["pos_embed"][0, 0, :3]
+    )
+    dropped = np.asarray((x == 0).mean(0))
+    np.testing.assert_allclose(dropped, [0.0, 0.3, 0.6], atol=0.05)
+    kept = np.asarray(x.max(0))
+    np.testing.assert_allclose(kept, [1.0, 10 / 0.7, 100 / 0.4], rtol=1e-5)
+
+
+def test_a_fresh_head_is_tiny_and_scratch_is_normal_everywhere():
+    _, meta, _ = load("avg")
+    network = build("avg", meta, width=256, heads=4)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 16, 192)))["params"]
+    assert abs(params["head"]["kernel"].std() / 2e-5 - 1) < 0.1
+    assert not params["head"]["bias"].any()
+    scratch = classifier.scratch_init(params, jax.random.key(1))
+    names = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(scratch)}
+    before = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    redrawn = {name for name in names if not np.array_equal(names[name], before[name])}
+    kernels = {name for name in names if name.endswith("kernel")} - {"encoder/patch_embed/kernel"}
+    assert redrawn == kernels | {"encoder/pos_embed", "encoder/cls_token"}
+    assert all(abs(names[name].std() / 0.02 - 1) < 0.2 for name in redrawn)
+
+
+def test_soft_cross_entropy_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    logits, target = rng.normal(size=(6, 5)), rng.dirichlet(np.ones(5), 6)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ours = classifier.soft_cross_entropy(jnp.asarray(logits), jnp.asarray(target))
+    np.testing.assert_allclose(ours, -(target * log_p).sum(1).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"width": 66}, "width=66 is not divisible by heads=4"),
+        ({"pool": "max"}, "pool='max' is unknown"),
+        ({"drop_path": 1.0}, "drop_path=1.0 must be"),
+    ],
+    ids=str,
+)
+def test_impossible_classifiers_are_refused(changes, message):
+    sizes = {"width": 64, "depth": 1, "heads": 4, "classes": 2}
+    with pytest.raises(ValueError, match=message):
+        classifier.build((2, 2), **(sizes | changes))
