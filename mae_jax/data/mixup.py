@@ -1,0 +1,145 @@
+"""What is done to normalised images and labels on the device: random erasing, mixup, cutmix.
+
+Pure functions for the inside of jit; each comes as a draw and as what the draw does. Facts and
+numbers: REFERENCE section 3. Shape suffixes as in models/vit.py, and G groups of images.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import Array
+
+ERASED_AREA = (0.02, 1 / 3)  # of the image
+ERASED_RATIO = (0.3, 1 / 0.3)  # height over width
+ERASE_TRIES = 10
+
+
+class Boxes(NamedTuple):
+    """Rows top..bottom and columns left..right, the latter of each not included; int32."""
+
+    top: Array
+    bottom: Array
+    left: Array
+    right: Array
+
+
+def inside(boxes: Boxes, height: int, width: int) -> Array:
+    """bool [..., H, W]: the pixels within each box."""
+    rows, cols = jnp.arange(height)[:, None], jnp.arange(width)
+    top, bottom, left, right = (x[..., None, None] for x in boxes)
+    return (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
+
+
+# --- random erasing ---
+
+
+def draw_erasing(
+    rng: Array, batch: int, height: int, width: int, probability: float
+) -> tuple[Array, Boxes]:
+    """(which images are erased, bool [B]; the box of each).
+
+    Area and log aspect are uniform; of up to ten tries the first counts that is smaller than the
+    image on both sides; without one the image stays.
+    """
+    keys = jax.random.split(rng, 5)
+    shape = (batch, ERASE_TRIES)
+    area = height * width * jax.random.uniform(keys[0], shape, float, *ERASED_AREA)
+    low, high = map(math.log, ERASED_RATIO)
+    ratio = jnp.exp(jax.random.uniform(keys[1], shape, float, low, high))
+    box_h = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+    box_w = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+    fits = (box_h < height) & (box_w < width)
+    first = jnp.argmax(fits, 1)[:, None]
+    box_h, box_w = (jnp.take_along_axis(x, first, 1)[:, 0] for x in (box_h, box_w))
+    top = jax.random.randint(keys[2], (batch,), 0, jnp.maximum(height - box_h, 0) + 1)
+    left = jax.random.randint(keys[3], (batch,), 0, jnp.maximum(width - box_w, 0) + 1)
+    erased = jax.random.bernoulli(keys[4], probability, (batch,)) & fits.any(1)
+    return erased, Boxes(top, top + box_h, left, left + box_w)
+
+
+def erase(images_BHWC: Array, rng: Array, probability: float) -> Array:
+    """Fills a random box of some images with N(0, 1), drawn for each pixel and channel."""
+    batch, height, width, _ = images_BHWC.shape
+    draw, fill = jax.random.split(rng)
+    erased, boxes = draw_erasing(draw, batch, height, width, probability)
+    noise_BHWC = jax.random.normal(fill, images_BHWC.shape, images_BHWC.dtype)
+    hidden_BHW = inside(boxes, height, width) & erased[:, None, None]
+    return jnp.where(hidden_BHW[..., None], noise_BHWC, images_BHWC)
+
+
+# --- mixup and cutmix ---
+
+
+class Mix(NamedTuple):
+    """One draw for each group of images."""
+
+    lam_G: Array  # share of an image's own label, and in mixup of its own pixels
+    cut_G: Array  # bool: cutmix, else mixup
+    boxes: Boxes  # of cutmix, [G] each
+
+
+def draw_mix(
+    rng: Array, groups: int, height: int, width: int, *, mixup: float, cutmix: float
+) -> Mix:
+    """Mixup or cutmix by a fair coin, its share from Beta(alpha, alpha), and a box, for each group.
+
+    Args:
+      mixup, cutmix: the alphas; if one is 0 the other is always chosen. Not both may be 0.
+    """
+    coin, mix, cut, row, col = jax.random.split(rng, 5)
+    share = 0.5 if mixup > 0 and cutmix > 0 else float(cutmix > 0)
+    cut_G = jax.random.bernoulli(coin, share, (groups,))
+    mixup_G, cutmix_G = (
+        jax.random.beta(key, alpha, alpha, (groups,)) if alpha > 0 else jnp.ones(groups)
+        for key, alpha in ((mix, mixup), (cut, cutmix))
+    )
+    center_y = jax.random.randint(row, (groups,), 0, height)
+    center_x = jax.random.randint(col, (groups,), 0, width)
+    return make_mix(mixup_G, cutmix_G, cut_G, center_y, center_x, height, width)
+
+
+def make_mix(
+    mixup_G: Array,
+    cutmix_G: Array,
+    cut_G: Array,
+    center_y: Array,
+    center_x: Array,
+    height: int,
+    width: int,
+) -> Mix:
+    """The box of share sqrt(1 - lambda) of each side, clipped; lambda again from what is left."""
+    side_G = jnp.sqrt(1 - cutmix_G)
+    box_h, box_w = ((n * side_G).astype(jnp.int32) for n in (height, width))
+    boxes = Boxes(
+        jnp.clip(center_y - box_h // 2, 0, height),
+        jnp.clip(center_y + box_h // 2, 0, height),
+        jnp.clip(center_x - box_w // 2, 0, width),
+        jnp.clip(center_x + box_w // 2, 0, width),
+    )
+    area_G = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
+    return Mix(jnp.where(cut_G, 1 - area_G / (height * width), mixup_G), cut_G, boxes)
+
+
+def mix_images(images_BHWC: Array, mix: Mix) -> Array:
+    """Each image with its partner: the images of its group in reverse order."""
+    own = rearrange(images_BHWC, "(g n) h w c -> g n h w c", g=len(mix.lam_G))
+    partner = own[:, ::-1]
+    lam, cut = (x[:, None, None, None, None] for x in (mix.lam_G, mix.cut_G))
+    box = inside(mix.boxes, *images_BHWC.shape[1:3])[:, None, :, :, None]
+    mixed = jnp.where(cut, jnp.where(box, partner, own), lam * own + (1 - lam) * partner)
+    return rearrange(mixed, "g n h w c -> (g n) h w c")
+
+
+def smooth(label_B: Array, classes: int, smoothing: float) -> Array:
+    """Labels as distributions: 1 - s + s / Y for the label, s / Y for every other class."""
+    return jax.nn.one_hot(label_B, classes) * (1 - smoothing) + smoothing / classes
+
+
+def mix_targets(target_BY: Array, mix: Mix) -> Array:
+    """Each target with its partner's, lambda to 1 - lambda."""
+    own = rearrange(target_BY, "(g n) y -> g n y", g=len(mix.lam_G))
+    lam = repeat(mix.lam_G, "g -> g 1 1")
+    return rearrange(lam * own + (1 - lam) * own[:, ::-1], "g n y -> (g n) y")
