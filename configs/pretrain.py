@@ -68,6 +68,7 @@ def get_config(arg=None):
             threads=16,
             prefetch=4,  # batches
             max_bad_fraction=0.01,
+            synthetic=False,  # one random batch for ever: is the model slow, or the input?
         )
     )
 

@@ -134,6 +134,10 @@ def train_batches(
     """
     check(data)
     rows = np.arange(batch_size) if rows is None else rows
+    if data.get("synthetic"):
+        return synthetic_batches(
+            batch_size=batch_size, image_size=image_size, channels=channels, rows=rows
+        )
     crop, flip = make_crop(data), data.flip
 
     def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
