@@ -49,7 +49,7 @@ FREE_KEYS = (
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 DIGESTS = "digests.json"
-SHOWN = 5  # differences in an error message
+SHOWN = 20  # differences in an error message
 PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
 
 
@@ -335,6 +335,15 @@ def damage(checkpoint: epath.Path) -> str | None:
         if found[name] != entry:
             return f"{name} has other contents than were written"
     return None
+
+
+def shapes(checkpoint: str | os.PathLike, part: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Shape and type of the arrays of a checkpoint, or of the part that keys lead to; {} = none."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(_absolute(checkpoint) / "state").tree
+    for key in part:
+        saved = saved.get(key) or {}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
 
 def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = ()) -> Any:
