@@ -6,6 +6,7 @@ them, with a sentence: hosts that went on alone would be N runs that write to on
 
 import contextlib
 import faulthandler
+import hashlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,6 +103,14 @@ def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
                 f"this is one of {count} processes of {by}: start on all workers, and add"
                 " --distributed, so that they become one run"
             )
+
+
+def source_digest() -> str:
+    """Of the text of this package: what `git describe` does not tell of changed files."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    text = b"".join(str(file.relative_to(root)).encode() + file.read_bytes() for file in files)
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
 
     from mae_jax import checkpoint, distributed, sharding, train
 
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # what was compiled, for the next start
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):  # for the next start
         cache = epath.Path(workdir).absolute().parent / "compilation_cache"
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
     if values.distributed or hosts != (None, None, None):
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     with distributed.watchdog(config.stall_seconds) as happened:
         with distributed.agreement("config and code") as facts:
             facts |= checkpoint.flat({"config": json.loads(config.to_json()), "workdir": workdir})
-            facts |= checkpoint.versions()
+            facts |= checkpoint.versions() | {"code of mae_jax": distributed.source_digest()}
         with distributed.agreement("data") as facts:
             mesh = sharding.make_mesh(**config.mesh)
             module = importlib.import_module(f"mae_jax.tasks.{config.task}")
