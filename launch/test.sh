@@ -14,5 +14,7 @@ cd "$root"
 "$python" -m ruff format --check .
 "$(dirname "$python")/shellcheck" --external-sources launch/*.sh .ci/run
 "$python" -m mypy
-# A file's tests stay in one process, where they share what they compiled.
-exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+# The tests of a file stay in one process, where they share what they compiled; files go in their own
+# order, because the one with the fewest tests (test_resume.py) takes the longest.
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder "$@"
