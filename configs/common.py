@@ -1,5 +1,9 @@
 """What the configs share: typed arguments of get_config, and the sizes of the published models."""
 
+import json
+
+from etils import epath
+
 # width, depth, heads. Ti and S: arXiv 2012.12877; B and L: arXiv 2010.11929; H: as MAE uses it. All
 # of B, L and H agree with the official parameter counts (tests/test_models.py). 2B and 6.5B: widths
 # and depths of arXiv 2303.13496, where 12 * width^2 * depth gives 1.89e9 and 6.44e9; their numbers
@@ -52,3 +56,18 @@ def model_sizes(variant):
         )
     width, depth, heads = SIZES[size]
     return {"width": width, "depth": depth, "heads": heads, "patch_size": (int(patch),) * 2}
+
+
+def pretraining(path):
+    """The config (a dict) of the run that a checkpoint is of, or None if it is not to be found.
+
+    Args:
+      path: its workdir, or a checkpoint in there.
+    """
+    if not path:
+        return None
+    folder = epath.Path(path)
+    for place in (folder, folder.parent, folder.parent.parent):
+        if (place / "config.json").exists():
+            return json.loads((place / "config.json").read_text())
+    return None

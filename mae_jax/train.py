@@ -49,6 +49,7 @@ class Task(NamedTuple):
     optimizer: Callable  # (total_steps, steps_per_epoch) -> transformation, schedule
     batches: Callable  # (start_step, rows) -> iterator of (rows of this host, scalars, log lines)
     flops_per_example: float  # forward pass, matrix products only
+    passes: float = 3.0  # what an update costs, in forward passes: 3 with the backward pass
     # (checkpoint, fresh state) -> state: what config.init_from gives; None = all parameters
     load: Callable | None = None
 
@@ -303,7 +304,8 @@ def fit(
                 "perf/data_wait_frac": waited,
             }
             if peak:
-                scalars["perf/mfu"] = 3 * task.flops_per_example * rate / (peak * mesh.size)
+                work = task.passes * task.flops_per_example * rate
+                scalars["perf/mfu"] = work / (peak * mesh.size)
             writer.scalars(done, scalars)
             progress.update(
                 done,

@@ -165,7 +165,9 @@ def test_the_accuracy_of_knn_is_that_of_brute_force(state, alone):
     config = config_of()
     task = pretrain.make_task(config)
     mesh = mesh_of(1, 1, 1)
-    extractor = features.Extractor(config, task.predict, mesh, feature="cls", batch_size=10)
+    extractor = features.Extractor(
+        config, features.feature_of(task.predict, "cls"), mesh, batch_size=10
+    )
     x, label = extractor.table(state, open_source("bundled:digits", "test[:50]"))
     bank_x, bank_label = extractor.table(state, open_source("bundled:digits", "train[:70]"))
     bank = features.Features(bank_x, bank_label, np.ones(70, bool))
@@ -205,7 +207,9 @@ def test_images_that_cannot_be_read_are_left_out_of_queries_and_bank(state, fold
     (folder / "dog" / "07.png").write_bytes(b"")
     mesh = mesh_of(1, 1, 1)
     task = pretrain.make_task(config)
-    extractor = features.Extractor(config, task.predict, mesh, feature="mean", batch_size=5)
+    extractor = features.Extractor(
+        config, features.feature_of(task.predict, "mean"), mesh, batch_size=5
+    )
     sizes = [
         len(extractor.table(state, open_source(config.data.source, splits[key]))[0])
         for key in ("split", "bank_split")

@@ -1,10 +1,22 @@
 """Linear and attentive probes: the head by hand, the encoder untouched, a whole run."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from PIL import Image
+from test_knn import mesh_of
+from test_train import tiny_config
 
+from configs.linprobe import get_config
+from mae_jax import evals, metrics, sharding, train
+from mae_jax.data import pipeline, transforms
+from mae_jax.evals.probe import Evaluator
 from mae_jax.models import probe
+from mae_jax.tasks import pretrain
+from mae_jax.tasks import probe as task_module
 
 
 def features(rows=24, width=8, seed=0):
@@ -66,3 +78,319 @@ def test_the_attentive_head_is_softmax_pooling_written_out():
     )
     linear = p["linear"]["head"]
     np.testing.assert_allclose(got, normed @ linear["kernel"] + linear["bias"], atol=1e-5)
+
+
+# --- the crop ---
+
+
+def test_the_crop_is_drawn_once_and_cut_to_the_picture():
+    """Written out from REFERENCE section 4, with the same draws."""
+    rng, ours = np.random.default_rng(0), np.random.default_rng(0)
+    clipped = 0
+    for width, height in [(100, 30), (30, 100), (64, 64), (1, 1)] * 50:
+        area = width * height * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        clipped += w > width or h > height
+        w, h = max(min(w, width), 1), max(min(h, height), 1)
+        box = (rng.integers(width - w + 1), rng.integers(height - h + 1), w, h)
+        assert transforms.probe_box(width, height, (0.08, 1.0), (3 / 4, 4 / 3), ours) == box
+    assert clipped > 20
+
+
+def test_the_pipeline_knows_the_crop_of_the_probe():
+    data = get_config("init=x").data
+    assert (data.crop, data.crop_scale, data.flip) == ("probe", (0.08, 1.0), 0.5)
+    picture = Image.fromarray(np.arange(3000, dtype=np.uint8).reshape(25, 40, 3))
+    crop = pipeline.make_crop(data)(picture, (8, 16), np.random.default_rng(3))
+    left, top, w, h = transforms.probe_box(
+        40, 25, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(3)
+    )
+    part = picture.crop((left, top, left + w, top + h))
+    np.testing.assert_array_equal(crop, part.resize((16, 8), Image.Resampling.BICUBIC))
+
+
+# --- the task ---
+
+
+def probe_config(**changes):
+    config = get_config("init=x,source=bundled:digits,test=test,epochs=2,batch_size=32,select=20")
+    tiny = tiny_config()
+    for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "dtype"):
+        config.model[key] = tiny.model[key]
+    config.data.update(mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
+    config.probe.update(bn_group=8, attention_heads=2)
+    config.optim.update(warmup="1 steps", sweep=(0.02, 0.5))
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+ATTENTIVE = {"probe.head": "attentive", "optim.name": "adamw"}
+
+
+def batch_of(config, mesh, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (config.batch_size, *config.model.image_size, config.model.channels)
+    images, labels = (
+        rng.integers(0, 256, shape, np.uint8),
+        rng.integers(0, 10, len(range(shape[0]))),
+    )
+    local = {"image": images, "label": labels.astype(np.int32)}
+    return sharding.put_batch(mesh, local, config.batch_size)
+
+
+def updates(config, mesh, steps=3):
+    """States before and after some updates, through the compiled step."""
+    task = task_module.make_task(config, sharding.constrain_batch(mesh))
+    tx, _ = task.optimizer(10, 5)
+    program = train.compile_step(task, tx, config, mesh)
+    state = program.init()
+    before = jax.device_get(state)
+    for step in range(steps):
+        state, scalars = program.step(state, batch_of(config, mesh, step))
+    return before, jax.device_get(state), jax.device_get(scalars)
+
+
+@pytest.fixture(scope="module")
+def swept():
+    return updates(probe_config(), mesh_of(1, 1, 1))
+
+
+def heads(state):
+    return jax.tree.leaves(state.params)
+
+
+def test_heads_learn_and_the_encoder_stays_as_it_is(swept):
+    before, after, scalars = swept
+    jax.tree.map(np.testing.assert_array_equal, before.extra["encoder"], after.extra["encoder"])
+    assert all(np.abs(a - b).max() > 0 for a, b in zip(heads(before), heads(after), strict=True))
+    assert np.abs(after.extra["batch_norm"].mean).max() > 0
+    assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(after.params))
+    assert np.isfinite(scalars["loss"])
+
+
+@pytest.mark.parametrize("changes", [{}, ATTENTIVE], ids=["linear", "attentive"])
+def test_the_published_rate_gives_the_same_in_a_sweep_and_alone(changes, swept):
+    _, together, scalars = updates(probe_config(**changes), mesh_of(1, 1, 1)) if changes else swept
+    config = probe_config(**changes)
+    config.optim.sweep = ()
+    _, alone, lone_scalars = updates(config, mesh_of(1, 1, 1))
+    assert scalars["loss"] == pytest.approx(lone_scalars["loss"], rel=1e-6)
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(together.params), heads(alone), strict=True
+    ):
+        if "kv" in str(path) and "bias" in str(path):
+            continue  # the gradient of the key bias is nothing but rounding, which Adam scales up
+        largest = np.abs(theirs).max()
+        assert np.abs(ours[0] - theirs[0]).max() <= 1e-5 * largest
+        assert np.abs(ours[1] - theirs[0]).max() > 1e-5 * largest
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_updates_agree_over_meshes(swept, shape):
+    _, other, _ = updates(probe_config(), mesh_of(*shape))
+    for ours, theirs in zip(heads(other), heads(swept[1]), strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(
+        other.extra["batch_norm"].var, swept[1].extra["batch_norm"].var, rtol=1e-5
+    )
+
+
+def test_the_forward_pass_alone_is_paid_for():
+    """A backward pass through the encoder would triple the work of the step."""
+
+    def work(width_of_mlp):
+        config = probe_config()
+        config.optim.sweep = ()
+        config.model.update(mlp_ratio=width_of_mlp, scan_unroll=config.model.depth)
+        mesh = mesh_of(1, 1, 1)
+        task = task_module.make_task(config)
+        tx, _ = task.optimizer(10, 5)
+        return train.compile_step(task, tx, config, mesh).step.cost_analysis()["flops"], task
+
+    (small, task), (large, other) = work(2.0), work(8.0)
+    forward = 32 * (other.flops_per_example - task.flops_per_example)
+    assert task.passes == 1
+    assert 0.95 * forward < large - small < 2 * forward
+
+
+@pytest.mark.parametrize("features", ["random", "pixels"])
+@pytest.mark.parametrize("changes", [{}, ATTENTIVE], ids=["linear", "attentive"])
+def test_what_learned_nothing_can_be_probed_too(features, changes):
+    config = probe_config(features=features, init_from="", **changes)
+    before, after, scalars = updates(config, mesh_of(1, 1, 1), steps=2)
+    assert np.isfinite(scalars["loss"])
+    assert ("encoder" in after.extra) == (features == "random")
+    assert all(np.abs(a - b).max() > 0 for a, b in zip(heads(before), heads(after), strict=True))
+
+
+def test_average_pooling_norms_the_pooled_tokens_by_a_norm_that_is_never_trained():
+    config = probe_config(**{"probe.pool": "global_pool"})
+    task = task_module.make_task(config)
+    params, extra = task.init(jax.random.key(0))
+    moved = {"scale": jnp.full(32, 3.0), "bias": jnp.full(32, 1.0)}  # unused, as in the original
+    other = extra | {"encoder": extra["encoder"] | {"norm": moved}}
+    batch = batch_of(config, mesh_of(1, 1, 1))
+    first, second = (task.predict["logits"](params, x, batch) for x in (extra, other))
+    np.testing.assert_array_equal(first, second)
+    cls = task_module.make_task(probe_config())
+    first, second = (cls.predict["logits"](params, x, batch) for x in (extra, other))
+    assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": ""}, "init=WORKDIR"),
+        ({"features": "radom"}, "nearest: random"),
+        ({"features": "random"}, "not used with features='random'"),
+        ({"probe.bn_group": 12}, "divide the 32 images of a pass"),
+        ({"probe.bn_group": 1}, "at least 2"),
+        ({"probe.head": "attentiv"}, "nearest: attentive"),
+        ({"probe.pool": "max"}, "config.probe.pool='max'"),
+        (ATTENTIVE | {"probe.attention_heads": 5}, "must divide the width, 32"),
+        ({"optim.sweep": (0.1, 0.0)}, "must be positive"),
+        ({"optim.name": "sgd"}, "config.optim.name='sgd'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        task_module.make_task(probe_config(**changes))
+
+
+def test_images_without_labels_cannot_be_probed(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match="has no labels"):
+        task_module.make_task(probe_config(**{"data.source": f"folder:{tmp_path}"}))
+
+
+# --- the evaluator ---
+
+
+def known_logits(params, extra, batch):
+    """Three heads: the first reads a pixel, the second always says 7, the third is NaN."""
+    pixel_B = batch["image"][:, 0, 0, 0].astype(jnp.int32)
+    ten_Y = jnp.arange(10)
+    first = jax.nn.one_hot(pixel_B % 10, 10)
+    second = jnp.broadcast_to(jax.nn.one_hot(7, 10) + 0.01 * ten_Y, first.shape)
+    return jnp.stack([first, second, first * jnp.nan], 1)
+
+
+def evaluate(config, shape=(1, 1, 1)):
+    evaluator = Evaluator(config.evals.probe, config, {"logits": known_logits}, mesh_of(*shape))
+    return evaluator.run(SimpleNamespace(params={}, extra={}))[0]
+
+
+def test_accuracies_of_each_head_are_those_counted_by_hand():
+    config = probe_config()
+    config.evals.probe.split = "test[:100]"
+    found = evaluate(config)
+    source = evals.features.open_labelled("bundled:digits", "test[:100]", "")
+    (batch,) = pipeline.eval_batches(
+        source, config.data, batch_size=100, image_size=(32, 32), channels=1
+    )
+    label, guess = batch["label"], batch["image"][:, 0, 0, 0] % 10
+    assert found["eval/top1"] == pytest.approx(100 * (guess == label).mean())
+    # All the others are equal: of them the first four win.
+    others = np.array([[y for y in range(10) if y != g][:4] for g in guess])
+    top5 = (guess == label) | (others == label[:, None]).any(1)
+    assert found["eval/top5"] == pytest.approx(100 * top5.mean())
+    assert found["eval/images"] == 100
+    assert found["eval/best_blr"] in (0.1, 0.02)  # never the head that is not a number
+    assert found["eval/select_top1_blr0.5"] == 0
+    loss = np.log(np.exp(1) + 9) - (guess == label)
+    assert found["eval/loss"] == pytest.approx(loss.mean(), rel=1e-6)
+
+
+def test_the_best_rate_is_chosen_on_training_images_and_not_on_those_measured():
+    config = probe_config()
+    fives = [f"test[{i}:{i + 1}]" for i in range(40)]
+    labels = [evals.features.open_labelled("bundled:digits", x, "")[0]["label"] for x in fives]
+    config.evals.probe.split = fives[labels.index(7)]
+    found = evaluate(config)
+    select = {rate: found[f"eval/select_top1_blr{rate:g}"] for rate in (0.1, 0.02, 0.5)}
+    assert found["eval/best_blr"] == max(select, key=select.get)
+    assert found["eval/best_top1"] == (
+        100 if found["eval/best_blr"] == 0.02 else found["eval/top1"]
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_metrics_are_the_same_on_any_mesh_and_for_any_batch_size(shape, batch_size):
+    config = probe_config()
+    config.evals.probe.split = "test[:50]"
+    expected = evaluate(config)
+    config.evals.probe.batch_size = batch_size
+    assert evaluate(config, shape) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("select_split", ["", "test", "train[:80%]"])
+def test_a_sweep_that_would_be_chosen_on_the_wrong_images_is_refused(select_split):
+    config = probe_config()
+    config.evals.probe.select_split = select_split
+    with pytest.raises(ValueError, match="neither trained on .* nor measured on"):
+        evaluate(config)
+
+
+# --- a whole run ---
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    config = tiny_config(train_for="3 steps")
+    config.evals = {}
+    config.checkpoint.update(every="", keep_every="")
+    config.data.update(threads=2, prefetch=2)
+    workdir = tmp_path_factory.mktemp("pretrained")
+    mesh = mesh_of(1, 1, 1)
+    state = train.fit(config, workdir, pretrain.make_task(config), mesh)
+    return workdir, jax.device_get(state.params["encoder"])
+
+
+def run(config, workdir, shape=(1, 1, 1)):
+    mesh = mesh_of(*shape)
+    task = task_module.make_task(config, sharding.constrain_batch(mesh))
+    return train.fit(config, workdir, task, mesh)
+
+
+def config_after(pretrained, **changes):
+    config = get_config(
+        f"init={pretrained[0]},source=bundled:digits,test=test[:40],epochs=1,batch_size=64,select=20"
+    )
+    config.optim.warmup = "2 steps"
+    config.checkpoint.update(every="5 steps", keep_every="")
+    config.data.update(threads=2, prefetch=2)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_probe_starts_from_a_run_and_reports_both_rates(pretrained, tmp_path):
+    config = config_after(pretrained)
+    assert (config.model.width, config.model.patch_size, config.data.mean) == (32, (8, 8), (0.5,))
+    state = run(config, tmp_path / "probe")
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(state.extra["encoder"]), pretrained[1]
+    )
+    last = metrics.read(tmp_path / "probe" / "metrics.jsonl")[-1]
+    assert last["step"] == int(state.step) == 1150 // 64
+    assert {"eval/top1", "eval/best_top1", "eval/best_blr", "eval/select_top1_blr0.3"} <= set(last)
+    # Run again it is finished, and needs the pre-training no longer.
+    again = run(config, tmp_path / "probe", (2, 2, 1))
+    np.testing.assert_array_equal(heads(jax.device_get(again))[0], heads(jax.device_get(state))[0])
+
+
+def test_an_encoder_that_does_not_fit_is_refused_with_both_shapes(pretrained, tmp_path):
+    config = config_after(pretrained, **{"model.width": 64})
+    with pytest.raises(ValueError, match=r"params/encoder/\S+: float32\[\d.*32.* 64"):
+        run(config, tmp_path / "probe")
+    config = config_after(pretrained, **{"model.patch_size": (4, 4)})
+    with pytest.raises(ValueError, match=r"patch_embed/kernel: float32\[64, 32\] in the check"):
+        run(config, tmp_path / "other")
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(pretrained, tmp_path):
+    config = config_after(pretrained, init_from=str(tmp_path))
+    with pytest.raises(ValueError, match=f"config.init_from='{tmp_path}' holds no checkpoint"):
+        run(config, tmp_path / "probe")

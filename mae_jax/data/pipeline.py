@@ -23,11 +23,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mae_jax.config import nearest, resolve
-from mae_jax.data import transforms
+from mae_jax.data import augment, transforms
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import BadImage, Picture
 
-CROPS = ("random_resized", "fixed", "center")
+CROPS = ("random_resized", "probe", "fixed", "center")
 MAX_DRAWS = 100  # in search of a readable record
 SMALL = 2000  # a source of up to so many records is searched for all that is unreadable
 LISTED = 50  # unreadable records in an error message
@@ -61,6 +61,7 @@ def check(data: ConfigDict) -> None:
         raise ValueError(f"config.data.{name}={data[name]!r}: {wanted}")
 
     make_crop(data)
+    make_augment(data)
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
             refuse(name, "give two numbers (low, high) with 0 < low <= high")
@@ -82,11 +83,11 @@ def make_crop(data: ConfigDict) -> Crop:
     Raises:
       ValueError: there is no such crop.
     """
-    if data.crop == "random_resized":
+    if data.crop in ("random_resized", "probe"):
+        probe = data.crop == "probe"
+        crop = transforms.probe_crop if probe else transforms.random_resized_crop
         scale, ratio = tuple(data.crop_scale), tuple(data.crop_ratio)
-        return lambda picture, size, rng: transforms.random_resized_crop(
-            picture, size, scale, ratio, rng
-        )
+        return lambda picture, size, rng: crop(picture, size, scale, ratio, rng)
     if data.crop == "fixed":
         return transforms.fixed_crop
     if data.crop == "center":
@@ -97,6 +98,16 @@ def make_crop(data: ConfigDict) -> Crop:
         f"config.data.crop={data.crop!r} is no crop{nearest(data.crop, list(CROPS))}; or give a"
         " dotted path to a function (picture, (height, width), rng) -> uint8 [H, W, C]"
     )
+
+
+def make_augment(data: ConfigDict) -> augment.RandAugment | None:
+    """The RandAugment that config.data.augment names; '' or none: no augmentation after the flip.
+
+    Raises:
+      ValueError: there is no such RandAugment.
+    """
+    name = data.get("augment", "")
+    return augment.parse(name) if name else None
 
 
 def train_batches(
@@ -138,7 +149,7 @@ def train_batches(
         return synthetic_batches(
             batch_size=batch_size, image_size=image_size, channels=channels, rows=rows
         )
-    crop, flip = make_crop(data), data.flip
+    crop, flip, distort = make_crop(data), data.flip, make_augment(data)
 
     def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
         drawn, bad = index, -1
@@ -154,6 +165,8 @@ def train_batches(
                 f" {_describe(source, drawn, channels)}"
             )
         image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
+        if distort is not None:
+            image = distort(image, rng)
         return _example(image, record["label"], index, bad)
 
     per_epoch = steps_per_epoch(len(source), batch_size) * batch_size

@@ -134,9 +134,26 @@ def random_resized_crop(
 
     The box is cut out before it is resized, so that no pixel around it takes part.
     """
-    left, top, width, height = random_box(*_size(picture)[::-1], scale, ratio, rng)
-    box = (left, top, left + width, top + height)
-    return _edit(picture, lambda p: p.crop(box).resize(size_HW[::-1], Image.Resampling.BICUBIC))
+    return _crop_box(picture, size_HW, random_box(*_size(picture)[::-1], scale, ratio, rng))
+
+
+def probe_crop(
+    picture: Picture,
+    size_HW: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The linear probe's own random resized crop (REFERENCE section 4)."""
+    return _crop_box(picture, size_HW, probe_box(*_size(picture)[::-1], scale, ratio, rng))
+
+
+def _crop_box(
+    picture: Picture, size_HW: tuple[int, int], box: tuple[int, int, int, int]
+) -> np.ndarray:
+    left, top, width, height = box
+    edges = (left, top, left + width, top + height)
+    return _edit(picture, lambda p: p.crop(edges).resize(size_HW[::-1], Image.Resampling.BICUBIC))
 
 
 def random_box(
@@ -166,6 +183,24 @@ def random_box(
     elif width / height > high:
         w = max(round(height * high), 1)
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def probe_box(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """As `random_box`, but drawn once: sides that do not fit are cut to the picture's.
+
+    The aspect of such a box may lie outside `ratio`.
+    """
+    area = width * height * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
 def center_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import nearest
 
-TYPES = ("fewshot", "knn", "reconstruct")
+TYPES = ("accuracy", "fewshot", "knn", "probe", "reconstruct")
 
 
 def build(config: ConfigDict, predict: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mae_jax.data import pipeline, sources, transforms
 class Features(NamedTuple):
     """Of a batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
 
-    x: Array  # (..., B, D) float32
+    x: Array  # (..., B, D) float32, or whatever is computed of each image
     label: Array  # (..., B) int32
     counted: Array  # (..., B) bool; False: padding, or an image that cannot be read
 
@@ -41,26 +41,47 @@ def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
     return source
 
 
+def require_labels(label_B: np.ndarray, classes: int) -> None:
+    """Raises ValueError if a label is not one of the classes."""
+    wrong = label_B[(label_B < 0) | (label_B >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"an image has label {wrong[0]}, and labels go from 0 to {classes - 1}: choose a split"
+            " whose images are labelled (the public test images of ImageNet are not)"
+        )
+
+
+def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any, dict], Array]:
+    """The function that computes one of a task's features, (B, D): cls or mean."""
+
+    def compute(params: Any, extra: Any, batch: dict) -> Array:
+        found = predict["features"](params, extra, batch)
+        if name not in found:
+            raise ValueError(f"there is no feature {name!r}{nearest(name, list(found))}")
+        return found[name].astype(jnp.float32)
+
+    return compute
+
+
 class Extractor:
     """Computes features of sources on a mesh, each image once and whatever the batch size.
 
     Args:
-      config: the whole config; images are prepared as its evaluation does.
-      predict: its "features" is used, which gives (B, D) arrays by name.
-      feature: one of those names: cls or mean.
+      config: the whole config: what images look like and how they are read.
+      compute: (params, extra, batch) -> (B, ...), such as `feature_of` gives.
+      mesh: where the state lives.
       batch_size: of the global batch, rounded up to what the mesh divides.
 
     Raises:
-      ValueError: batch_size is not positive.
+      ValueError: batch_size is not positive; while running: a label is out of range.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        predict: Mapping[str, Callable],
+        compute: Callable[[Any, Any, dict], Array],
         mesh: Mesh,
         *,
-        feature: str,
         batch_size: int,
     ):
         if batch_size < 1:
@@ -69,12 +90,6 @@ class Extractor:
         self.batch_size = -(-batch_size // ways) * ways
         self._config, self._mesh = config, mesh
         self._rows = sharding.host_rows(mesh, self.batch_size)
-
-        def compute(params: Any, extra: Any, image_BHWC: Array) -> Array:
-            found = predict["features"](params, extra, {"image": image_BHWC})
-            if feature not in found:
-                raise ValueError(f"there is no feature {feature!r}{nearest(feature, list(found))}")
-            return found[feature].astype(jnp.float32)
 
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
         by_row: Any = NamedSharding(mesh, P(None, sharding.BATCH))
@@ -86,7 +101,7 @@ class Extractor:
 
     def batches(self, state: Any, source: sources.Source) -> Iterator[Features]:
         """Of each batch of a source, in its order."""
-        model = self._config.model
+        model, classes = self._config.model, source.num_classes or 0
         for batch in pipeline.eval_batches(
             source,
             self._config.data,
@@ -100,8 +115,9 @@ class Extractor:
                 "label": batch["label"],
                 "counted": batch["valid"] & (batch["bad"] < 0),
             }
+            require_labels(local["label"][local["counted"]], classes)
             arrays = sharding.put_batch(self._mesh, local, self.batch_size)
-            x_BD = self._compute(state.params, state.extra, arrays["image"])
+            x_BD = self._compute(state.params, state.extra, {"image": arrays["image"]})
             yield Features(x_BD, arrays["label"], arrays["counted"])
 
     def bank(self, state: Any, source: sources.Source) -> Features:

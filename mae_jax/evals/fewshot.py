@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.evals.features import Extractor, draw_per_class, open_labelled
+from mae_jax.evals.features import Extractor, draw_per_class, feature_of, open_labelled
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times the largest squared singular value
 
@@ -96,7 +96,7 @@ class Evaluator:
             for shots in cfg.shots
         }
         self._extractor = Extractor(
-            config, predict, mesh, feature=cfg.feature, batch_size=cfg.batch_size
+            config, feature_of(predict, cfg.feature), mesh, batch_size=cfg.batch_size
         )
 
     def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:

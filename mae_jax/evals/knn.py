@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax.evals.features import Extractor, Features, open_labelled
+from mae_jax.evals.features import Extractor, Features, feature_of, open_labelled
 from mae_jax.sharding import BATCH
 
 
@@ -113,7 +113,7 @@ class Evaluator:
         self._cfg = cfg
         self._check_ks(len(self._bank))
         self._extractor = Extractor(
-            config, predict, mesh, feature=cfg.feature, batch_size=cfg.batch_size
+            config, feature_of(predict, cfg.feature), mesh, batch_size=cfg.batch_size
         )
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 

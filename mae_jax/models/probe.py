@@ -13,7 +13,7 @@ from jax import Array
 
 from mae_jax.models.vit import layer_norm, xavier
 
-EPSILON = 1e-6  # of the batch norm; REFERENCE section 4
+EPSILON = 1e-6  # of batch and layer norm; REFERENCE section 4
 MOMENTUM = 0.9  # share of the old running statistics that stays; PyTorch calls it 0.1
 
 
@@ -56,6 +56,12 @@ def pool(tokens_BND: Array) -> dict[str, Array]:
     """(B, D) float32 features of an encoder's tokens: cls, and the mean of those of patches."""
     tokens_BND = tokens_BND.astype(jnp.float32)
     return {"cls": tokens_BND[:, 0], "mean": tokens_BND[:, 1:].mean(1)}
+
+
+def bare_norm(x_BD: Array) -> Array:
+    """LayerNorm without scale and bias: what an untrained fc_norm does."""
+    x_BD = x_BD - x_BD.mean(-1, keepdims=True)
+    return x_BD / jnp.sqrt(jnp.square(x_BD).mean(-1, keepdims=True) + EPSILON)
 
 
 class LinearHead(nn.Module):
