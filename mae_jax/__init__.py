@@ -1,3 +1,12 @@
 """Masked Autoencoders (He et al., 2021) in JAX and Flax, for TPU and GPU meshes."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`mae_jax.load`, imported when it is first used: JAX takes seconds to import."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mae_jax.pretrained import load
+
+    return load

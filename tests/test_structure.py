@@ -18,7 +18,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"tasks"},
-    {"train"},
+    {"train", "pretrained"},
     {"evals"},
     {"data", "checkpoint", "distributed"},
     {"optim", "sharding", "metrics", "interop"},

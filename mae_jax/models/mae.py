@@ -10,7 +10,10 @@ from mae_jax.models.vit import Encoder, Execution, Stack, layer_norm, xavier
 
 
 class Decoder(nn.Module):
-    """Encoded patches plus a shared mask token for each hidden one, to values of every patch."""
+    """Encoded patches plus a shared mask token for each hidden one, to values of every patch.
+
+    Positions as in `vit.Encoder`.
+    """
 
     grid: tuple[int, int]
     values: int
@@ -19,6 +22,7 @@ class Decoder(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     execution: Execution = Execution()
+    trained_positions: bool = False
 
     @nn.compact
     def __call__(self, latent_BND: Array, restore_BL: Array) -> Array:
@@ -32,7 +36,10 @@ class Decoder(nn.Module):
         shuffled_BLE = jnp.concatenate([x_BNE[:, 1:], token_BHE], axis=1)
         x_BLE = jnp.take_along_axis(shuffled_BLE, restore_BL[..., None], axis=1)
         x_BNE = jnp.concatenate([x_BNE[:, :1], x_BLE], axis=1)
-        x_BNE = x_BNE + jnp.asarray(sincos_2d(self.width, self.grid))
+        table = jnp.asarray(sincos_2d(self.width, self.grid))
+        if self.trained_positions:
+            table = self.param("pos_embed", lambda rng: table[None])[0]
+        x_BNE = x_BNE + table
         x_BNE = Stack(self.depth, self.heads, self.mlp_ratio, self.execution, name="stack")(x_BNE)
         x_BNE = layer_norm("norm")(x_BNE)
         pred_BNP = nn.Dense(self.values, dtype=dtype, kernel_init=xavier, name="pred")(x_BNE)

@@ -1,0 +1,431 @@
+"""Pre-trained weights from any file, as a model to call; and back into our own format.
+
+Reads official .pth files, Hugging Face's ViTMAE and ViT directories, timm's files, and the runs and
+checkpoints of this project.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from einops import rearrange
+from jax import Array
+
+from mae_jax import checkpoint
+from mae_jax.evals import pixels
+from mae_jax.interop import names, read
+from mae_jax.interop.names import Spec, flatten
+from mae_jax.models import mae, masking, posemb
+from mae_jax.models.classifier import Classifier, Output
+from mae_jax.models.patchify import patchify, unpatchify
+from mae_jax.models.vit import Encoder, Execution, grid_of
+
+
+class Reconstruction(NamedTuple):
+    """What a masked autoencoder makes of images."""
+
+    images_BHWC: Array  # predicted for every patch, levels 0..255, float32
+    mask_BL: Array  # 1 = hidden
+    pred_BLP: Array  # the prediction itself, in the space of the target
+
+
+@dataclass(frozen=True)
+class Model:
+    """Functions of (params, images): pure, and thus ready for jax.jit, vmap and grad.
+
+    `images` are levels 0..255 of any type, (B, H, W, C), of the model's `spec.image_size`.
+    """
+
+    spec: Spec
+    execution: Execution = Execution()
+
+    def encode(self, params: Mapping, images: Array) -> Array:
+        """(B, 1 + L, D), float32: the cls token, then all patches row-major, nothing hidden.
+
+        After the encoder's final norm; a classifier that averages patches has none.
+        """
+        tokens = self._encoder().apply({"params": params["encoder"]}, self.patches(images))
+        return jnp.asarray(tokens, jnp.float32)
+
+    def reconstruct(
+        self, params: Mapping, images: Array, rng: Array, mask_ratio: float = 0.75
+    ) -> Reconstruction:
+        """Hide random patches and predict all.
+
+        `mask_ratio` is a shape: under jax.jit name it in static_argnames.
+
+        Raises:
+          ValueError: the weights have no decoder; a ratio that hides no patch or all.
+        """
+        score_BL = masking.random(rng, len(images), self.spec.grid, mask_ratio)
+        kept = masking.num_kept(score_BL.shape[1], mask_ratio)
+        return self.predict(params, images, masking.keep_lowest(score_BL, kept))
+
+    def predict(
+        self, params: Mapping, images: Array, mask: masking.Mask, statistics: str = "visible"
+    ) -> Reconstruction:
+        """`reconstruct` with a mask of one's own.
+
+        Args:
+          statistics: that undo normalised targets, see `evals.pixels.patch_statistics`.
+        """
+        s = self.spec
+        if not s.decoder_width:
+            raise ValueError(
+                "these weights have no decoder, so that nothing can be reconstructed: take a file"
+                " with one, such as mae_pretrain_vit_base_full.pth"
+            )
+        network = mae.MAE(self._encoder(), self._decoder())
+        pred_BLP = jnp.asarray(network.apply({"params": params}, self.patches(images), mask))
+        levels_BLP = pixels.predicted_levels(
+            pred_BLP,
+            patchify(jnp.asarray(images, jnp.float32), s.patch),
+            mask.mask_BL,
+            grid=s.grid,
+            target=s.target,
+            mean=s.mean,
+            std=s.std,
+            source=statistics,
+        )
+        return Reconstruction(unpatchify(levels_BLP, s.patch, s.grid), mask.mask_BL, pred_BLP)
+
+    def classify(self, params: Mapping, images: Array) -> Output:
+        """Features and logits of fine-tuned weights.
+
+        Raises:
+          ValueError: the weights have no head.
+        """
+        if not self.spec.classes:
+            raise ValueError("these weights have no head, so that nothing can be classified")
+        pool: Any = self.spec.pool
+        network = Classifier(self._encoder(), self.spec.classes, pool)
+        return Output(*network.apply({"params": params}, self.patches(images)))
+
+    def patches(self, images: Array) -> Array:
+        """(B, L, P): patches of the normalised images.
+
+        Raises:
+          ValueError: images of another size.
+        """
+        wanted = (*self.spec.image_size, self.spec.channels)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise ValueError(
+                f"images of shape {images.shape}: this model takes (batch, height, width, channels)"
+                f" with {wanted} after the batch; load(path, image_size=...) makes one of another"
+            )
+        scaled_BHWC = jnp.asarray(images, jnp.float32) / 255
+        normalized = (scaled_BHWC - jnp.asarray(self.spec.mean)) / jnp.asarray(self.spec.std)
+        return patchify(normalized, self.spec.patch)
+
+    def _encoder(self) -> Encoder:
+        s = self.spec
+        return Encoder(
+            s.grid,
+            s.width,
+            s.depth,
+            s.heads,
+            (s.hidden + 0.5) / s.width,  # rounds down to exactly `hidden`
+            trained_positions=s.positions,
+            final_norm=not s.classes or s.pool == "cls",
+            execution=self.execution,
+        )
+
+    def _decoder(self) -> mae.Decoder:
+        s = self.spec
+        return mae.Decoder(
+            s.grid,
+            s.values,
+            s.decoder_width,
+            s.decoder_depth,
+            s.decoder_heads,
+            (s.decoder_hidden + 0.5) / s.decoder_width,
+            self.execution,
+            trained_positions=s.decoder_positions,
+        )
+
+
+def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
+    """Weights of any known format, as a model and its parameters.
+
+        model, params = mae_jax.load("mae_pretrain_vit_base_full.pth")
+        images = np.zeros((1, 224, 224, 3), np.uint8)
+        tokens = jax.jit(model.encode)(params, images)  # (1, 1 + 196, 768)
+        out = model.reconstruct(params, images, jax.random.key(0), mask_ratio=0.75)
+        out.images_BHWC  # levels 0..255
+
+    Args:
+      path: an official or timm .pth or .safetensors file, a Hugging Face directory, a workdir of
+        this project, or one of its checkpoints.
+      **options: as of `open_weights`.
+
+    Raises:
+      ValueError: it cannot be read, or not in full.
+    """
+    weights = open_weights(path, **options)
+    return Model(weights.spec), jax.tree.map(jnp.asarray, weights.params)
+
+
+class Weights(NamedTuple):
+    """Parameters on the host, the network that they are of, and what happened on the way."""
+
+    spec: Spec
+    params: dict
+    report: list[str]
+    about: dict[str, str]  # origin, data and recipe, as far as they are known
+
+
+def open_weights(
+    path: str | os.PathLike,
+    *,
+    part: str = "all",
+    image_size: tuple[int, int] | None = None,
+    file_image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    allow_unused: bool = False,
+) -> Weights:
+    """Read weights of any format, all of them or nothing.
+
+    Args:
+      part: "all" or "encoder".
+      image_size: (height, width) to make a model for; the positions are resized.
+      file_image_size: that of the file, where its patches are not in a square.
+      channels: of images to make a model for; the patch embedding is adapted. Encoder only.
+      heads, decoder_heads, target, mean, std: where the file does not say.
+      allow_unused: go on though the file has tensors that the network has not.
+
+    Raises:
+      ValueError: it cannot be read, a tensor is missing or does not fit, or one is left over.
+    """
+    path = Path(path)
+    if part not in ("all", "encoder"):
+        raise ValueError(f"part={part!r} is unknown: choose all or encoder")
+    if target not in (None, "pixels", "norm_pixels"):
+        raise ValueError(f"target={target!r} is unknown: choose pixels or norm_pixels")
+    if _is_ours(path):
+        spec, params, report, about = _open_ours(path)
+        if part == "encoder":
+            spec, params = _encoder_only(spec), {"encoder": params["encoder"]}
+    else:
+        file = read.open_file(path)
+        about = {"origin": f"{path.name} ({file.source})"}
+        spec, notes = read.infer(
+            file,
+            heads=heads,
+            decoder_heads=decoder_heads,
+            image_size=file_image_size,
+            target=target,
+            name=path.name,
+        )
+        left = read.unused(file, spec)
+        if left and not allow_unused:
+            raise ValueError(
+                f"{path} has {len(left)} tensors that {file.source} has no place for:"
+                f" {', '.join(left[:8])}{', ...' * (len(left) > 8)}. If they are not needed, say"
+                " allow_unused"
+            )
+        whole = len(file.state) - len(left)
+        if part == "encoder":
+            spec = _encoder_only(spec)
+            dropped = len(read.unused(file, spec)) - len(left)
+            notes.append(f"part=encoder: {dropped} tensors of decoder and head left out")
+            whole -= dropped
+        params, spec = names.to_ours(file.state, spec, file.family)
+        report = [f"{path}: {file.source}", f"matched: {whole} tensors", *file.notes, *notes]
+        if left:
+            report.append(f"unused: {', '.join(left)}")
+        absent = [
+            name
+            for entry in names.entries(spec, file.family)
+            for name in entry.names
+            if name not in file.state
+        ]
+        if absent:
+            report.append(f"missing, computed: {', '.join(absent)}")
+        for side, kept in (("encoder", spec.positions), ("decoder", spec.decoder_positions)):
+            if kept and not spec.classes:
+                report.append(f"positions of the {side} are not the sine-cosine table: kept")
+    if mean or std:
+        spec = spec._replace(mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
+    if target:
+        spec = spec._replace(target=target)
+    if image_size and tuple(image_size) != spec.image_size:
+        spec, params, lines = _resized(spec, params, (image_size[0], image_size[1]))
+        report += lines
+    if channels and channels != spec.channels:
+        report.append(f"patch_embed: adapted from {spec.channels} to {channels} channels")
+        spec, params = _recoloured(spec, params, channels)
+    for name in ("mean", "std"):
+        if len(getattr(spec, name)) != spec.channels:
+            raise ValueError(
+                f"{name} has {len(getattr(spec, name))} numbers for images of {spec.channels}"
+                " channels: give one for each"
+            )
+    return Weights(spec, params, report, about)
+
+
+def _encoder_only(spec: Spec) -> Spec:
+    if spec.classes and spec.pool == "avg":
+        raise ValueError(
+            "a classifier that averages patches has no final norm of its encoder (fc_norm comes"
+            " after the mean): take it whole, with part=all"
+        )
+    return spec._replace(
+        classes=0, decoder_width=0, decoder_depth=0, decoder_heads=0, decoder_hidden=0
+    )
+
+
+def _resized(spec: Spec, params: dict, size: tuple[int, int]) -> tuple[Spec, dict, list[str]]:
+    """For images of another size: fixed positions are computed anew, trained ones resized."""
+    grid = grid_of(size, spec.patch)
+    lines = []
+    params = {key: dict(value) for key, value in params.items()}
+    for side in ("encoder", "decoder"):
+        if "pos_embed" in params.get(side, {}):
+            table = jnp.asarray(params[side]["pos_embed"])
+            params[side]["pos_embed"] = np.asarray(posemb.resize(table, spec.grid, grid))
+            lines.append(f"resized: {side}/pos_embed, {spec.grid} -> {grid} patches")
+    return spec._replace(grid=grid), params, lines
+
+
+def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
+    """For images of other channels: weights are repeated, and scaled to keep the response.
+
+    For one channel that is their sum: exact for a grey image that was given three times.
+    """
+    if spec.decoder_width:
+        raise ValueError(
+            f"the decoder predicts {spec.channels} channels, and cannot be adapted to {channels}:"
+            " take part=encoder"
+        )
+    old = spec.channels
+    embed = dict(params["encoder"]["patch_embed"])
+    kernel = rearrange(embed["kernel"], "(n ch) d -> n ch d", ch=old)
+    kernel = kernel.sum(1, keepdims=True) if channels == 1 else kernel[:, np.arange(channels) % old]
+    scale = 1.0 if channels == 1 else old / channels
+    embed["kernel"] = rearrange(kernel * np.float32(scale), "n ch d -> (n ch) d")
+    params = params | {"encoder": params["encoder"] | {"patch_embed": embed}}
+    mean, std = (
+        (float(np.mean(x)),) if channels == 1 else tuple(x[i % old] for i in range(channels))
+        for x in (spec.mean, spec.std)
+    )
+    return spec._replace(channels=channels, mean=mean, std=std), params
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and any((path / x).is_dir() for x in ("checkpoints", "state"))
+
+
+def _open_ours(path: Path) -> Weights:
+    step = Path(checkpoint.find(path, "init_from"))
+    folders = (step, step.parent, step.parent.parent)
+    configs = [folder / "config.json" for folder in folders if (folder / "config.json").exists()]
+    if not configs:
+        raise ValueError(
+            f"{step} lies in no workdir: the config.json that says what it is of is looked for"
+            f" beside it and two folders above"
+        )
+    try:
+        config = json.loads(configs[0].read_text())
+        model, data = config["model"], config["data"]
+        patch = tuple(model["patch_size"])
+        common = dict(
+            grid=grid_of(tuple(model["image_size"]), patch),
+            patch=patch,
+            channels=model["channels"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            mask_ratio=config.get("mask_ratio", 0.75),
+            target=config.get("target", {}).get("name", "norm_pixels"),
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{configs[0]} is not the config of a run: {error!r}") from None
+    params = checkpoint.restore(step, {"params": _shapes(step)})["params"]
+    params = jax.tree.map(np.asarray, params)
+    flat = flatten(params)
+    if "encoder/stack/blocks/attn/qkv/kernel" not in flat:
+        raise ValueError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
+    about = {"origin": config.get("converted_from") or f"{path.name}, step {step.name}"}
+    if "train_for" in config:
+        about["data"] = str(data.get("source", ""))
+        about["recipe"] = (
+            f"{config['train_for']}, batch {config.get('batch_size')},"
+            f" {', '.join(f'{k} {v}' for k, v in config.get('optim', {}).items())}"
+        )
+    report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
+    return Weights(_spec_of(flat, common), params, report, about)
+
+
+def _shapes(step: Path) -> dict:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(step / "state").tree.get("params", {})
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+def _spec_of(flat: Mapping[str, np.ndarray], common: Mapping[str, Any]) -> Spec:
+    """The network, from the shapes of its parameters and what they cannot tell."""
+
+    def stack(side: str) -> tuple[int, int, int, int]:
+        blocks = f"{side}/stack/blocks"
+        depth, width, _, heads, _ = flat[f"{blocks}/attn/qkv/kernel"].shape
+        return width, depth, heads, flat[f"{blocks}/mlp/fc1/kernel"].shape[-1]
+
+    width, depth, heads, hidden = stack("encoder")
+    more: dict[str, Any] = {}
+    if "decoder/pred/kernel" in flat:
+        keys = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_hidden")
+        more = dict(zip(keys, stack("decoder"), strict=True))
+    if "head/kernel" in flat:
+        more["classes"] = flat["head/kernel"].shape[-1]
+        more["pool"] = "avg" if "fc_norm/scale" in flat else "cls"
+    return Spec(
+        width=width,
+        depth=depth,
+        heads=heads,
+        hidden=hidden,
+        positions="encoder/pos_embed" in flat,
+        decoder_positions="decoder/pos_embed" in flat,
+        **common,
+        **more,
+    )
+
+
+def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) -> None:
+    """Write a workdir of ours with one checkpoint, of step 0, for config.init_from and `load`."""
+    root = Path(directory)
+    saver = checkpoint.Checkpointer(root)
+    saver.save(0, {"params": jax.tree.map(jnp.asarray, params)})
+    saver.close()
+    config = {
+        "task": "classify" if spec.classes else "pretrain",
+        "converted_from": origin,
+        "mask_ratio": spec.mask_ratio,
+        "target": {"name": spec.target},
+        "model": {
+            "image_size": spec.image_size,
+            "patch_size": spec.patch,
+            "channels": spec.channels,
+            "width": spec.width,
+            "depth": spec.depth,
+            "heads": spec.heads,
+            "mlp_ratio": spec.hidden / spec.width,
+        },
+        "data": {"mean": spec.mean, "std": spec.std},
+    }
+    if spec.decoder_width:
+        keys = ("decoder_width", "decoder_depth", "decoder_heads")
+        config["model"] |= {key: getattr(spec, key) for key in keys}  # type: ignore[operator]
+    (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")
