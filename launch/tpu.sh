@@ -1,0 +1,278 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice: made, set up, started on all workers, and started again until it is done.
+#
+#   export TPU=NAME TYPE=v5litepod-16 ZONE=us-west4-a [PROJECT=ID]
+#   bash launch/tpu.sh create [--dry-run]    ask for the slice, as a queued resource
+#   bash launch/tpu.sh setup                 this checkout and its packages, on all workers
+#   bash launch/tpu.sh run --config=FILE --workdir=gs://BUCKET/RUN [FLAG ...]
+#                                            until it is done, through preemptions; again = watch on
+#   bash launch/tpu.sh status | logs [WORKER] | stop | delete
+#
+# TIER: spot (default) or on-demand. SLICES: how many slices of TYPE (default 1). RUNTIME: the image
+# (default: the one for TYPE). MAX_RESTARTS: of one `run` (default 50). POLL: seconds between looks
+# (default 30). --dry-run, with any subcommand, prints what would change something, and changes nothing.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+poll=${POLL:-30}
+slices=${SLICES:-1}
+dry=no
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+say() { echo "launch/tpu.sh: $*" >&2; }
+fail() {
+  say "$@"
+  exit 1
+}
+
+# gcloud, which is never asked anything on the terminal.
+ask() { gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet < /dev/null; }
+
+# As `ask`, for what changes something.
+change() {
+  if [ "$dry" = yes ]; then
+    printf '%q ' gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet
+    echo
+  else
+    ask "$@"
+  fi
+}
+
+# The state of the queued resource, such as ACTIVE or WAITING_FOR_RESOURCES; NONE if there is none.
+state() {
+  if [ "$dry" = yes ]; then
+    echo NONE
+  elif ask queued-resources describe "$TPU" '--format=value(state.state)' 2> "$work/error"; then
+    :
+  elif grep -q NOT_FOUND "$work/error"; then
+    echo NONE
+  else
+    cat "$work/error" >&2
+    fail "gcloud could not tell the state of $TPU; its message is above."
+  fi
+}
+
+create() {
+  [ -n "${TYPE:-}" ] || fail "set TYPE to an accelerator type, such as TYPE=v5litepod-16."
+  local now tier=() name=("--node-id=$TPU") runtime
+  now=$(state)
+  case $now in
+    NONE) ;;
+    FAILED | SUSPENDED | SUSPENDING)
+      say "$TPU is $now: it is deleted and asked for again."
+      delete
+      ;;
+    *)
+      say "$TPU is there already: $now."
+      return
+      ;;
+  esac
+  case ${TIER:-spot} in
+    spot) tier=(--spot) ;;
+    on-demand) ;;
+    *) fail "TIER=$TIER: write spot or on-demand." ;;
+  esac
+  case $TYPE in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
+    *) fail "TYPE=$TYPE: write v6e-N, v5p-N, v5litepod-N, v4-N, v3-N or v2-N." ;;
+  esac
+  [ "$slices" -eq 1 ] || name=("--node-count=$slices" "--node-prefix=$TPU")
+  change queued-resources create "$TPU" "${name[@]}" "--accelerator-type=$TYPE" \
+    "--runtime-version=${RUNTIME:-$runtime}" "${tier[@]}"
+  [ "$dry" = yes ] || say "asked for $TYPE. It costs from when it is ACTIVE until 'delete'."
+}
+
+delete() {
+  if [ "$dry" = no ] && [ "$(state)" = NONE ]; then
+    say "there is no $TPU; nothing to delete."
+    return
+  fi
+  change queued-resources delete "$TPU" --force
+}
+
+nodes() {
+  if [ "$slices" -eq 1 ]; then echo "$TPU"; else seq -f "$TPU-%.0f" 0 $((slices - 1)); fi
+}
+
+# everywhere COMMAND: on every worker of every slice at once, three times where ssh fails. What worker
+# W of NODE said is in $work/said/NODE.W. Fails, naming them, if some could not be reached.
+everywhere() {
+  local node workers worker failed=0
+  rm -rf "$work/said"
+  mkdir "$work/said"
+  for node in $(nodes); do
+    if [ "$dry" = yes ]; then
+      change tpu-vm ssh "$node" --worker=all "--command=$1"
+      continue
+    fi
+    workers=$(ask tpu-vm describe "$node" '--format=value(networkEndpoints.len())') || return 1
+    for ((worker = 0; worker < workers; worker++)); do
+      touch "$work/said/$node.$worker.failed"
+      (
+        for try in 1 2 3; do
+          if ask tpu-vm ssh "$node" "--worker=$worker" "--command=$1" \
+            > "$work/said/$node.$worker" 2> "$work/said/$node.$worker.errors"; then
+            rm "$work/said/$node.$worker.failed" "$work/said/$node.$worker.errors"
+            break
+          fi
+          [ "$try" -eq 3 ] || sleep "${RETRY:-5}"
+        done
+      ) &
+    done
+  done
+  wait
+  for worker in "$work"/said/*.failed; do
+    [ -e "$worker" ] || continue
+    failed=1
+    worker=${worker%.failed}
+    say "worker ${worker##*.} of $(basename "${worker%.*}") failed three times:" \
+      "$(tail -1 "$worker.errors")"
+  done
+  return "$failed"
+}
+
+# The last line of each worker, with its name in front.
+answers() {
+  local file name
+  for file in "$work"/said/*; do
+    case $file in *.failed | *.errors) continue ;; esac
+    [ -e "$file" ] || continue
+    name=$(basename "$file")
+    echo "${name%.*} worker ${name##*.}: $(tail -1 "$file")"
+  done
+}
+
+setup() {
+  local node
+  git -C "$root" ls-files -z --cached --others --exclude-standard |
+    tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$work/mae_jax.tar.gz"
+  for node in $(nodes); do
+    change tpu-vm scp "$work/mae_jax.tar.gz" "$node:mae_jax.tar.gz" --worker=all
+  done
+  if ! everywhere 'mkdir -p mae_jax && tar -xzf mae_jax.tar.gz -C mae_jax' ||
+    ! everywhere 'cd mae_jax && bash launch/worker.sh setup'; then
+    fail "not every worker is set up; run 'setup' again: what is done stays done."
+  fi
+  answers
+}
+
+# Returns when the slice is ACTIVE and set up.
+ready() {
+  local now before=''
+  now=$(state)
+  [ "$now" != ACTIVE ] || return 0
+  create
+  until now=$(state) && [ "$now" = ACTIVE ]; do
+    case $now in FAILED | SUSPENDED) create ;; esac
+    [ "$now" = "$before" ] || say "$TPU: $now"
+    before=$now
+    sleep "$poll"
+  done
+  setup
+}
+
+# Sets outcome to finished, stopped, error or again, when all workers have ended or the slice is gone.
+watch_run() {
+  local failures=0 all
+  while true; do
+    if everywhere 'cd mae_jax && bash launch/worker.sh status'; then
+      failures=0
+      all=$(answers)
+      if ! grep -q ': running' <<< "$all"; then
+        outcome=again
+        if grep -q ': stopped' <<< "$all"; then
+          outcome=stopped
+        elif grep -E ': ended' <<< "$all" | grep -v -E ' (0|75)$' >&2; then
+          outcome=error
+        elif ! grep -v -q ': ended 0$' <<< "$all"; then
+          outcome=finished
+        fi
+        return
+      fi
+    elif [ "$(state)" != ACTIVE ]; then
+      outcome=again
+      return
+    elif ((++failures == 5)); then
+      fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
+        "watched; 'status' looks again, and 'run' with the same flags watches on."
+    fi
+    sleep "$poll"
+  done
+}
+
+run() {
+  case " $* " in
+    *" --workdir=gs://"*) ;;
+    *) fail "--workdir=gs://BUCKET/RUN is needed: what is on a worker's disk dies with the slice." ;;
+  esac
+  local restarts=0 start
+  start="cd mae_jax && $(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
+  if [ "$dry" = yes ]; then
+    everywhere "$start"
+    return
+  fi
+  while true; do
+    ready
+    if everywhere "$start"; then
+      watch_run
+    elif [ "$(state)" = ACTIVE ]; then
+      everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
+      fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
+    else
+      outcome=again
+    fi
+    case $outcome in
+      finished)
+        say "finished. 'delete' ends the costs of $TPU."
+        return 0
+        ;;
+      stopped)
+        say "stopped, and saved; 'run' with the same flags goes on. $TPU still costs, until 'delete'."
+        return 75
+        ;;
+      error) fail "the run ended with the error above; see 'logs'. $TPU still costs, until 'delete'." ;;
+    esac
+    ((++restarts <= ${MAX_RESTARTS:-50})) || fail "gave up after $((restarts - 1)) restarts; see 'logs'."
+    say "a worker was lost or preempted ($(state)); restart $restarts, from the last checkpoint."
+  done
+}
+
+command=${1:-}
+[ "$#" -eq 0 ] || shift
+args=()
+for arg in "$@"; do
+  if [ "$arg" = --dry-run ]; then dry=yes; else args+=("$arg"); fi
+done
+set -- "${args[@]+"${args[@]}"}"
+case $command in
+  create | setup | run | status | logs | stop | delete) ;;
+  *) fail "write create, setup, run, status, logs, stop or delete, not '$command'." ;;
+esac
+[ -n "${TPU:-}" ] || fail "set TPU to the name of the slice, such as TPU=my-run."
+[ -n "${ZONE:-}" ] || fail "set ZONE to a zone that has TYPE, such as ZONE=us-west4-a."
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$slices: write a number, from 1."
+command -v gcloud > /dev/null || [ "$dry" = yes ] ||
+  fail "there is no gcloud: install the Google Cloud CLI, and log in with 'gcloud auth login'."
+
+case $command in
+  status)
+    now=$(state)
+    echo "$TPU: $now"
+    [ "$now" != ACTIVE ] || {
+      everywhere 'cd mae_jax && bash launch/worker.sh status' || true
+      answers
+    }
+    ;;
+  logs)
+    ask tpu-vm ssh "$(nodes | head -1)" "--worker=${1:-0}" '--command=tail -n 200 -F mae_jax_run/log'
+    ;;
+  stop)
+    everywhere 'cd mae_jax && bash launch/worker.sh stop'
+    answers
+    ;;
+  *) "$command" "$@" ;;
+esac
