@@ -1,0 +1,149 @@
+"""mae_jax.load: any weights as a model to call, inside jit or not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import mae_jax
+from configs import quickstart
+from mae_jax import checkpoint, pretrained
+from mae_jax.interop import pth
+from mae_jax.models import masking
+from mae_jax.models.posemb import sincos_2d
+from mae_jax.pretrained import Model
+from mae_jax.tasks.pretrain import make_task
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = np.load(DATA / "mae_tiny.npz")
+META = json.loads(str(GOLDEN["meta"]))
+HEADS = {"heads": META["heads"], "decoder_heads": META["dec_heads"]}
+LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # the golden images are normalised already
+
+
+def official(path: Path, name: str) -> Path:
+    arrays = np.load(DATA / name)
+    pth.write(path, {k[6:]: arrays[k] for k in arrays.files if k.startswith("param/")})
+    return path
+
+
+def assert_close(ours, theirs):
+    worst = np.max(np.abs(np.asarray(ours) - theirs))
+    assert worst <= 1e-5 * np.max(np.abs(theirs)), worst
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import mae_jax, sys; assert 'jax' not in sys.modules; mae_jax.load; import jax"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DATA.parents[1])
+
+
+def test_an_official_file_predicts_the_official_numbers(tmp_path):
+    model, params = mae_jax.load(official(tmp_path / "a.pth", "mae_tiny.npz"), **HEADS, **LEVELS)
+    assert not (model.spec.positions or model.spec.decoder_positions)
+    kept = masking.num_kept(GOLDEN["noise"].shape[1], META["mask_ratio"])
+    mask = masking.keep_lowest(jnp.asarray(GOLDEN["noise"]), kept)
+    out = jax.jit(model.predict)(params, GOLDEN["images"], mask)
+    assert_close(out.pred_BLP, GOLDEN["norm_pix/pred"])
+    np.testing.assert_array_equal(out.mask_BL, GOLDEN["norm_pix/mask"])
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_a_fine_tuned_file_gives_the_official_logits(pool, tmp_path):
+    golden = np.load(DATA / f"vit_tiny_{pool}.npz")
+    meta = json.loads(str(golden["meta"]))
+    path = official(tmp_path / "a.pth", f"vit_tiny_{pool}.npz")
+    model, params = mae_jax.load(path, heads=meta["heads"], **LEVELS)
+    assert model.spec.pool == pool
+    out = jax.jit(model.classify)(params, golden["images"])
+    assert_close(out.features_BD, golden["features"])
+    assert_close(out.logits_BY, golden["logits"])
+
+
+def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
+    model, params = mae_jax.load(official(tmp_path / "a.pth", "mae_tiny.npz"), **HEADS)
+    side, patches = META["img"], (META["img"] // META["patch"]) ** 2
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    tokens = jax.jit(model.encode)(params, images)
+    assert tokens.shape == (2, 1 + patches, META["embed_dim"])
+    np.testing.assert_allclose(tokens, model.encode(params, images.astype(np.float32)), atol=1e-5)
+    reconstruct = jax.jit(model.reconstruct, static_argnames="mask_ratio")
+    out = reconstruct(params, images, jax.random.key(0), mask_ratio=0.5)
+    assert out.images_BHWC.shape == images.shape
+    assert out.images_BHWC.min() >= 0 and out.images_BHWC.max() <= 255
+    assert out.mask_BL.sum() == 2 * patches / 2
+    other = reconstruct(params, images, jax.random.key(1), mask_ratio=0.5)
+    assert (out.mask_BL != other.mask_BL).any()
+    with pytest.raises(ValueError, match="this model takes"):
+        model.encode(params, images[:, :-1])
+
+
+def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
+    config = ConfigDict(quickstart.get_config())
+    task = make_task(config)
+    params, _ = task.init(jax.random.key(0))
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(7, {"params": params})
+    saver.close()
+    checkpoint.prepare_workdir(tmp_path, config)
+    model, loaded = mae_jax.load(tmp_path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
+    assert model.spec.target == config.target.name
+    height, width = config.model.image_size
+    shape = (2, height, width, config.model.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
+    theirs = task.predict["reconstruction"](params, {}, batch)
+    kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
+    exact = Model(model.spec, pretrained.Execution(jnp.dtype(config.model.dtype)))
+    ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
+    np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
+    step, again = mae_jax.load(tmp_path / "checkpoints" / "7")
+    assert step.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, again, loaded))
+
+
+def test_fixed_positions_of_another_size_are_computed_anew(tmp_path):
+    path = official(tmp_path / "a.pth", "mae_tiny.npz")
+    patch = META["patch"]
+    model, params = mae_jax.load(path, image_size=(patch * 3, patch * 5), **HEADS)
+    assert model.spec.grid == (3, 5)
+    images = np.zeros((1, patch * 3, patch * 5, 3), np.uint8)
+    assert model.encode(params, images).shape[1] == 16
+    with pytest.raises(ValueError, match="whole number of patches"):
+        mae_jax.load(path, image_size=(patch * 3 + 1, patch * 5), **HEADS)
+
+
+def test_a_file_with_another_than_a_square_of_patches(tmp_path):
+    arrays = {k[6:]: GOLDEN[k] for k in GOLDEN.files if k.startswith("param/")}
+    for name in ("pos_embed", "decoder_pos_embed"):
+        arrays[name] = sincos_2d(arrays[name].shape[-1], (2, 5))[None]
+    pth.write(tmp_path / "a.pth", arrays)
+    assert mae_jax.load(tmp_path / "a.pth", **HEADS)[0].spec.grid == (2, 5)
+    arrays["pos_embed"] = np.random.default_rng(0).normal(size=(1, 11, META["embed_dim"]))
+    pth.write(tmp_path / "b.pth", arrays)
+    with pytest.raises(ValueError, match="give the image_size of the file"):
+        mae_jax.load(tmp_path / "b.pth", **HEADS)
+    size = (META["patch"] * 2, META["patch"] * 5)
+    model, _ = mae_jax.load(tmp_path / "b.pth", file_image_size=size, **HEADS)
+    assert model.spec.grid == (2, 5) and model.spec.positions
+
+
+def test_what_the_weights_have_not_is_said(tmp_path):
+    path = official(tmp_path / "a.pth", "mae_tiny.npz")
+    model, params = mae_jax.load(path, part="encoder", **HEADS)
+    images = np.zeros((1, META["img"], META["img"], 3), np.uint8)
+    with pytest.raises(ValueError, match="no decoder"):
+        model.reconstruct(params, images, jax.random.key(0))
+    with pytest.raises(ValueError, match="no head"):
+        model.classify(params, images)
+    with pytest.raises(ValueError, match="does not say how many heads"):
+        mae_jax.load(path)
+    with pytest.raises(ValueError, match="heads=5 does not divide"):
+        mae_jax.load(path, heads=5, decoder_heads=2)
+    with pytest.raises(ValueError, match="no config.json|lies in no workdir|no checkpoint|model_"):
+        mae_jax.load(tmp_path)
