@@ -14,7 +14,7 @@ set -uo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${VENV:-$root/.venv}/bin/python
 [ -x "$python" ] || python=python3
-name=${NAME:-$(hostname)}
+name=${NAME:-$(hostname)${SLURM_PROCID:+, process $SLURM_PROCID}}
 if [ -n "${XLA_PRESET:-}" ]; then
   # shellcheck source=launch/xla_flags.sh
   source "$root/launch/xla_flags.sh"

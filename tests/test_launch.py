@@ -1,11 +1,16 @@
 """The launch scripts refuse what they cannot work with, in words, and touch nothing then."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import hosts
 import pytest
+import yaml
+
+from mae_jax import checkpoint
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -48,3 +53,89 @@ def test_folder_of_somebody_else_is_never_emptied(tmp_path):
     assert run.returncode == 1
     assert f"{tmp_path}/venv was not made by launch/setup.sh" in run.stderr
     assert theirs.exists()
+
+
+def test_local_launcher_wants_a_number_of_hosts(tmp_path):
+    run = launch("local.sh", tmp_path)
+    assert run.returncode == 2
+    assert "the first argument is the number of hosts" in run.stderr
+
+
+def test_host_with_an_unknown_preset_is_told_which_there_are(tmp_path):
+    run = launch("host.sh", tmp_path, XLA_PRESET="fast", VENV=sys.prefix)
+    assert run.returncode == 2
+    assert "XLA_PRESET=fast: there are gpu-overlap, gpu-fsdp" in run.stderr
+
+
+@pytest.mark.parametrize("preset", ["gpu-overlap", "gpu-fsdp", "gpu-deterministic"])
+def test_gpu_presets_are_flags_that_this_xla_knows(preset):
+    """XLA aborts at an unknown flag, whatever the device. TPU flags are libtpu's to check."""
+    code = f'source launch/xla_flags.sh; xla_preset {preset}; "$0" -c "import jax; jax.devices()"'
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    subprocess.run(["bash", "-c", code, sys.executable], cwd=LAUNCH.parent, env=env, check=True)
+
+
+SRUN = """#!/bin/bash
+# Stands for srun: two processes with the variables that Slurm sets.
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1
+for i in 0 1; do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+  tasks+=($!)
+done
+trap 'kill -TERM "${tasks[0]}"' TERM
+for task in "${tasks[@]}"; do
+  while true; do
+    wait "$task"
+    status=$?
+    kill -0 "$task" 2> /dev/null || break
+  done
+  ((status <= worst)) || worst=$status
+done
+exit "$worst"
+"""
+
+
+def test_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(tmp_path):
+    """The processes find each other as Slurm's, and one of them is told to end."""
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "scontrol: $@"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = str((hosts.free_port() % 2**12) + 2**12)  # JAX derives the port from it
+    workdir = tmp_path / "run"
+    env = [f"PATH={tmp_path}:{os.environ['PATH']}", f"SLURM_JOB_ID={job}"]
+    command = ["env", *env, "bash", "launch/slurm.sh", *hosts.flags(tmp_path, workdir)]
+    run = hosts.Processes([command], 1)
+    run.until(lambda: len(hosts.logged(workdir)) > 2)
+    run.processes[0].send_signal(signal.SIGTERM)
+    assert run.end() == [checkpoint.PREEMPTED], run.text()
+    assert "2 host(s)" in run.text()
+    assert f"scontrol: requeue {job}" in run.text()
+    saved = str(hosts.logged(workdir)[-1]["step"])
+    assert (workdir / "checkpoints" / saved).is_dir()
+
+
+@pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
+def test_jobset_has_what_a_tpu_slice_on_kubernetes_needs(name, slices):
+    jobset = yaml.safe_load((LAUNCH / f"gke/{name}.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["name"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == slices
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = 1
+    for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(size)
+    machines = chips // container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == machines
+    assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    assert pod["restartPolicy"] == "Never"
+    assert container["command"] == ["bash", "launch/host.sh"]
+    assert "--distributed" in container["args"]
+    # What a restart cures is restarted; what it does not is not.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert checkpoint.PREEMPTED not in rule["onExitCodes"]["values"]
