@@ -292,7 +292,7 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
     plot(axes[0], "train/loss", "training images", "C0")
     if series("eval/loss")[0]:
         plot(axes[0], "eval/loss", "evaluation images", "C1")
-    axes[0].set(title="Loss on hidden patches", xlabel="step")
+    axes[0].set(title="Loss on hidden patches" if panels == 2 else "Loss", xlabel="step")
     axes[0].legend(frameon=False)
     rate = axes[0].twinx()
     rate.plot(*series("train/lr"), color="0.8", linewidth=1, zorder=0)

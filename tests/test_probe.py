@@ -1,5 +1,6 @@
 """Linear and attentive probes: the head by hand, the encoder untouched, a whole run."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,8 +11,10 @@ from PIL import Image
 from test_knn import mesh_of
 from test_train import tiny_config
 
+from configs.knn import get_config as knn_config
 from configs.linprobe import get_config
-from mae_jax import evals, metrics, sharding, train
+from mae_jax import evals, metrics, optim, sharding, train
+from mae_jax.commands.train import summary
 from mae_jax.data import pipeline, transforms
 from mae_jax.evals.probe import Evaluator
 from mae_jax.models import probe
@@ -394,3 +397,36 @@ def test_a_path_that_is_no_checkpoint_is_refused(pretrained, tmp_path):
     config = config_after(pretrained, init_from=str(tmp_path))
     with pytest.raises(ValueError, match=f"config.init_from='{tmp_path}' holds no checkpoint"):
         run(config, tmp_path / "probe")
+
+
+def test_a_run_without_updates_measures_a_checkpoint(pretrained, tmp_path):
+    config = knn_config(f"init={pretrained[0]},source=bundled:digits,bank=train[:200],test=test")
+    config.data.update(threads=2, prefetch=2)
+    config.batch_size = config.probe.bn_group = 64
+    config.evals.fewshot.update(shots=(2,), draws=2)
+    workdir = tmp_path / "knn"
+    state = run(config, workdir)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(state.extra["encoder"]), pretrained[1]
+    )
+    measured = {name for line in metrics.read(workdir / "metrics.jsonl") for name in line}
+    names = {"eval/knn1_cls", "eval/knn20_cls", "eval/fewshot2_cls", "eval/fewshot2_cls_std"}
+    assert names <= measured
+    told = "\n".join(summary(str(workdir)))
+    assert "20 nearest, feature cls" in told
+    assert re.search(r"% \+- \d+\.\d\d, fitted to 2 of each class", told)
+
+
+def test_the_published_setting_is_the_one_of_the_reference():
+    """REFERENCE section 4, letter by letter."""
+    config = get_config("init=x,select=0")
+    assert optim.peak_lr(config.optim.blr, config.batch_size) == pytest.approx(6.4)
+    assert config.train_for == "90 epochs"
+    assert config.probe.to_dict() | {"attention_heads": 0} == {
+        "head": "linear", "pool": "cls", "bn_group": 512, "attention_heads": 0
+    }  # fmt: skip
+    o = config.optim
+    assert (o.name, o.momentum, o.weight_decay) == ("lars", 0.9, 0.0)
+    assert (o.warmup, o.min_lr, o.sweep) == ("10 epochs", 0.0, ())
+    assert (config.data.split, config.evals.probe.split) == ("train", "validation")
+    assert pipeline.steps_per_epoch(1_281_167, config.batch_size) == 78

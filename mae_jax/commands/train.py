@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -77,13 +78,15 @@ def summary(workdir: str) -> list[str]:
     lines = metrics.read(Path(workdir, "metrics.jsonl"))
     losses = [line for line in lines if "train/loss" in line]
     evaluated = [line for line in lines if "eval/rmse" in line]
-    metrics.loss_figure(Path(workdir, "metrics.jsonl"), Path(workdir, "loss.png"))
-    first, last = losses[0], losses[-1]
-    text = [
-        "",
-        f"training loss  {first['train/loss']:.3f} at step {first['step']}"
-        f" -> {last['train/loss']:.3f} at step {last['step']}",
-    ]
+    text = [""]
+    if losses:
+        metrics.loss_figure(Path(workdir, "metrics.jsonl"), Path(workdir, "loss.png"))
+        first, last = losses[0], losses[-1]
+        text.append(
+            f"training loss  {first['train/loss']:.3f} at step {first['step']}"
+            f" -> {last['train/loss']:.3f} at step {last['step']}"
+        )
+    text += accuracies(lines)
     if evaluated:
         values = evaluated[-1]
         text.append(
@@ -98,6 +101,8 @@ def summary(workdir: str) -> list[str]:
                 ("rmse_interpolation", "linear interpolation between visible patches"),
             )
         ]
+    if not losses:
+        return text
     return [
         *text,
         f"pictures       {Path(workdir, 'images')}/, curves in {Path(workdir, 'loss.png')}",
@@ -106,6 +111,30 @@ def summary(workdir: str) -> list[str]:
         "next           your own images:  mae-jax train --config=configs/folder.py"
         " --config.data.source=folder:PATH --workdir=DIR",
     ]
+
+
+def accuracies(lines: list[dict]) -> list[str]:
+    """The last top-1 accuracies of a metrics.jsonl, in words; probes, k-NN and few-shot."""
+    last = {name: value for line in lines for name, value in line.items()}
+    text = []
+    if "eval/top1" in last:
+        text.append(
+            f"top-1 accuracy {last['eval/top1']:.2f} %, of {last['eval/images']:.0f} images"
+        )
+    if "eval/best_top1" in last:
+        text.append(
+            f"top-1 accuracy {last['eval/best_top1']:6.2f} % with blr={last['eval/best_blr']:g},"
+            " the best on held-out training images"
+        )
+    for name, value in last.items():
+        found = re.match(r"eval/(knn|fewshot)(\d+)_(cls|mean)$", name)
+        if found:
+            kind, number, feature = found.groups()
+            words = f"{number} nearest" if kind == "knn" else f"fitted to {number} of each class"
+            spread = last.get(f"{name}_std")
+            more = "" if spread is None else f" +- {spread:.2f}"
+            text.append(f"top-1 accuracy {value:6.2f} %{more}, {words}, feature {feature}")
+    return text
 
 
 def main(argv: list[str]) -> int:
