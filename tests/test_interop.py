@@ -1,0 +1,161 @@
+"""Files that transformers, torch and timm wrote are read as they read them, without any of them."""
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mae_jax
+from mae_jax.interop import names, pth, safetensors
+from mae_jax.interop.names import Spec
+from mae_jax.models import masking, targets
+from mae_jax.models.mae import masked_mse
+
+DATA = Path(__file__).parent / "data"
+B16 = Spec((14, 14), (16, 16), 3, 768, 12, 12, 3072)
+FULL = dict(decoder_width=512, decoder_depth=8, decoder_heads=16, decoder_hidden=2048)
+
+
+def assert_close(ours, theirs):
+    worst = np.max(np.abs(np.asarray(ours) - theirs))
+    assert worst <= 1e-5 * np.max(np.abs(theirs)), worst
+
+
+def test_a_vitmae_of_transformers_predicts_the_same():
+    golden = np.load(DATA / "hf_vitmae_tiny.npz")
+    model, params = mae_jax.load(DATA / "hf_vitmae_tiny")
+    kept = masking.num_kept(golden["noise"].shape[1], model.spec.mask_ratio)
+    mask = masking.keep_lowest(jnp.asarray(golden["noise"]), kept)
+    out = jax.jit(model.predict)(params, golden["images"], mask)
+    target = targets.norm_pixels(model.patches(golden["images"]))
+    assert_close(out.pred_BLP, golden["pred"])
+    assert_close(masked_mse(out.pred_BLP, target, mask.mask_BL), golden["loss"])
+    np.testing.assert_array_equal(out.mask_BL, golden["mask"])
+
+
+def test_a_checkpoint_of_torch_is_read_number_by_number():
+    content = pth.read(DATA / "torch_checkpoint.pth")
+    assert content["epoch"] == 3 and content["scaler"] == {"scale": 65536.0}
+    assert vars(content["args"]) == {"norm_pix_loss": True, "blr": 1.5e-4, "device": "cpu"}
+    assert content["model"]["weight"].shape == (2, 3)
+    assert content["optimizer"]["param_groups"][0]["lr"] == 1e-3
+    other = content["other"]
+    assert (other["half"].dtype, other["bfloat16"].dtype) == (np.float16, jnp.bfloat16)
+    np.testing.assert_array_equal(other["bfloat16"].astype(int), np.arange(4))
+    np.testing.assert_array_equal(other["transposed"], np.arange(6).reshape(2, 3).T)
+    np.testing.assert_array_equal(other["part"], [3, 4])
+    assert other["number"] == 7
+
+
+@pytest.mark.parametrize(
+    ("label", "more"),
+    [
+        ("vit_base_patch16_224.mae", {}),
+        ("vit_base_patch16_224, global_pool=avg", {"classes": 1000, "pool": "avg"}),
+    ],
+)
+def test_names_and_shapes_are_those_of_timm(label, more):
+    timm = json.loads((DATA / "timm_shapes.json").read_text())[label]
+    ours = {x.names[0]: list(x.shape) for x in names.entries(B16._replace(**more), "official")}
+    assert ours == timm
+
+
+def test_names_and_shapes_are_those_of_the_official_file():
+    golden = np.load(DATA / "mae_tiny.npz")
+    meta = json.loads(str(golden["meta"]))
+    spec = Spec(
+        (meta["img"] // meta["patch"],) * 2,
+        (meta["patch"],) * 2,
+        3,
+        meta["embed_dim"],
+        meta["depth"],
+        meta["heads"],
+        4 * meta["embed_dim"],
+        meta["dec_dim"],
+        meta["dec_depth"],
+        meta["dec_heads"],
+        4 * meta["dec_dim"],
+    )
+    official = {k[6:]: golden[k].shape for k in golden.files if k.startswith("param/")}
+    assert {x.names[0]: x.shape for x in names.entries(spec, "official")} == official
+
+
+def test_a_full_base_has_the_official_number_of_values():
+    wanted = names.entries(B16._replace(**FULL), "official")
+    assert sum(np.prod(x.shape) for x in wanted) == 111_907_840  # REFERENCE section 1.1
+
+
+@pytest.mark.parametrize("family", ["official", "hf"])
+@pytest.mark.parametrize("more", [{"classes": 5, "pool": "cls"}, FULL])
+def test_both_directions_of_the_table_are_inverse(family, more):
+    spec = Spec((2, 3), (4, 2), 5, 24, 2, 3, 40, positions=True, mean=(0.5,) * 5, std=(0.2,) * 5)
+    spec = spec._replace(**more)
+    rng = np.random.default_rng(0)
+    state = {}
+    for entry in names.entries(spec, family):
+        rows, *rest = entry.shape
+        for name in entry.names:
+            shape = (rows // len(entry.names), *rest)
+            state[name] = rng.normal(size=shape).astype(np.float32)
+    params, found = names.to_ours(state, spec, family)
+    back = names.to_theirs(params, found, family)
+    assert back.keys() == state.keys()
+    for name, x in state.items():
+        np.testing.assert_array_equal(back[name], x, name)
+
+
+def test_tensors_of_safetensors_files_come_back(tmp_path):
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "ü": np.arange(3, dtype=np.int64),
+        "half": np.ones((1, 1, 2), np.float16),
+    }
+    safetensors.write(tmp_path / "x", tensors)
+    found = safetensors.read(tmp_path / "x")
+    assert list(found) == list(tensors)
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(found[name], x)
+        assert found[name].dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]},
+        {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]},
+        {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]},
+        {"dtype": "F32"},
+        [],
+    ],
+)
+def test_headers_that_lie_are_refused(entry, tmp_path):
+    text = json.dumps({"x": entry}).encode()
+    content = struct.pack("<Q", len(text)) + text + bytes(16)
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="not an intact safetensors file"):
+        safetensors.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("sizes", [(5, 1), (2, 4), (-1, 1), (5, 0)])
+def test_tensors_that_do_not_fit_their_storage_are_refused(sizes, tmp_path):
+    shape, stride = sizes
+    pth.write(tmp_path / "a.pth", {"x": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    four, one = (b"(\x8a\x08" + struct.pack("<q", n) + b"t" for n in (4, 1))
+    new = (b"(\x8a\x08" + struct.pack("<q", n) + b"t" for n in (shape, stride))
+    stream = members["archive/data.pkl"]
+    assert four + one in stream
+    members["archive/data.pkl"] = stream.replace(four + one, b"".join(new))
+    with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="was not read"):
+        pth.read(tmp_path / "b.pth")
