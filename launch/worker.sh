@@ -40,7 +40,7 @@ case ${1:-} in
     # shellcheck source=launch/setup.sh
     source "$root/launch/setup.sh"
     version=$("$python" -c 'import importlib.metadata; print(importlib.metadata.version("jax"))')
-    "$python" -m pip install --quiet --disable-pip-version-check "jax[tpu]==$version"
+    "$python" -m pip install --quiet --disable-pip-version-check "jax[tpu]==$version" gcsfs # gs://
     echo ready
     ;;
   start)

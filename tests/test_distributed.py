@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mae_jax import checkpoint, distributed
+from mae_jax.commands import train
 
 HOSTS, DEVICES = 2, 2
 
@@ -175,6 +176,18 @@ def test_one_of_several_processes_is_told_to_join_them(environ, by):
     with pytest.raises(ValueError, match=f"{by}: start on all workers, and add --distributed"):
         distributed.refuse_to_run_alone(environ)
     distributed.refuse_to_run_alone({"TPU_WORKER_HOSTNAMES": "localhost"})
+
+
+@pytest.mark.parametrize(
+    "workdir, cache",
+    [
+        ("gs://bucket/runs/one", "gs://bucket/runs/compilation_cache"),
+        ("gs://bucket/one/", "gs://bucket/compilation_cache"),
+        ("/data/one", "/data/compilation_cache"),
+    ],
+)
+def test_what_was_compiled_is_kept_beside_the_workdir(workdir, cache):
+    assert train.compilation_cache(workdir) == cache
 
 
 def test_the_host_that_differs_from_most_is_the_one_that_is_named():

@@ -73,14 +73,17 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
 
 def summary(workdir: str) -> list[str]:
     """What a run came to, read from its own files: numbers, pictures, and what to do next."""
+    from etils import epath
+
     from mae_jax import metrics
 
-    lines = metrics.read(Path(workdir, "metrics.jsonl"))
+    root = epath.Path(workdir)  # a pathlib.Path would make gs:/ of gs://
+    lines = metrics.read(root / "metrics.jsonl")
     losses = [line for line in lines if "train/loss" in line]
     evaluated = [line for line in lines if "eval/rmse" in line]
     text = [""]
     if losses:
-        metrics.loss_figure(Path(workdir, "metrics.jsonl"), Path(workdir, "loss.png"))
+        metrics.loss_figure(root / "metrics.jsonl", root / "loss.png")
         first, last = losses[0], losses[-1]
         text.append(
             f"training loss  {first['train/loss']:.3f} at step {first['step']}"
@@ -105,8 +108,8 @@ def summary(workdir: str) -> list[str]:
         return text
     return [
         *text,
-        f"pictures       {Path(workdir, 'images')}/, curves in {Path(workdir, 'loss.png')}",
-        f"checkpoint     {Path(workdir, 'checkpoints', str(last['step']))}",
+        f"pictures       {root / 'images'}/, curves in {root / 'loss.png'}",
+        f"checkpoint     {root / 'checkpoints' / str(last['step'])}",
         f"curves         tensorboard --logdir={workdir}  (pip install tensorboard)",
         "next           your own images:  mae-jax train --config=configs/folder.py"
         " --config.data.source=folder:PATH --workdir=DIR",
@@ -137,19 +140,23 @@ def accuracies(lines: list[dict]) -> list[str]:
     return text
 
 
+def compilation_cache(workdir: str) -> str:
+    """Where compiled programs are kept for the next start: beside the workdir, for all its like."""
+    folder = workdir if "://" in workdir else os.path.abspath(workdir)
+    return f"{os.path.dirname(folder.rstrip('/'))}/compilation_cache"
+
+
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     config, workdir = parse(argv, values)
     hosts = (values.coordinator, values.num_hosts, values.host)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
-    from etils import epath
 
     from mae_jax import checkpoint, distributed, sharding, train
 
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):  # for the next start
-        cache = epath.Path(workdir).absolute().parent / "compilation_cache"
-        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        jax.config.update("jax_compilation_cache_dir", compilation_cache(workdir))
     if values.distributed or hosts != (None, None, None):
         distributed.join(
             *hosts,
