@@ -10,7 +10,7 @@
 #
 # TIER: spot (default) or on-demand. SLICES: how many slices of TYPE (default 1). RUNTIME: the image
 # (default: the one for TYPE). MAX_RESTARTS: of one `run` (default 50). POLL: seconds between looks
-# (default 30). --dry-run, with any subcommand, prints what would change something, and changes nothing.
+# (default 30). XLA_PRESET: see xla_flags.sh. --dry-run, with any subcommand, prints what would change something, and changes nothing.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -210,7 +210,7 @@ run() {
     *) fail "--workdir=gs://BUCKET/RUN is needed: what is on a worker's disk dies with the slice." ;;
   esac
   local restarts=0 start
-  start="cd mae_jax && $(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
+  start="cd mae_jax && ${XLA_PRESET:+XLA_PRESET=$XLA_PRESET }$(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
   if [ "$dry" = yes ]; then
     everywhere "$start"
     return
