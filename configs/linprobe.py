@@ -33,7 +33,7 @@ def get_config(arg=None):
     config.train_for = f"{args['epochs']} epochs"
     config.init_from = args["init"]
     config.features = "pretrained"  # or random, pixels: what features that learned nothing give
-    for key in ("mask_ratio", "masking", "target"):
+    for key in ("mask_ratio", "masking", "target", "online_probe"):
         del config[key]
     for key in ("decoder_width", "decoder_depth", "decoder_heads"):
         del config.model[key]

@@ -29,6 +29,8 @@ def get_config(arg=None):
     config.masking = ConfigDict({"name": "random"})  # or block, grid, or a dotted path
     config.target = ConfigDict({"name": "norm_pixels"})  # or pixels, or a dotted path
 
+    config.online_probe = False  # train a linear classifier of the cls token beside the model
+
     config.model = ConfigDict(
         dict(
             image_size=(args["image_size"],) * 2,  # (height, width)

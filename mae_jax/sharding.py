@@ -29,7 +29,7 @@ RULES = (
     (r"stack/blocks/mlp/fc1/kernel$", P(None, "fsdp", "tensor")),
     (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
     (r"stack/blocks/mlp/fc2/kernel$", P(None, "tensor", "fsdp")),
-    (r"(params|mu|nu|ema)/head/kernel$", P("fsdp")),  # D Y: the number of classes may be anything
+    (r"(params|mu|nu|ema)/(online/)?head/kernel$", P("fsdp")),  # D Y: Y may be any number
     (r"(patch_embed|embed|pred|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
     (r"(scale|bias|token|count|step|mean|var)$", P()),

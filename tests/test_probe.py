@@ -217,10 +217,12 @@ def test_the_forward_pass_alone_is_paid_for():
     assert 0.95 * forward < large - small < 2 * forward
 
 
-@pytest.mark.parametrize("features", ["random", "pixels"])
-@pytest.mark.parametrize("changes", [{}, ATTENTIVE], ids=["linear", "attentive"])
+@pytest.mark.parametrize(
+    ("features", "changes"), [("random", {}), ("pixels", {}), ("pixels", ATTENTIVE)], ids=str
+)
 def test_what_learned_nothing_can_be_probed_too(features, changes):
     config = probe_config(features=features, init_from="", **changes)
+    config.optim.sweep = ()
     before, after, scalars = updates(config, mesh_of(1, 1, 1), steps=2)
     assert np.isfinite(scalars["loss"])
     assert ("encoder" in after.extra) == (features == "random")
@@ -228,17 +230,16 @@ def test_what_learned_nothing_can_be_probed_too(features, changes):
 
 
 def test_average_pooling_norms_the_pooled_tokens_by_a_norm_that_is_never_trained():
-    config = probe_config(**{"probe.pool": "global_pool"})
-    task = task_module.make_task(config)
-    params, extra = task.init(jax.random.key(0))
-    moved = {"scale": jnp.full(32, 3.0), "bias": jnp.full(32, 1.0)}  # unused, as in the original
-    other = extra | {"encoder": extra["encoder"] | {"norm": moved}}
-    batch = batch_of(config, mesh_of(1, 1, 1))
-    first, second = (task.predict["logits"](params, x, batch) for x in (extra, other))
-    np.testing.assert_array_equal(first, second)
+    pooled = task_module.make_task(probe_config(**{"probe.pool": "global_pool"}))
     cls = task_module.make_task(probe_config())
-    first, second = (cls.predict["logits"](params, x, batch) for x in (extra, other))
-    assert np.abs(first - second).max() > 1e-3
+    params, extra = jax.jit(pooled.init)(jax.random.key(0))
+    moved = {"scale": jnp.full(32, 3.0), "bias": jnp.full(32, 1.0)}
+    other = extra | {"encoder": extra["encoder"] | {"norm": moved}}
+    batch = batch_of(probe_config(), mesh_of(1, 1, 1))
+    for task, changes in ((pooled, False), (cls, True)):
+        logits = jax.jit(task.predict["logits"])
+        difference = np.abs(logits(params, extra, batch) - logits(params, other, batch)).max()
+        assert (difference > 1e-3) == changes
 
 
 @pytest.mark.parametrize(
@@ -430,3 +431,40 @@ def test_the_published_setting_is_the_one_of_the_reference():
     assert (o.warmup, o.min_lr, o.sweep) == ("10 epochs", 0.0, ())
     assert (config.data.split, config.evals.probe.split) == ("train", "validation")
     assert pipeline.steps_per_epoch(1_281_167, config.batch_size) == 78
+
+
+# --- beside pre-training ---
+
+
+def test_an_online_probe_learns_and_leaves_the_gradients_of_the_model_alone():
+    found = {}
+    for online in (False, True):
+        config = tiny_config(online_probe=online)
+        task = pretrain.make_task(config)
+        params, extra = jax.jit(task.init)(jax.random.key(0))
+        batch = batch_of(config, mesh_of(1, 1, 1))
+        batch = task.prepare(batch, lambda name: jax.random.key(3))
+        gradient = jax.jit(
+            jax.value_and_grad(
+                lambda p, t=task, b=batch, e=extra: t.loss(p, e, b, None, True), has_aux=True
+            )
+        )
+        (loss, (_, scalars)), grads = gradient(params)
+        found[online] = scalars.get("loss", loss), grads
+    head = found[True][1].pop("online")
+    assert found[False][0] == found[True][0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),
+        found[True][1], found[False][1],
+    )  # fmt: skip
+    assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(head))
+    logits = jax.jit(task.predict["logits"])(params, extra, batch)
+    assert logits.shape == (config.batch_size, 10)
+
+
+def test_an_online_probe_needs_labels(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "loose.png")
+    config = tiny_config(online_probe=True)
+    config.data.source = f"folder:{tmp_path}"
+    with pytest.raises(ValueError, match="has no labels"):
+        pretrain.make_task(config)

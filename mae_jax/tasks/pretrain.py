@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from ml_collections import ConfigDict
 
 from mae_jax import flops, optim
 from mae_jax.config import resolve, steps
 from mae_jax.data import pipeline, sources
+from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import Execution, grid_of
@@ -44,6 +46,13 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
                 f"config.data.{name} has {len(data[name])} numbers for images of {m.channels}"
                 f" channels: give one for each"
             )
+
+    pipeline.check(data)
+    # An online probe: a linear head on the cls token, trained beside the model.
+    online, source = None, sources.open_source(data.source, data.split, data.data_dir)
+    if config.get("online_probe", False):
+        source = open_labelled(data.source, data.split, data.data_dir)
+        online = probe.LinearHead(source.num_classes or 0)
 
     score_patches = resolve(config.masking.name, masking)
     make_target = resolve(config.target.name, targets)
@@ -83,7 +92,11 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     def init(rng: Array) -> tuple[dict, dict]:
         patches_BLP = jnp.zeros((1, num_patches, values))
         mask = masking.keep_lowest(jnp.zeros((1, num_patches)), kept)
-        return build(lambda x: x).init(rng, patches_BLP, mask)["params"], {}
+        params = build(lambda x: x).init(rng, patches_BLP, mask)["params"]
+        if online is not None:
+            example = jnp.zeros((1, m.width))
+            params["online"] = online.init(jax.random.fold_in(rng, 1), example)["params"]
+        return params, {}
 
     def prepare(batch: dict, rng: Callable[[str], Array]) -> dict:
         batch_size = len(batch["image"])
@@ -94,8 +107,15 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         del extra
         patches_BLP = patchify(normalize(batch["image"], data.mean, data.std), patch)
         mask = masking.keep_lowest(batch["score"], kept)
+
+        def run(model: mae.MAE) -> tuple[Array, Array]:
+            latent_BND = model.encode(patches_BLP, mask)
+            return latent_BND, model.decoder(latent_BND, mask.restore_BL)
+
+        latent_BND, pred_BLP = network.apply({"params": params}, method=run)
         return {
-            "pred_BLP": network.apply({"params": params}, patches_BLP, mask),
+            "latent_BND": latent_BND,
+            "pred_BLP": pred_BLP,
             "mask_BL": mask.mask_BL,
             "target_BLP": make_target(patches_BLP),
         }
@@ -112,10 +132,19 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     def loss(params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool):
         del rng, train
         out = reconstruct(params, extra, batch)
-        return mae.masked_mse(out["pred_BLP"], out["target_BLP"], out["mask_BL"]), (extra, {})
+        error = mae.masked_mse(out["pred_BLP"], out["target_BLP"], out["mask_BL"])
+        if online is None:
+            return error, (extra, {})
+        # The encoder gets no gradient of it, and its own loss is reported as ever.
+        cls_BD = jax.lax.stop_gradient(probe.pool(out["latent_BND"])["cls"])
+        logits_BY: Any = online.apply({"params": params["online"]}, cls_BD)
+        own = optax.softmax_cross_entropy_with_integer_labels(logits_BY, batch["label"]).mean()
+        return error + own, (extra, {"loss": error, "online_loss": own})
 
-    pipeline.check(data)
-    source = sources.open_source(data.source, data.split, data.data_dir)
+    def online_logits(params: dict, extra: dict, batch: dict) -> Any:
+        cls_BD = features(params, extra, batch)["cls"]
+        assert online is not None
+        return online.apply({"params": params["online"]}, cls_BD)
 
     def optimizer(total_steps: int, steps_per_epoch: int):
         o = config.optim
@@ -141,16 +170,24 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         )
         unreadable = pipeline.BadImageLog(source, data.max_bad_fraction, m.channels)
         for batch in stream:
+            if online is not None:
+                require_labels(batch["label"], source.num_classes or 0)
             lines = unreadable.add(batch["bad"])
             yield batch, {"data/bad_images": unreadable.count}, lines
 
+    inputs = {"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)}
+    predict: dict[str, Callable] = {"reconstruction": reconstruct, "features": features}
+    if online is not None:
+        inputs["label"] = jax.ShapeDtypeStruct((), np.int32)
+        predict["logits"] = online_logits
+
     return Task(
-        inputs={"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)},
+        inputs=inputs,
         num_examples=len(source),
         init=init,
         prepare=prepare,
         loss=loss,
-        predict={"reconstruction": reconstruct, "features": features},
+        predict=predict,
         optimizer=optimizer,
         batches=batches,
         flops_per_example=flops.mae(
