@@ -9,8 +9,9 @@
 #   bash launch/tpu.sh status | logs [WORKER] | stop | delete
 #
 # TIER: spot (default) or on-demand. SLICES: how many slices of TYPE (default 1). RUNTIME: the image
-# (default: the one for TYPE). MAX_RESTARTS: of one `run` (default 50). POLL: seconds between looks
-# (default 30). XLA_PRESET: see xla_flags.sh. --dry-run, with any subcommand, prints what would change something, and changes nothing.
+# (default: the one for TYPE). XLA_PRESET: see launch/xla_flags.sh. MAX_RESTARTS: of one `run` (default
+# 50). POLL: seconds between looks (default 30). --dry-run, with any subcommand, prints what would
+# change something, and changes nothing.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STEPS, PER_EPOCH = 24, 11
+STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reaches it
 
 CONFIG = f'''
 from configs.pretrain import get_config as recipe
