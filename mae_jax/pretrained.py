@@ -26,7 +26,7 @@ from mae_jax.interop.names import Spec, flatten
 from mae_jax.models import mae, masking, posemb
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.patchify import patchify, unpatchify
-from mae_jax.models.vit import Encoder, Execution, grid_of
+from mae_jax.models.vit import Block, Encoder, Execution, grid_of, layer_norm
 
 
 class Reconstruction(NamedTuple):
@@ -54,6 +54,34 @@ class Model:
         """
         tokens = self._encoder().apply({"params": params["encoder"]}, self.patches(images))
         return jnp.asarray(tokens, jnp.float32)
+
+    def blocks(self, params: Mapping, images: Array) -> tuple[Array, Array]:
+        """The inside of `encode`, block by block.
+
+        Returns:
+          (1 + depth, B, 1 + L, D): the tokens before the first block and after each, un-normed.
+          (depth, B, S, 1 + L): the attention of the cls token to all tokens, for each head.
+        """
+        encoder, s = params["encoder"], self.spec
+        embed = encoder["patch_embed"]
+        table_1ND = encoder.get("pos_embed", posemb.sincos_2d(s.width, s.grid)[None])
+        x_BLD = self.patches(images) @ embed["kernel"] + embed["bias"]
+        cls_B1D = jnp.broadcast_to(encoder["cls_token"], (len(x_BLD), 1, s.width))
+        x_BND = jnp.concatenate([cls_B1D, x_BLD], axis=1) + table_1ND
+        block = Block(s.heads, (s.hidden + 0.5) / s.width, self.execution)
+
+        def step(x_BND: Array, layer: Mapping) -> tuple[Array, tuple[Array, Array]]:
+            normed_BND = layer_norm("").apply({"params": layer["norm1"]}, x_BND)
+            qkv = layer["attn"]["qkv"]
+            qkv_BN3SF = jnp.einsum("bnd,dtsf->bntsf", normed_BND, qkv["kernel"]) + qkv["bias"]
+            query_BSF, key_BNSF = qkv_BN3SF[:, 0, 0], qkv_BN3SF[:, :, 1]
+            score_BSN = jnp.einsum("bsf,bnsf->bsn", query_BSF, key_BNSF)
+            attention_BSN = jax.nn.softmax(score_BSN * query_BSF.shape[-1] ** -0.5)
+            x_BND = block.apply({"params": layer}, x_BND, jnp.zeros(()), True)[0]
+            return x_BND, (x_BND, attention_BSN)
+
+        _, (after, attention) = jax.lax.scan(step, x_BND, encoder["stack"]["blocks"])
+        return jnp.concatenate([x_BND[None], after]), attention
 
     def reconstruct(
         self, params: Mapping, images: Array, rng: Array, mask_ratio: float = 0.75

@@ -1,6 +1,7 @@
-"""The canonical figure of reconstructions."""
+"""Sheets of images: rows, titles, caption; the canonical figure of reconstructions."""
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from einops import rearrange, repeat
@@ -32,11 +33,9 @@ def reconstructions(
 
     Returns uint8 [height, width, 3].
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     images, predictions = _rgb(images_BHWC), _rgb(predictions_BHWC)
-    height, width = images.shape[1:3]
-    hidden = rearrange(masks_BL > 0, "b (h w) -> b h w", h=height // patch[0])
+    rows = images.shape[1] // patch[0]
+    hidden = rearrange(masks_BL > 0, "b (h w) -> b h w", h=rows)
     hidden = repeat(hidden, "b h w -> b (h r) (w c) 1", r=patch[0], c=patch[1])
     columns = (
         images,
@@ -44,24 +43,38 @@ def reconstructions(
         predictions,
         np.where(hidden, predictions, images),
     )
+    return sheet(list(zip(*columns, strict=True)), TITLES, caption)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: str) -> np.ndarray:
+    """Rows of images of one size, uint8 [H, W, C], under their titles, a caption below.
+
+    Small images are enlarged by a whole factor, without smoothing; channels as in
+    `reconstructions`.
+
+    Returns uint8 [height, width, 3].
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][0].shape[:2] if rows else (TILE, TILE)
     factor = max(1, -(-TILE // max(height, width)))
     height, width = height * factor, width * factor
 
     font = ImageFont.load_default(13)
-    cell = max(width, *(int(font.getlength(title)) + 4 for title in TITLES))
-    page = MARGIN + 4 * (cell + MARGIN)
+    cell = max(width, *(int(font.getlength(title)) + 4 for title in titles))
+    page = MARGIN + len(titles) * (cell + MARGIN)
     characters = int((page - 2 * MARGIN) / (font.getlength(caption) / len(caption)))
     lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
     line = 17  # pixels from one line of text to the next
     top = MARGIN + line
-    bottom = top + len(images) * (height + MARGIN)
+    bottom = top + len(rows) * (height + MARGIN)
     canvas = Image.new("RGB", (page, bottom + len(lines) * line + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, (title, tiles) in enumerate(zip(TITLES, columns, strict=True)):
+    for column, title in enumerate(titles):
         left = MARGIN + column * (cell + MARGIN)
         draw.text((left + cell / 2, MARGIN), title, "black", font, anchor="ma")
-        for row, tile in enumerate(tiles):
-            enlarged = tile.repeat(factor, 0).repeat(factor, 1)
+        for row, tiles in enumerate(rows):
+            enlarged = _rgb(tiles[column]).repeat(factor, 0).repeat(factor, 1)
             place = (left + (cell - width) // 2, top + row * (height + MARGIN))
             canvas.paste(Image.fromarray(enlarged), place)
     for number, text in enumerate(lines):
@@ -69,5 +82,5 @@ def reconstructions(
     return np.asarray(canvas)
 
 
-def _rgb(images_BHWC: np.ndarray) -> np.ndarray:
-    return images_BHWC[..., :3] if images_BHWC.shape[-1] >= 3 else images_BHWC[..., [0, 0, 0]]
+def _rgb(images: np.ndarray) -> np.ndarray:
+    return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]

@@ -1,0 +1,187 @@
+"""Pictures of any weights: what is drawn is what the model says, and the caption tells how."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import mae_jax
+from mae_jax.commands import visualize
+from mae_jax.evals import figures
+from mae_jax.interop import pth
+
+WEIGHTS = Path(__file__).parent / "data" / "hf_vitmae_tiny"
+GOLDEN = np.load(Path(__file__).parent / "data" / "mae_tiny.npz")
+META = json.loads(str(GOLDEN["meta"]))
+
+
+def photo(path: Path, seed: int = 0, size=(48, 40), mode="RGB") -> Path:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path)
+    return path
+
+
+def run(tmp_path, *arguments) -> dict[str, np.ndarray]:
+    out = tmp_path / "out"
+    assert visualize.main([*map(str, arguments), f"--out={out}"]) == 0
+    return {path.stem: np.asarray(Image.open(path)) for path in out.iterdir()}
+
+
+def test_a_picture_for_each_image_and_one_for_every_flag(tmp_path):
+    for seed in range(3):
+        photo(tmp_path / f"{seed}.png", seed)
+    flags = ["--ratios=0.5,0.75", "--errors", "--pca", f"--neighbours={tmp_path / '1.png'}"]
+    pictures = run(
+        tmp_path, WEIGHTS, *(tmp_path / f"{i}.png" for i in range(3)), "--attention", *flags
+    )
+    stems = ["00-0", "01-1", "02-2"]
+    attention = [f"{stem}-attention" for stem in stems]
+    sheets = ["errors", "neighbours", "pca", "ratios", "sheet"]
+    assert sorted(pictures) == sorted([*stems, *attention, *sheets])
+    assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
+
+
+def test_what_is_drawn_is_the_prediction_where_patches_are_hidden(tmp_path):
+    model, params = mae_jax.load(WEIGHTS)
+    _, values = visualize.parse([str(WEIGHTS), "x", "--out=y"])
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    mask = visualize.make_masks(values, 2, model.spec.grid, 0.75)
+    predicted, masks = visualize.reconstruct(model, params, images, mask, "visible")
+    exact = model.predict(params, images, mask).images_BHWC
+    assert np.abs(predicted - np.asarray(exact)).max() <= 0.51
+    pasted = visualize.paste(images, masks, predicted, model.spec.grid)
+    hidden = masks.reshape(2, 4, 4).repeat(8, 1).repeat(8, 2) > 0
+    np.testing.assert_array_equal(pasted[hidden], predicted[hidden])
+    np.testing.assert_array_equal(pasted[~hidden], images[~hidden])
+    assert hidden.mean() == 0.75
+
+
+def test_masks_depend_on_the_seed_and_not_on_the_number_of_images():
+    def masks(count, *flags):
+        _, values = visualize.parse([str(WEIGHTS), "x", "--out=y", *flags])
+        return np.asarray(visualize.make_masks(values, count, (4, 4), 0.75).mask_BL)
+
+    np.testing.assert_array_equal(masks(4), masks(4))
+    assert (masks(4) != masks(4, "--seed=1")).any()
+    assert masks(2, "--mask=grid").sum() == 24
+    assert masks(2, "--mask=block").sum() == 24
+
+
+def test_a_drawn_mask_hides_what_is_dark(tmp_path):
+    drawing = np.full((80, 80), 255, np.uint8)
+    drawing[:40, 40:] = 0
+    Image.fromarray(drawing).save(tmp_path / "mask.png")
+    hidden = visualize.drawn_mask(str(tmp_path / "mask.png"), (4, 4)).reshape(4, 4)
+    assert hidden[:2, 2:].all() and hidden.sum() == 4
+    Image.fromarray(drawing * 0).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="hides 16 of 16 patches"):
+        visualize.drawn_mask(str(tmp_path / "black.png"), (4, 4))
+    photo(tmp_path / "a.png")
+    assert "sheet" in run(tmp_path, WEIGHTS, tmp_path / "a.png", f"--mask={tmp_path / 'mask.png'}")
+
+
+def test_the_caption_says_whose_statistics_were_used(tmp_path, monkeypatch):
+    captions = []
+    plain = figures.reconstructions
+
+    def listen(*arguments, caption, **more):
+        captions.append(caption)
+        return plain(*arguments, caption=caption, **more)
+
+    monkeypatch.setattr(figures, "reconstructions", listen)
+    photo(tmp_path / "a.png")
+    for name in ("visible", "true"):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, WEIGHTS, tmp_path / "a.png", f"--statistics={name}")
+    assert "estimated from the visible patches" in captions[0]
+    assert "information that the model never had" in captions[-1]
+
+
+def test_attention_is_what_the_blocks_computed():
+    model, params = mae_jax.load(WEIGHTS)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    tokens, attention = jax.jit(model.blocks)(params, images)
+    assert attention.shape == (2, 2, 2, 17)
+    np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
+    norm = params["encoder"]["norm"]
+    x = np.asarray(tokens[-1], np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(
+        x * norm["scale"] + norm["bias"], model.encode(params, images), atol=1e-5
+    )
+    # The first block again, by way of its own attention: the cls token's share of values.
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf[0]), params["encoder"]["stack"]["blocks"])
+    x = np.asarray(tokens[0], np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    x = x * layer["norm1"]["scale"] + layer["norm1"]["bias"]
+    qkv = layer["attn"]["qkv"]
+    values = np.einsum("bnd,dsf->bnsf", x, qkv["kernel"][:, 2]) + qkv["bias"][2]
+    mixed = np.einsum("bsn,bnsf->bsf", attention[0], values)
+    proj = layer["attn"]["proj"]
+    cls = tokens[0][:, 0] + np.einsum("bsf,sfd->bd", mixed, proj["kernel"]) + proj["bias"]
+    y = (cls - cls.mean(-1, keepdims=True)) / np.sqrt(cls.var(-1, keepdims=True) + 1e-6)
+    y = y * layer["norm2"]["scale"] + layer["norm2"]["bias"]
+    h = jax.nn.gelu(y @ layer["mlp"]["fc1"]["kernel"] + layer["mlp"]["fc1"]["bias"], False)
+    cls = cls + h @ layer["mlp"]["fc2"]["kernel"] + layer["mlp"]["fc2"]["bias"]
+    np.testing.assert_allclose(cls, tokens[1][:, 0], atol=1e-5)
+
+
+def test_an_image_is_its_own_nearest_neighbour():
+    features = np.random.default_rng(0).normal(size=(5, 8))
+    found = visualize.nearest_images(features, 3 * features[2], 3)
+    assert found[0] == (2, pytest.approx(1.0)) and len(found) == 3
+    assert found[0][1] > found[1][1] > found[2][1]
+
+
+def test_similar_patches_have_similar_colours():
+    features = np.zeros((1, 16, 8))
+    features[0, 8:, 3] = 1
+    colours = visualize.principal_colours(features, (4, 4))[0]
+    assert (colours[:2] == colours[0, 0]).all() and (colours[2:] == colours[3, 3]).all()
+    assert (colours[0, 0] != colours[3, 3]).any()
+
+
+def test_other_than_square_and_other_than_rgb(tmp_path):
+    state = {k[6:]: GOLDEN[k] for k in GOLDEN.files if k.startswith("param/")}
+    embed = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = embed[:, :1]
+    values = META["patch"] ** 2
+    for name in ("weight", "bias"):
+        state[f"decoder_pred.{name}"] = state[f"decoder_pred.{name}"][:values]
+    pth.write(tmp_path / "grey.pth", state)
+    photo(tmp_path / "a.png", mode="L", size=(80, 40))
+    size = f"--image_size={META['patch'] * 2}x{META['patch'] * 4}"
+    heads = [f"--heads={META['heads']}", f"--decoder_heads={META['dec_heads']}"]
+    picture = run(tmp_path, tmp_path / "grey.pth", tmp_path / "a.png", size, *heads)["sheet"]
+    assert picture.shape[1] > picture.shape[0]
+
+
+def test_pdf(tmp_path):
+    photo(tmp_path / "a.png")
+    arguments = [str(WEIGHTS), str(tmp_path / "a.png"), f"--out={tmp_path / 'out'}"]
+    visualize.main([*arguments, "--format=pdf"])
+    assert (tmp_path / "out/sheet.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a.png", "--mask=spiral"], "neither random, block, grid nor a file"),
+        (["a.png", "--mask_ratio=1"], "keeps 0 of 16 patches"),
+        (["a.png", "--ratios=half"], "'half' is not a number"),
+        (["a.txt"], "a.txt cannot be read"),
+        (["nowhere"], "nowhere"),
+        ([], "IMAGES and --out=DIR are wanted"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(arguments, words, tmp_path, monkeypatch):
+    photo(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        visualize.main([str(WEIGHTS), *arguments, "--out=out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt"]
