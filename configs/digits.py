@@ -2,9 +2,9 @@
 
     mae-jax train --config=configs/digits.py --workdir=DIR
 
-Arguments: mask_ratio, steps, seed. Needs scikit-learn (the extra `quickstart`) and no download; made
-for 2 CPU cores, and nothing of it was tuned. Digits are not mirrored, and little of them is cut
-away. What was learned is then measured by
+Arguments: mask_ratio, steps, seed. Needs scikit-learn (the extra `quickstart`) and no download.
+Made for 2 CPU cores, and nothing of it was tuned. Digits are not mirrored, and little of them is
+cut away. What was learned is then measured by
 
     mae-jax train --config=configs/knn.py:init=DIR,source=bundled:digits,test=test --workdir=DIR_knn
 """
