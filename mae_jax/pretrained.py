@@ -435,7 +435,7 @@ def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) ->
     """Write a workdir of ours with one checkpoint, of step 0, for config.init_from and `load`."""
     root = Path(directory)
     saver = checkpoint.Checkpointer(root)
-    saver.save(0, {"params": jax.tree.map(jnp.asarray, params)})
+    saver.save(0, {"params": params})
     saver.close()
     config = {
         "task": "classify" if spec.classes else "pretrain",

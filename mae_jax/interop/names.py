@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from einops import rearrange
 
+from mae_jax.interop.pth import release
 from mae_jax.models.posemb import sincos_2d
 
 Family = Literal["official", "hf"]  # timm has the names of the official encoder
@@ -212,16 +213,17 @@ def to_ours(state: Mapping[str, np.ndarray], spec: Spec, family: Family) -> tupl
     for entry in wanted:
         if entry.names[0] not in state:
             continue  # a fixed position table, which we compute
-        x = _read(state, entry)
+        x = tensor = _read(state, entry)
         sizes = {k: v for k, v in entry.sizes.items() if _names(k, entry.theirs)}
         x = rearrange(x, f"{entry.theirs} -> {entry.ours}", **sizes)
         if entry.layer is None:
-            flat[entry.path] = np.ascontiguousarray(x, np.float32)
-            continue
-        if entry.layer == 0:
-            depth = spec.decoder_depth if entry.path.startswith("decoder") else spec.depth
-            flat[entry.path] = np.empty((depth, *x.shape), np.float32)
-        flat[entry.path][entry.layer] = x
+            flat[entry.path] = np.array(x, np.float32, order="C")
+        else:
+            if entry.layer == 0:
+                depth = spec.decoder_depth if entry.path.startswith("decoder") else spec.depth
+                flat[entry.path] = np.empty((depth, *x.shape), np.float32)
+            flat[entry.path][entry.layer] = x
+        release(tensor)
     for path, x in flat.items():
         if not np.isfinite(x).all():
             raise ValueError(
@@ -255,7 +257,10 @@ def _read(state: Mapping[str, np.ndarray], entry: Entry) -> np.ndarray:
 
 
 def to_theirs(params: Mapping, spec: Spec, family: Family) -> dict[str, np.ndarray]:
-    """The exact inverse of `to_ours`: float32, in the order of the table; positions written out."""
+    """The exact inverse of `to_ours`: float32, in the order of the table; positions written out.
+
+    The tensors are views of the parameters, so that no second copy of the network is made.
+    """
     flat = flatten(params)
     state = {}
     for entry in entries(spec, family):
@@ -267,7 +272,7 @@ def to_theirs(params: Mapping, spec: Spec, family: Family) -> dict[str, np.ndarr
         sizes = {k: v for k, v in entry.sizes.items() if _names(k, entry.ours)}
         x = rearrange(x, f"{entry.ours} -> {entry.theirs}", **sizes)
         for name, part in zip(entry.names, np.split(x, len(entry.names)), strict=True):
-            state[name] = np.ascontiguousarray(part)
+            state[name] = part
     return state
 
 

@@ -7,6 +7,7 @@ behaviour from them, and refuses every other.
 
 import io
 import math
+import mmap
 import os
 import pickle
 import struct
@@ -36,6 +37,14 @@ MAX_PICKLE = 64 * 2**20  # bytes; that of a real model has a few hundred KB
 def dtype_of(name: str) -> np.dtype:
     """A NumPy dtype by name, bfloat16 among them."""
     return np.dtype(jnp.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def release(x: Any) -> None:
+    """Lets go of the memory of a file that a tensor is a view of; it is read again when needed."""
+    while x is not None and not isinstance(x, mmap.mmap):
+        x = getattr(x, "base", None)
+    if x is not None and hasattr(mmap, "MADV_DONTNEED"):
+        x.madvise(mmap.MADV_DONTNEED)
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -96,7 +105,9 @@ def _bytes(data: np.ndarray, info: zipfile.ZipInfo, path: Any) -> np.ndarray:
         name, extra = struct.unpack("<HH", header[26:30])
         start += 30 + name + extra
         found = data[start : start + info.file_size]
-        if len(found) == info.file_size and zlib.crc32(found.data) == info.CRC:
+        intact = len(found) == info.file_size and zlib.crc32(found.data) == info.CRC
+        release(data)
+        if intact:
             return found
     raise ValueError(f"{path} is damaged: {info.filename!r} has other bytes than were written")
 
