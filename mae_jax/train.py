@@ -52,6 +52,8 @@ class Task(NamedTuple):
     passes: float = 3.0  # what an update costs, in forward passes: 3 with the backward pass
     # (checkpoint, fresh state) -> state: what config.init_from gives; None = all parameters
     load: Callable | None = None
+    # (parameters after an update, extra) -> extra, such as averaged weights; None = as it was
+    follow: Callable | None = None
 
 
 class NonFiniteError(FloatingPointError):
@@ -114,6 +116,8 @@ def update(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if task.follow is not None:
+        extra = task.follow(params, extra)
     scalars = scalars | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state, extra), scalars
 
