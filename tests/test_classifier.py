@@ -258,3 +258,69 @@ def test_impossible_classifiers_are_refused(changes, message):
     sizes = {"width": 64, "depth": 1, "heads": 4, "classes": 2}
     with pytest.raises(ValueError, match=message):
         classifier.build((2, 2), **(sizes | changes))
+
+
+# --- partial fine-tuning ---
+
+
+def partial_case(**changes):
+    meta = {"img": 16, "patch": 4, "embed_dim": 16, "depth": 4, "heads": 2, "classes": 3}
+    network = build("avg", meta, execution=Execution(scan_unroll=4), **changes)
+    patches = jax.random.normal(jax.random.key(1), (4, 16, 48))
+    params = network.init(jax.random.key(0), patches)["params"]
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (16, 3))
+    return network, patches, params
+
+
+def partial_loss(network, patches, trained):
+    target = jnp.eye(3)[jnp.array([0, 1, 2, 0])]
+
+    def loss(params):
+        if trained is None:
+            out = network.apply({"params": params}, patches)
+        else:
+            out = classifier.apply_partly_frozen(network, params, patches, trained)
+        return classifier.soft_cross_entropy(out.logits_BY, target)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_partial_fine_tuning_has_the_gradients_of_the_whole_where_it_trains_and_none_elsewhere():
+    network, patches, params = partial_case()
+    value, full = partial_loss(network, patches, None)(params)
+    for trained in (0, 0.5, 2):
+        share = classifier.trained_share(params, trained)
+        ours_value, ours = partial_loss(network, patches, trained)(params)
+        np.testing.assert_allclose(ours_value, value, rtol=1e-6)
+        expected = jax.tree.map(lambda g, s: g * s, full, share)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_parts_that_are_trained_are_those_of_figure_9():
+    _, _, params = partial_case()
+    for trained, number in ((0, 0), (0.5, 6), (1, 12), (3, 36)):  # arrays of single layers
+        share = classifier.trained_share(params, trained)
+        blocks = jax.tree.leaves(share["encoder"].pop("stack"))
+        assert sum(int(x.sum()) for x in blocks) == number
+        assert all(not x for x in jax.tree.leaves(share["encoder"]))
+        assert all(x == 1 for x in jax.tree.leaves((share["head"], share["fc_norm"])))
+
+
+def test_the_frozen_part_costs_no_backward_pass():
+    """FLOPs of the compiled gradient: with n of 4 blocks trained, under 1 + 2 n / 4 forward passes.
+
+    Of the first trained block no gradient of the input is needed.
+    """
+    network, patches, params = partial_case()
+
+    def flops(function):
+        return function.lower(params).compile().cost_analysis()["flops"]
+
+    forward = flops(jax.jit(lambda p: network.apply({"params": p}, patches)))
+    measured = {n: flops(partial_loss(network, patches, n)) / forward for n in (0, 0.5, 1, 2)}
+    for trained, passes in measured.items():
+        assert passes < 1 + 2 * trained / 4 + 0.01, measured
+    assert measured[0] < measured[0.5] < measured[1] < measured[2]
+    whole = flops(partial_loss(network, patches, None)) / forward
+    assert whole > 2.5  # what gradients cost that are computed and then masked

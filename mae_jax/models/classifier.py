@@ -3,14 +3,16 @@
 Shape suffixes as in models/vit.py.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from mae_jax.models.vit import Encoder, Execution, layer_norm
+from mae_jax.models.vit import Encoder, Execution, Stack, layer_norm
 
 HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; REFERENCE section 3
 SCRATCH_STD = 0.02  # of everything when training from scratch; facebookresearch/mae#28
@@ -107,6 +109,68 @@ def scratch_init(params: Any, rng: Array) -> Any:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     place = {path: i for i, path in enumerate(paths)}
     return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def apply_partly_frozen(
+    network: Classifier,
+    params: Any,
+    patches_BLP: Array,
+    trained_blocks: float,
+    deterministic: bool = True,
+    rngs: Any = None,
+) -> Output:
+    """`network.apply` for training the last blocks, the norm after them and the head only.
+
+    The stack is run in two parts, and no backward pass goes into the first: freezing costs less
+    than masking gradients would save. The parameters are those of the whole, still one stack.
+    Frozen blocks drop no paths.
+
+    Args:
+      trained_blocks: 0, 0.5 (the MLP of the last block), or a whole number below the depth.
+    """
+    e = network.encoder
+    split = e.depth - math.ceil(trained_blocks)
+    encoder = dict(params["encoder"])
+    norm, blocks = encoder.pop("norm", None), encoder["stack"]["blocks"]
+    below, above = (
+        jax.tree.map(lambda x, part=part: x[part], blocks)
+        for part in (slice(split), slice(split, None))
+    )
+    encoder["stack"] = {"blocks": below}
+    bottom = e.clone(depth=split, final_norm=False, parent=None)
+    x: Any = bottom.apply({"params": jax.lax.stop_gradient(encoder)}, patches_BLP)
+    if trained_blocks:
+        if trained_blocks == 0.5:
+            above = above | jax.lax.stop_gradient({k: above[k] for k in ("norm1", "attn")})
+        first = e.drop_path * split / max(e.depth - 1, 1)
+        top = Stack(
+            e.depth - split, e.heads, e.mlp_ratio, e.execution, e.drop_path, first, parent=None
+        )
+        x = top.apply({"params": {"blocks": above}}, x, deterministic, rngs=rngs)
+    x = x.astype(jnp.float32)
+    if network.pool == "avg":
+        x, norm = x[:, 1:].mean(1), params["fc_norm"]
+    else:
+        x = x[:, 0]
+    features_BD: Any = layer_norm("norm").apply({"params": norm}, x)
+    logits_BY: Any = nn.Dense(network.classes).apply({"params": params["head"]}, features_BD)
+    return Output(features_BD, logits_BY)
+
+
+def trained_share(params: Any, trained_blocks: float) -> Any:
+    """1 where `apply_partly_frozen` trains, 0 where not; broadcasts against the parameters."""
+    depth = len(jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0])
+    split = depth - math.ceil(trained_blocks)
+
+    def share(path: tuple, leaf: Any) -> np.ndarray:
+        names = [key.key for key in path]
+        if names[:2] == ["encoder", "stack"]:
+            half = trained_blocks == 0.5 and names[3] in ("norm1", "attn")
+            trained_layers = (np.arange(depth) >= split) & (not half)
+            return trained_layers.astype(float).reshape(depth, *[1] * (leaf.ndim - 1))
+        return np.array(float(names[0] != "encoder" or names[1] == "norm"))
+
+    return jax.tree_util.tree_map_with_path(share, params)
 
 
 def soft_cross_entropy(logits_BY: Array, target_BY: Array) -> Array:

@@ -107,7 +107,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`depth` blocks, one scan: each parameter has a leading layer axis.
 
-    `drop_path` is the rate of the last block; rates grow linearly from 0 at the first.
+    `drop_path` is the rate of the last block; rates grow linearly from that of the first.
     """
 
     depth: int
@@ -115,6 +115,7 @@ class Stack(nn.Module):
     mlp_ratio: float
     execution: Execution
     drop_path: float = 0.0
+    first_drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x_BND: Array, deterministic: bool = True) -> Array:
@@ -128,7 +129,7 @@ class Stack(nn.Module):
             length=self.depth,
             unroll=ex.scan_unroll,
         )(self.heads, self.mlp_ratio, ex, name="blocks")
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        rates = jnp.linspace(self.first_drop_path, self.drop_path, self.depth)
         x_BND = x_BND.astype(ex.residual_dtype)
         return blocks(x_BND, rates, deterministic or self.drop_path == 0)[0]
 
