@@ -45,7 +45,7 @@ case $status in
       say "host $lost was lost (no heartbeat). See its log for why. $again"
       status=75
     elif grep -q 'JAX distributed service detected fatal errors' "$errors"; then
-      say "host 0, the coordinator, was lost, or another host ended. See its log for why. $again"
+      say "host 0, the coordinator, is gone: lost itself, or its log names the host that was. $again"
       status=75
     else
       say "aborted (SIGABRT) by itself; what it printed above says why."

@@ -51,7 +51,7 @@ def test_two_hosts_make_the_run_of_one_and_read_every_example_once(folder, alone
 
 def test_a_lost_host_ends_all_and_the_run_goes_on_as_if_nothing_had_happened(folder, alone):
     workdir = folder / "killed"
-    for lost, sentence in ((1, "host 1 was lost"), (0, "host 0, the coordinator, was lost")):
+    for lost, sentence in ((1, "host 1 was lost"), (0, "host 0, the coordinator, is gone")):
         run = hosts.launched(folder, workdir, HOSTS, DEVICES)
         before = len(hosts.logged(workdir))
         run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)

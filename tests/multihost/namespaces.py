@@ -70,7 +70,7 @@ def test_hosts_with_addresses_of_their_own_make_one_run_and_survive_a_cut_cable(
     ip("link", "set", "maeh1out", "down")
     assert run.end() == [checkpoint.PREEMPTED] * 2, run.text()
     assert "host 0: host 1 was lost" in run.text()
-    assert "host 1: host 0, the coordinator, was lost" in run.text()
+    assert "host 1: host 0, the coordinator, is gone" in run.text()
 
     ip("link", "set", "maeh1out", "up")
     run = start(tmp_path, workdir)
