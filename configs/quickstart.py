@@ -11,7 +11,7 @@ from configs.pretrain import get_config as recipe
 
 def get_config(arg=None):
     config = recipe(f"batch_size=64,image_size=96{',' if arg else ''}{arg or ''}")
-    config.train_for = "700 steps"
+    config.train_for = "600 steps"
     config.target.name = "pixels"
     config.model.update(
         patch_size=(12, 12), width=192, depth=4, heads=3,
@@ -20,7 +20,7 @@ def get_config(arg=None):
     config.optim.update(blr=5e-3, warmup="50 steps")
     config.data.update(source="bundled:photos")
     config.evals.reconstruct.update(
-        every="175 steps", source="bundled:photos", split="test", images=24, batch_size=24
+        every="150 steps", source="bundled:photos", split="test", images=24, batch_size=24
     )
     config.checkpoint.update(every="100 steps", keep=2, keep_every="")
     config.log_every = "10 steps"

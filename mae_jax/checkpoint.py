@@ -389,22 +389,21 @@ def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = 
         return found
 
 
-def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Makes the workdir, with config.json and env.json; prints what changed in the environment.
+def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Makes the workdir, and refuses that of another run.
 
     Raises:
       ValueError: it cannot be made, or was made with a config that differs in more than FREE_KEYS.
     """
     root = epath.Path(workdir)
-    new_config = json.loads(config.to_json())
-    new_env = environment()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be made: {error}") from error
 
     if (root / "config.json").exists():
-        changed = _changes(json.loads((root / "config.json").read_text()), new_config)
+        old_config = json.loads((root / "config.json").read_text())
+        changed = _changes(old_config, json.loads(config.to_json()))
         refused = [
             text
             for key, text in changed.items()
@@ -416,6 +415,17 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
                 + "\n  ".join(refused)
                 + "\nGive the old values, or another --workdir; deleting this one starts it again."
             )
+
+
+def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Writes config.json and env.json, and prints what changed in the environment.
+
+    Raises:
+      ValueError: see `check_workdir`.
+    """
+    check_workdir(workdir, config)
+    root = epath.Path(workdir)
+    new_env = environment()
     if (root / "env.json").exists():
         changed = _changes(json.loads((root / "env.json").read_text()), new_env)
         if changed:
@@ -425,7 +435,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
             )
     multihost_utils.sync_global_devices("workdir read")
     if jax.process_index() == 0:
-        _write_json(root / "config.json", new_config)
+        _write_json(root / "config.json", json.loads(config.to_json()))
         _write_json(root / "env.json", new_env)
 
 

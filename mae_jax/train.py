@@ -122,8 +122,25 @@ def update(
     return TrainState(state.step + 1, params, opt_state, extra), scalars
 
 
+def lay_out(
+    task: Task, tx: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> tuple[TrainState, Callable]:
+    """The shapes of a state with their shardings, and () -> a fresh state in its shards.
+
+    Raises:
+      ValueError: see `sharding.state_shardings`.
+    """
+    init = partial(init_state, task, tx, config.seed)
+    shapes = jax.eval_shape(init)
+    shardings = sharding.state_shardings(mesh, shapes)
+    state_shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return state_shapes, jax.jit(init, out_shardings=shardings)
+
+
 class Program(NamedTuple):
-    """A compiled step and where its arrays live."""
+    """A compiled step, and what its state looks like and starts from."""
 
     step: Any  # compiled (state, batch) -> state, scalars
     state_shapes: TrainState  # with shardings
@@ -138,12 +155,8 @@ def compile_step(
     Raises:
       ValueError: see `sharding.state_shardings`.
     """
-    init = partial(init_state, task, tx, config.seed)
-    shapes = jax.eval_shape(init)
-    shardings = sharding.state_shardings(mesh, shapes)
-    state_shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    state_shapes, init = lay_out(task, tx, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
     batch_shapes = {
         name: jax.ShapeDtypeStruct(
             (config.batch_size, *x.shape), x.dtype, sharding=sharding.batch_sharding(mesh)
@@ -155,8 +168,7 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
     )
-    compiled = step.lower(state_shapes, batch_shapes).compile()
-    return Program(compiled, state_shapes, jax.jit(init, out_shardings=shardings))
+    return Program(step.lower(state_shapes, batch_shapes).compile(), state_shapes, init)
 
 
 def describe(
@@ -267,13 +279,13 @@ def fit(
     tx, schedule = task.optimizer(total, per_epoch)
     evaluators = evals.build(config, task.predict, mesh)
 
-    checkpoint.prepare_workdir(workdir, config)
+    checkpoint.check_workdir(workdir, config)
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
-    program = compile_step(task, tx, config, mesh)
-    state, origin = checkpoint.restore_or_init(
-        saver, config, program.state_shapes, program.init, task.load
-    )
+    state_shapes, init = lay_out(task, tx, config, mesh)
+    state, origin = checkpoint.restore_or_init(saver, config, state_shapes, init, task.load)
     start = int(state.step)
+    checkpoint.prepare_workdir(workdir, config)
+    program = compile_step(task, tx, config, mesh) if start < total else None
     stop = checkpoint.preemption()
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
@@ -319,9 +331,10 @@ def fit(
                 data_wait=waited,
             )
 
-        for line in [*describe(task, program, config, mesh, total, per_epoch), origin]:
-            say(line)
-        if start >= total:
+        if program:
+            for line in [*describe(task, program, config, mesh, total, per_epoch), origin]:
+                say(line)
+        elif start:
             say(f"finished: {start} of {total} steps were done before; nothing to do")
         batches = task.batches(start, rows) if start < total else iter(())
         stopwatch = Stopwatch(start)
@@ -347,7 +360,7 @@ def fit(
                 say(stopped := f"asked to stop at step {step} of {total}: it is saved")
                 raise checkpoint.Preempted(stopped)
             saver.check()
-            if step == total:
+            if step == total or program is None:
                 break
 
             with stopwatch.waiting():

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
     for i, arg in enumerate(argv):
         name, _, path = arg.lstrip("-").partition("=")
         if name == "config":
-            file = Path((path or argv[i + 1]).split(":")[0])
+            file = Path((path or "".join(argv[i + 1 : i + 2])).split(":")[0])
             if not file.is_file():
                 raise ValueError(f"--config: there is no file {str(file)!r} in {os.getcwd()}")
             # A config may import its neighbours: `from configs.common import ...`
@@ -61,9 +62,13 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
         config = values.config
         _ = config.task  # an error inside the config file surfaces here
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        # Of an error inside a config file, absl's message is the whole traceback.
+        text = str(error).strip()
+        text = text.splitlines()[-1] if "Traceback" in text else text
+        raise ValueError(text.removeprefix("ValueError: ")) from None
     except AttributeError as error:
-        raise ValueError(f"{' '.join(given)}: no such key in the config: {error}") from None
+        what = " ".join(str(error.args[0]).split())
+        raise ValueError(f"{' '.join(given)}: no such key in the config: {what}") from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     config.lock()
@@ -110,9 +115,9 @@ def summary(workdir: str) -> list[str]:
         *text,
         f"pictures       {root / 'images'}/, curves in {root / 'loss.png'}",
         f"checkpoint     {root / 'checkpoints' / str(last['step'])}",
-        f"curves         tensorboard --logdir={workdir}  (pip install tensorboard)",
-        "next           your own images:  mae-jax train --config=configs/folder.py"
-        " --config.data.source=folder:PATH --workdir=DIR",
+        f"curves         tensorboard --logdir={shlex.quote(workdir)}  (pip install tensorboard)",
+        f"next           your own images:  {shlex.quote(sys.executable)} -m mae_jax train"
+        " --config=configs/folder.py --config.data.source=folder:PATH --workdir=DIR",
     ]
 
 
