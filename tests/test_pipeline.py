@@ -343,7 +343,7 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
     ("changed", "message"),
     [
         ({"crop": "random_resize"}, "random_resize.*nearest: random_resized"),
-        ({"crop": "zoom"}, "there are: center, fixed, random_resized"),
+        ({"crop": "zoom"}, "there are: center, fixed, probe, random_resized"),
         ({"crop": "test_pipeline.sqare"}, "no function 'sqare'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < low"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale.*low <= high"),
