@@ -179,6 +179,36 @@ def train_batches(
     return _batches(local, len(rows), data, num_bytes, data.workers)
 
 
+def reported_batches(
+    source: Source,
+    config: ConfigDict,
+    start_step: int,
+    rows: np.ndarray,
+    check_labels: Callable[[np.ndarray], None] = lambda labels: None,
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float], list[str]]]:
+    """`train_batches` of a whole config, each with its scalars and the lines to log.
+
+    Args:
+      check_labels: is given the labels of every batch that was read (none are of a synthetic one).
+    """
+    stream = train_batches(
+        source,
+        config.data,
+        batch_size=config.batch_size,
+        image_size=tuple(config.model.image_size),
+        channels=config.model.channels,
+        seed=config.seed,
+        start_step=start_step,
+        rows=rows,
+    )
+    unreadable = BadImageLog(source, config.data.max_bad_fraction, config.model.channels)
+    for batch in stream:
+        if not config.data.get("synthetic"):
+            check_labels(batch["label"])
+        lines = unreadable.add(batch["bad"])
+        yield batch, {"data/bad_images": unreadable.count}, lines
+
+
 def eval_batches(
     source: Source,
     data: ConfigDict,

@@ -206,22 +206,10 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         }
 
     def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        stream = pipeline.train_batches(
-            source,
-            data,
-            batch_size=config.batch_size,
-            image_size=size,
-            channels=m.channels,
-            seed=config.seed,
-            start_step=start_step,
-            rows=rows,
-        )
-        unreadable = pipeline.BadImageLog(source, data.max_bad_fraction, m.channels)
-        for batch in stream:
-            if not data.get("synthetic"):
-                require_labels(batch["label"], classes)
-            lines = unreadable.add(batch["bad"])
-            yield batch, {"data/bad_images": unreadable.count}, lines
+        def check(labels: np.ndarray) -> None:
+            require_labels(labels, classes)
+
+        return pipeline.reported_batches(source, config, start_step, rows, check)
 
     return Task(
         inputs={

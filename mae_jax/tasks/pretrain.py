@@ -158,22 +158,11 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         return tx, schedule
 
     def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        stream = pipeline.train_batches(
-            source,
-            data,
-            batch_size=config.batch_size,
-            image_size=tuple(m.image_size),
-            channels=m.channels,
-            seed=config.seed,
-            start_step=start_step,
-            rows=rows,
-        )
-        unreadable = pipeline.BadImageLog(source, data.max_bad_fraction, m.channels)
-        for batch in stream:
+        def check(labels: np.ndarray) -> None:
             if online is not None:
-                require_labels(batch["label"], source.num_classes or 0)
-            lines = unreadable.add(batch["bad"])
-            yield batch, {"data/bad_images": unreadable.count}, lines
+                require_labels(labels, source.num_classes or 0)
+
+        return pipeline.reported_batches(source, config, start_step, rows, check)
 
     inputs = {"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)}
     predict: dict[str, Callable] = {"reconstruction": reconstruct, "features": features}

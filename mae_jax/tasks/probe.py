@@ -197,20 +197,10 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         return optim.side_by_side(make, tuple(rate / o.blr for rate in rates)), schedule
 
     def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        stream = pipeline.train_batches(
-            source,
-            data,
-            batch_size=config.batch_size,
-            image_size=tuple(m.image_size),
-            channels=m.channels,
-            seed=config.seed,
-            start_step=start_step,
-            rows=rows,
-        )
-        unreadable = pipeline.BadImageLog(source, data.max_bad_fraction, m.channels)
-        for batch in stream:
-            require_labels(batch["label"], classes)
-            yield batch, {"data/bad_images": unreadable.count}, unreadable.add(batch["bad"])
+        def check(labels: np.ndarray) -> None:
+            require_labels(labels, classes)
+
+        return pipeline.reported_batches(source, config, start_step, rows, check)
 
     forward = 0.0 if raw else flops.encoder(math.prod(grid), values, m.width, m.depth, m.mlp_ratio)
     return Task(
