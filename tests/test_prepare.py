@@ -7,15 +7,21 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.datasets.imagenet_a import imagenet_a_dataset_builder
+from tensorflow_datasets.datasets.imagenet_r import imagenet_r_dataset_builder
+from tensorflow_datasets.datasets.imagenet_sketch import imagenet_sketch_dataset_builder
+from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
 
 from mae_jax.commands import prepare
-from mae_jax.data import pack
+from mae_jax.data import imagenet, pack
 from mae_jax.data.sources import open_source
 
 RNG = np.random.default_rng(0)
@@ -332,6 +338,135 @@ def test_missing_archives_are_named(images, tmp_path, manual, message):
     option = [f"--manual_dir={tmp_path / manual}"] if manual else []
     with pytest.raises(ValueError, match=message):
         prepare.main(["imagenet2012", f"--data_dir={tmp_path}", *option])
+
+
+# --- other test sets of ImageNet ---
+
+TOP = "imagenetv2-threshold0.7-format-val"
+TEST_SETS = {  # name -> archive, tfds's module, what it holds
+    "imagenet_v2/threshold-0.7": (
+        "imagenetv2-threshold0.7.tar.gz",
+        imagenet_v2_dataset_builder,
+        {f"{TOP}/{label}/{name}.jpeg": encoded() for label in (0, 10, 2) for name in "ab"},
+    ),
+    "imagenet_a": (
+        "imagenet-a.tar",
+        imagenet_a_dataset_builder,
+        {
+            "imagenet-a/README.txt": b"about",
+            "imagenet-a/n01498041/0.000116_digital clock _ pole_0.865662.jpg": encoded(),
+            "imagenet-a/n12267677/0.018_x _ y_0.9.jpg": encoded("PNG"),
+        },
+    ),
+    "imagenet_r": (
+        "imagenet-r.tar",
+        imagenet_r_dataset_builder,
+        {
+            "imagenet-r/README.txt": b"about",
+            "imagenet-r/n01443537/art_0.jpg": encoded(),
+            "imagenet-r/n12267677/art_0.jpg": encoded("PNG"),
+        },
+    ),
+    "imagenet_sketch": (
+        "ImageNet-Sketch.zip",
+        imagenet_sketch_dataset_builder,
+        {f"sketch/{name}/sketch_{i}.JPEG": encoded() for i, name in enumerate(TRAIN)},
+    ),
+}
+
+
+def write_archive(path: Path, files: dict[str, bytes]) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as zip:
+            for name, data in files.items():
+                zip.writestr(name, data)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+
+
+def examples_of_tfds(
+    module, name: str, archive: Path, folder: Path, monkeypatch
+) -> dict[str, dict]:
+    """Key -> example as tfds's own builder generates it from the unpacked archive."""
+    builder = tfds.builder(name, data_dir=folder)
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as zip:
+            opened = [(entry, zip.open(entry)) for entry in zip.namelist()]
+            examples = dict(builder._generate_examples(opened))
+            return {key: {**x, "image": x["image"].read()} for key, x in examples.items()}
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+        top = tar.getnames()[0].split("/")[0]
+    gfile = SimpleNamespace(listdir=os.listdir, isdir=os.path.isdir)
+    monkeypatch.setattr(module, "tf", SimpleNamespace(io=SimpleNamespace(gfile=gfile)))
+    examples = dict(builder._generate_examples(str(folder / top)))
+    return {key: {**x, "image": Path(x["image"]).read_bytes()} for key, x in examples.items()}
+
+
+@pytest.mark.parametrize("name", TEST_SETS)
+def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsys):
+    archive, module, files = TEST_SETS[name]
+    write_archive(tmp_path / archive, files)
+    command = [name, f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"]
+    assert prepare.main(command) == 0
+    out = capsys.readouterr().out
+    assert f"{archive} has {(tmp_path / archive).stat().st_size:,} bytes, the published one" in out
+    assert f"--config=configs/robustness.py:init=WORKDIR --config.data.data_dir={tmp_path}" in out
+
+    builder = tfds.builder(name, data_dir=tmp_path)
+    assert not builder.info.splits.keys() ^ {"test"}
+    raw = builder.as_data_source("test", decoders={"image": tfds.decode.SkipDecoding()})
+    found = sorted((x["file_name"].decode(), x["label"], x["image"]) for x in raw)
+    encode = builder.info.features["label"].encode_example
+    theirs = examples_of_tfds(module, name, tmp_path / archive, tmp_path / "unpacked", monkeypatch)
+    ours = imagenet.BUILDERS[builder.name](
+        data_dir=tmp_path, config=builder.info.config_name or None
+    )
+    assert dict(ours._generate(tmp_path / archive)) == theirs
+    assert found == sorted(
+        (x["file_name"], encode(x["label"]), x["image"]) for x in theirs.values()
+    )
+
+
+def test_every_archive_has_the_name_that_tfds_publishes():
+    for variant, url in imagenet_v2_dataset_builder._IMAGENET_V2_URLS.items():
+        builder = imagenet.ImagenetV2(config=variant)
+        assert imagenet.published(builder)[0] == url
+        assert builder.top == imagenet_v2_dataset_builder._TAR_TOPDIR[variant]
+    for kind in (imagenet.ImagenetA, imagenet.ImagenetR, imagenet.ImagenetSketch):
+        assert imagenet.published(kind())[0] in kind.url_infos
+
+
+@pytest.mark.parametrize("name", TEST_SETS)
+def test_a_damaged_test_set_leaves_nothing_behind(name, tmp_path):
+    archive, _, files = TEST_SETS[name]
+    write_archive(tmp_path / archive, files)
+    data = (tmp_path / archive).read_bytes()
+    (tmp_path / archive).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        prepare.main([name, f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"])
+    with pytest.raises(ValueError, match="not prepared"):
+        open_source(name, "test", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (None, "holds no imagenet-r.tar: get imagenet-r.tar from https.*or leave out --manual_dir"),
+        ({"imagenet-a/n01443537/x.jpg": b""}, "imagenet-r.tar holds 'imagenet-a/n01443537/x.jpg'"),
+        ({"imagenet-r/goldfish/x.jpg": b""}, "'imagenet-r/goldfish/x.jpg'; .* 1000 classes n01440"),
+        ({"imagenet-r/n01443537/more/x.jpg": b""}, "imagenet-r/CLASS/FILE is expected"),
+        ({"imagenet-r/README.txt": b""}, "holds no image"),
+    ],
+    ids=str,
+)
+def test_an_archive_that_is_not_the_one_is_refused(files, message, tmp_path):
+    if files:
+        write_archive(tmp_path / "imagenet-r.tar", files)
+    with pytest.raises(ValueError, match=message):
+        prepare.main(["imagenet_r", f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"])
 
 
 # --- other tfds datasets ---

@@ -11,6 +11,8 @@ import signal
 import sys
 import tarfile
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -29,6 +31,8 @@ mae-jax prepare folder --source=PATH --name=my_images [--resize=256] [--data_dir
     Interrupted, the same command goes on where it stopped.
 mae-jax prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
     ImageNet, from the directory of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+mae-jax prepare imagenet_v2|imagenet_a|imagenet_r|imagenet_sketch [--manual_dir=DIR]
+    Other test images of ImageNet's classes, from the archive in DIR, or downloaded.
 mae-jax prepare NAME[/CONFIG][:VERSION] [--data_dir=DIR] [--manual_dir=DIR]
     Any other tfds dataset. One that is there as TFRecord gets ArrayRecord files beside them.
 """
@@ -139,7 +143,7 @@ def prepare_folder(
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
     if final.exists():
-        summary = _read_json(final / "prepared.json")
+        summary = read_json(final / "prepared.json")
         if summary.get("plan") != plan:
             raise ValueError(
                 f"--name={name}: {final} already exists, made from other images or options; choose"
@@ -149,7 +153,7 @@ def prepare_folder(
         return final
     work.mkdir(parents=True, exist_ok=True)
     with _only_writer(work):
-        if (kept := _read_json(work / "plan.json")) != plan:
+        if (kept := read_json(work / "plan.json")) != plan:
             if kept:
                 print("The images or options changed since the interruption: starting again.")
             for file in set(work.iterdir()) - {work / "lock"}:
@@ -162,7 +166,7 @@ def prepare_folder(
         lengths = [report["images"] for report in reports]
         bad = dict(sorted(item for report in reports for item in report["bad"].items()))
         if not sum(lengths):
-            raise ValueError(f"none of the {len(images)} files can be read: {_few(bad)}")
+            raise ValueError(f"none of the {len(images)} files can be read: {few(bad)}")
         features = arrayrecord.image_features(images.class_names)
         size = sum(report["bytes"] for report in reports)
         arrayrecord.write_metadata(
@@ -189,7 +193,7 @@ def _write_shards(shards: list[pack.Shard], workers: int) -> list[dict]:
     """Write what is not there yet, in `workers` processes; the reports of all shards in order."""
     todo = [shard for shard in shards if not shard.report.exists()]
     total = sum(len(shard.source) for shard in shards)
-    with _progress("images", total) as advance:
+    with progress("images", total) as advance:
         advance(total - sum(len(shard.source) for shard in todo))
         if workers == 1 or len(todo) <= 1:
             for shard in todo:
@@ -212,14 +216,14 @@ def _write_shards(shards: list[pack.Shard], workers: int) -> list[dict]:
                 ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
-    return [_read_json(shard.report) for shard in shards]
+    return [read_json(shard.report) for shard in shards]
 
 
 def _report(summary: dict, name: str, data_dir: str, folder: Path) -> None:
     mean, std = (tuple(round(x, 3) for x in summary[key]) for key in ("mean", "std"))
     print(f"{name}: {summary['images']:,} images, {summary['bytes'] / 1e6:,.1f} MB, in {folder}")
     if bad := summary["bad"]:
-        print(f"{len(bad):,} could not be read and were left out: {_few(bad)}")
+        print(f"{len(bad):,} could not be read and were left out: {few(bad)}")
         print(f"(all of them are listed in {folder / 'prepared.json'})")
     print(f"mean {mean}, std {std}")
     where = f" --config.data.data_dir={data_dir}" if data_dir else ""
@@ -229,12 +233,12 @@ def _report(summary: dict, name: str, data_dir: str, folder: Path) -> None:
     )
 
 
-def _few(bad: dict[str, str]) -> str:
+def few(bad: dict[str, str]) -> str:
     shown = [f"{name} ({reason})" for name, reason in list(bad.items())[:10]]
     return ", ".join(shown) + (", ..." if len(bad) > len(shown) else "")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -265,7 +269,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal; elsewhere a line at every tenth."""
     if sys.stderr.isatty():
         columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -303,7 +307,11 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
             raise ValueError(f"--manual_dir={manual_dir}: there is no such directory")
         kwargs = {"data_dir": data_dir or None, "file_format": "array_record"}
         if builder.name in imagenet.BUILDERS:
-            builder = imagenet.BUILDERS[builder.name](**kwargs)
+            builder = imagenet.BUILDERS[builder.name](
+                **kwargs, config=info.config_name or None, version=str(builder.version)
+            )
+            if manual_dir and builder.name in imagenet.TEST_SETS:
+                imagenet.require_archive(builder, Path(manual_dir))
         else:
             builder = tfds.builder(name, **kwargs)
         _download_and_prepare(builder, name, manual_dir)
@@ -314,15 +322,21 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
                 " tfrecord can be converted: delete the directory and prepare it again"
             )
         total = sum(split.num_examples for split in info.splits.values())
-        with _progress("records", total) as advance:
+        with progress("records", total) as advance:
             arrayrecord.convert_tfrecord(builder, advance)
     splits = ", ".join(f"{s.name} {s.num_examples:,}" for s in builder.info.splits.values())
     print(f"{name}: {splits}, in {builder.data_dir}")
     where = f" --config.data.data_dir={data_dir}" if data_dir else ""
-    print(f"Next: mae-jax train --config=configs/pretrain.py --config.data.source={name}{where}")
+    if "train" in builder.info.splits:
+        next_step = f"configs/pretrain.py --config.data.source={name}"
+    else:
+        next_step = "configs/robustness.py:init=WORKDIR"
+    print(f"Next: mae-jax train --config={next_step}{where}")
 
 
 def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> None:
+    from mae_jax.data import imagenet
+
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
     try:
         builder.download_and_prepare(download_config=config)
@@ -330,10 +344,10 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_d
         if "Manual directory" not in str(error):
             raise
         raise ValueError(f"give --manual_dir=DIR. {' '.join(str(error).split())}") from None
-    except tarfile.ReadError as error:
+    except (tarfile.ReadError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(
-            f"an archive in {manual_dir} is damaged or cut short ({error}); compare its size and"
-            " MD5 with those on the download page"
+            f"an archive in {manual_dir or 'the downloads'} is damaged or cut short ({error});"
+            " compare its size and MD5 with those on the download page"
         ) from error
     except Exception as error:
         if _needs(error, "tensorflow"):
@@ -343,7 +357,10 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_d
                 " and copy the directory"
             ) from None
         if isinstance(error, OSError):  # no network, a full disk
-            raise ValueError(f"tfds could not prepare {name!r}: {error}") from error
+            by_hand = ""
+            if builder.name in imagenet.TEST_SETS:
+                by_hand = f"; or {imagenet.by_hand(builder)}, and give --manual_dir=DIR"
+            raise ValueError(f"tfds could not prepare {name!r}: {error}{by_hand}") from error
         raise
 
 
