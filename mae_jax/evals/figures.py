@@ -33,7 +33,7 @@ def reconstructions(
 
     Returns uint8 [height, width, 3].
     """
-    images, predictions = _rgb(images_BHWC), _rgb(predictions_BHWC)
+    images, predictions = rgb(images_BHWC), rgb(predictions_BHWC)
     rows = images.shape[1] // patch[0]
     hidden = rearrange(masks_BL > 0, "b (h w) -> b h w", h=rows)
     hidden = repeat(hidden, "b h w -> b (h r) (w c) 1", r=patch[0], c=patch[1])
@@ -65,6 +65,9 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: 
     page = MARGIN + len(titles) * (cell + MARGIN)
     characters = int((page - 2 * MARGIN) / (font.getlength(caption) / len(caption)))
     lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
+    while characters > 1 and max(map(font.getlength, lines)) > page - 2 * MARGIN:
+        characters -= 1  # a line of wide letters
+        lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
     line = 17  # pixels from one line of text to the next
     top = MARGIN + line
     bottom = top + len(rows) * (height + MARGIN)
@@ -74,7 +77,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: 
         left = MARGIN + column * (cell + MARGIN)
         draw.text((left + cell / 2, MARGIN), title, "black", font, anchor="ma")
         for row, tiles in enumerate(rows):
-            enlarged = _rgb(tiles[column]).repeat(factor, 0).repeat(factor, 1)
+            enlarged = rgb(tiles[column]).repeat(factor, 0).repeat(factor, 1)
             place = (left + (cell - width) // 2, top + row * (height + MARGIN))
             canvas.paste(Image.fromarray(enlarged), place)
     for number, text in enumerate(lines):
@@ -82,5 +85,6 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: 
     return np.asarray(canvas)
 
 
-def _rgb(images: np.ndarray) -> np.ndarray:
+def rgb(images: np.ndarray) -> np.ndarray:
+    """Three channels of any number: the first three, or the first thrice."""
     return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]

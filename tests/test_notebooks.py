@@ -1,0 +1,55 @@
+"""The notebooks run from top to bottom on bundled data, in a kernel of this Python."""
+
+import os
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def load(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def run(name: str, last: str, folder: Path, monkeypatch) -> str:
+    """What a notebook printed at the end, by one more cell; it works in `folder`."""
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's own
+    notebook = load(name)
+    notebook.cells += [
+        nbformat.v4.new_code_cell(f"import sys; assert sys.executable == {sys.executable!r}"),
+        nbformat.v4.new_code_cell(last),
+    ]
+    place = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    client.execute(env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert pictures
+    return notebook.cells[-1].outputs[0].text
+
+
+def test_reconstruct(tmp_path, monkeypatch):
+    told = run("reconstruct", "print(out.mask_BL.mean(), model.spec.depth)", tmp_path, monkeypatch)
+    assert told.split() == ["0.75", "4"]
+
+
+def test_finetune(tmp_path, monkeypatch):
+    assert float(run("finetune", "print(accuracy)", tmp_path, monkeypatch)) > 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_has_no_outputs_and_installs_in_one_cell(name):
+    cells = [cell for cell in load(name).cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    installing = [i for i, cell in enumerate(cells) if "pip install" in cell.source]
+    assert installing == [0] and 'find_spec("mae_jax") is None' in cells[0].source
