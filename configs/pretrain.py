@@ -26,7 +26,12 @@ def get_config(arg=None):
     config.grad_accum = 1  # passes per update
 
     config.mask_ratio = 0.75
-    config.masking = ConfigDict({"name": "random"})  # or block, grid, or a dotted path
+    config.masking = ConfigDict(
+        dict(
+            name="random",  # or block, grid, or a dotted path
+            tokens_in_encoder=False,  # True: the encoder sees mask tokens too, as in Table 1c
+        )
+    )
     config.target = ConfigDict({"name": "norm_pixels"})  # or pixels, or a dotted path
 
     config.online_probe = False  # train a linear classifier of the cls token beside the model

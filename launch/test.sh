@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Linters, type check and tests, with the locked packages.
+# Linters, type check and tests, with the locked packages and the compiler for TPUs.
 #
 #   bash launch/test.sh [PYTEST_ARGUMENT ...]        e.g. bash launch/test.sh tests/test_models.py -x
 #
@@ -12,8 +12,17 @@ cd "$root"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$(dirname "$python")/shellcheck" --external-sources launch/*.sh .ci/run
+"$(dirname "$python")/shellcheck" --external-sources launch/*.sh tests/multihost/run.sh \
+  .ci/run
 "$python" -m mypy
+# tests/test_plan.py compiles for TPUs. Their compiler stays out of the environment's own packages: on
+# a machine without TPUs, every start of JAX would look for them, long and loudly.
+libtpu=$(sed -n 's/^LIBTPU = "\(.*\)".*/\1/p' mae_jax/plan.py)
+if [ ! -e "$venv/libtpu/libtpu-$libtpu.dist-info" ]; then
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+    --target "$venv/libtpu" "libtpu==$libtpu"
+fi
+export PYTHONPATH=$venv/libtpu${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # The tests of a file stay in one process, where they share what they compiled; files go in their own
 # order, because the one with the fewest tests (test_resume.py) takes the longest.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \

@@ -6,12 +6,13 @@ heads and hidden units. One size may be -1: what is left of the devices.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,27 +38,54 @@ RULES = (
 LARGE = 2**17  # elements; a larger array that nothing splits is taken for a mistake in the rules
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices, or of those given.
 
     Raises:
-      ValueError: the sizes do not multiply out to the number of devices.
+      ValueError: the sizes do not multiply out to the number of devices; or see `arrange`.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    found = jax.devices() if devices is None else list(devices)
+    count = len(found)
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     said = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
         raise ValueError(f"mesh {said}: sizes must be at least 1, and at most one of them -1")
-    if devices % known or (not free and known != devices):
+    if count % known or (not free and known != count):
         raise ValueError(
             f"mesh {said} needs {'a multiple of ' if free else ''}{known} devices, there are"
-            f" {devices}: change config.mesh (one size may be -1: what is left)"
+            f" {count}: change config.mesh (one size may be -1: what is left)"
         )
     for name in free:
-        sizes[name] = devices // known
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+        sizes[name] = count // known
+    return Mesh(arrange(sizes, found), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh, neighbours on the chips' network beside each other.
+
+    Of several slices, which only the slow data-center network joins, as many as can be are put on
+    the data axis, outermost, where there is one gradient a step to exchange, and the rest on fsdp.
+
+    Raises:
+      ValueError: neither axis can be cut into the slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer = (math.gcd(sizes["data"], slices), slices // math.gcd(sizes["data"], slices), 1)
+    if sizes["fsdp"] % outer[1]:
+        said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh {said} cannot be cut into {slices} slices: choose data as a multiple of {slices}"
+        )
+    inner = tuple(size // parts for size, parts in zip(sizes.values(), outer, strict=True))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def _rule(path: tuple) -> P:

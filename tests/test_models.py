@@ -148,6 +148,25 @@ def test_hidden_pixels_do_not_reach_the_encoder_nor_visible_ones_the_loss():
     np.testing.assert_array_equal(by_patch > 0, np.asarray(mask.mask_BL) == 1)
 
 
+def test_with_mask_tokens_in_the_encoder_hidden_pixels_still_reach_nothing():
+    """Table 1c: every place is encoded, a hidden one as a token of the encoder's own."""
+    model = mae.build((4, 4), 12, width=16, depth=2, heads=2, decoder_width=16, decoder_depth=1,
+                      decoder_heads=2, tokens_in_encoder=True)  # fmt: skip
+    patches = jax.random.normal(jax.random.key(0), (2, 16, 12))
+    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (2, 16)), 4)
+    params = model.init(jax.random.key(2), patches, mask)
+    assert params["params"]["encoder"]["mask_token"].shape == (1, 1, 16)
+    assert "mask_token" not in params["params"]["decoder"]
+    assert model.apply(params, patches, mask, method=mae.MAE.encode).shape == (2, 17, 16)
+
+    other = jnp.where(mask.mask_BL[..., None] > 0, patches + 1, patches)
+    predict = jax.jit(model.apply)
+    np.testing.assert_array_equal(predict(params, patches, mask), predict(params, other, mask))
+    # A visible patch reaches the prediction of every place.
+    seen = predict(params, patches.at[0, mask.keep_BK[0, 0]].add(1), mask)
+    assert (np.abs(seen - predict(params, patches, mask))[0] > 0).any(-1).all()
+
+
 def test_tokens_are_put_back_in_place():
     """The prediction does not depend on the order in which kept patches enter the encoder."""
     model = mae.build((4, 4), 48, width=32, depth=2, heads=4, decoder_width=16, decoder_depth=1,
@@ -285,6 +304,13 @@ def test_analytic_flops_agree_with_the_published_counts(variant, full, decoder):
     )
     rest = whole - flops.encoder(kept, values, width, depth)
     assert abs(rest / 2e9 / decoder - 1) < 1e-3
+
+
+# Table 1c of the paper: 3.3 times the FLOPs at L/16
+def test_mask_tokens_in_the_encoder_cost_what_the_paper_says():
+    sizes = dict(width=1024, depth=24, decoder_width=512, decoder_depth=8)
+    ratio = flops.mae(196, 196, 768, **sizes) / flops.mae(196, 49, 768, **sizes)
+    assert abs(ratio / 3.3 - 1) < 0.02
 
 
 def test_analytic_flops_agree_with_the_compiled_program():

@@ -12,7 +12,8 @@ from mae_jax.models.vit import Encoder, Execution, Stack, layer_norm, xavier
 class Decoder(nn.Module):
     """Encoded patches plus a shared mask token for each hidden one, to values of every patch.
 
-    Positions as in `vit.Encoder`.
+    Without `restore_BL` all patches were encoded, in their order, and none needs a token. Positions
+    as in `vit.Encoder`.
     """
 
     grid: tuple[int, int]
@@ -25,17 +26,18 @@ class Decoder(nn.Module):
     trained_positions: bool = False
 
     @nn.compact
-    def __call__(self, latent_BND: Array, restore_BL: Array) -> Array:
+    def __call__(self, latent_BND: Array, restore_BL: Array | None = None) -> Array:
         dtype = self.execution.dtype
         x_BNE = nn.Dense(self.width, dtype=dtype, kernel_init=xavier, name="embed")(latent_BND)
         x_BNE = x_BNE.astype(self.execution.residual_dtype)
-        token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        batch, num_patches = restore_BL.shape
-        hidden = num_patches - (x_BNE.shape[1] - 1)
-        token_BHE = jnp.broadcast_to(token_11E.astype(x_BNE.dtype), (batch, hidden, self.width))
-        shuffled_BLE = jnp.concatenate([x_BNE[:, 1:], token_BHE], axis=1)
-        x_BLE = jnp.take_along_axis(shuffled_BLE, restore_BL[..., None], axis=1)
-        x_BNE = jnp.concatenate([x_BNE[:, :1], x_BLE], axis=1)
+        if restore_BL is not None:
+            token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            batch, num_patches = restore_BL.shape
+            hidden = num_patches - (x_BNE.shape[1] - 1)
+            token_BHE = jnp.broadcast_to(token_11E.astype(x_BNE.dtype), (batch, hidden, self.width))
+            shuffled_BLE = jnp.concatenate([x_BNE[:, 1:], token_BHE], axis=1)
+            x_BLE = jnp.take_along_axis(shuffled_BLE, restore_BL[..., None], axis=1)
+            x_BNE = jnp.concatenate([x_BNE[:, :1], x_BLE], axis=1)
         table = jnp.asarray(sincos_2d(self.width, self.grid))
         if self.trained_positions:
             table = self.param("pos_embed", lambda rng: table[None])[0]
@@ -47,19 +49,33 @@ class Decoder(nn.Module):
 
 
 class MAE(nn.Module):
-    """Encoder and decoder; patches and their mask in, a prediction for every patch out."""
+    """Encoder and decoder; patches and their mask in, a prediction for every patch out.
+
+    With `tokens_in_encoder` the encoder sees every patch, hidden ones as a mask token of its own:
+    what the paper's Table 1c compares with, three times the work and worse features.
+    """
 
     encoder: Encoder
     decoder: Decoder
+    tokens_in_encoder: bool = False
 
     def encode(self, patches_BLP: Array, mask: Mask) -> Array:
-        """(B, 1 + K, D): the cls token, then the kept patches in the order of `mask.keep_BK`."""
+        """(B, 1 + K, D): the cls token, then the kept patches in the order of `mask.keep_BK`.
+
+        With `tokens_in_encoder` (B, 1 + L, D): every patch, row-major.
+        """
+        if self.tokens_in_encoder:
+            return self.encoder(patches_BLP, hidden_BL=mask.mask_BL)
         visible_BKP = jnp.take_along_axis(patches_BLP, mask.keep_BK[..., None], axis=1)
         return self.encoder(visible_BKP, mask.keep_BK)
 
+    def decode(self, latent_BND: Array, mask: Mask) -> Array:
+        """(B, L, P): what `encode` gave, to a prediction for every patch, row-major, float32."""
+        return self.decoder(latent_BND, None if self.tokens_in_encoder else mask.restore_BL)
+
     def __call__(self, patches_BLP: Array, mask: Mask) -> Array:
         """(B, L, P): a prediction for every patch, in row-major order, float32."""
-        return self.decoder(self.encode(patches_BLP, mask), mask.restore_BL)
+        return self.decode(self.encode(patches_BLP, mask), mask)
 
 
 def build(
@@ -73,6 +89,7 @@ def build(
     decoder_depth: int = 8,
     decoder_heads: int = 16,
     mlp_ratio: float = 4.0,
+    tokens_in_encoder: bool = False,
     execution: Execution = Execution(),
 ) -> MAE:
     """A masked autoencoder for a (rows, columns) grid of patches of `values` numbers each.
@@ -89,6 +106,7 @@ def build(
     return MAE(
         Encoder(grid, width, depth, heads, mlp_ratio, execution=execution),
         Decoder(grid, values, decoder_width, decoder_depth, decoder_heads, mlp_ratio, execution),
+        tokens_in_encoder,
     )
 
 

@@ -5,6 +5,7 @@ N tokens, D width, E decoder width, P values of a patch, S heads, F head width, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -40,9 +41,19 @@ def conv_bias(fan_in: int) -> Callable:
     return init
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, epsilon 1e-6, the variance as the mean of squared differences."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
+def layer_norm(name: str) -> nn.Module:
+    """LayerNorm in float32, epsilon 1e-6, the variance as the mean of squared differences.
+
+    The backward pass computes it again: of the float32 arrays inside, only its input is kept.
+    """
+    norm = nn.remat(nn.LayerNorm, prevent_cse=False)
+    return norm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU; the backward pass computes its inside again from `x`."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 class Attention(nn.Module):
@@ -75,7 +86,7 @@ class Mlp(nn.Module):
     def __call__(self, x_BND: Array) -> Array:
         dtype = self.execution.dtype
         h = nn.Dense(self.hidden, dtype=dtype, kernel_init=xavier, name="fc1")(x_BND)
-        h = jax.nn.gelu(h, approximate=False)
+        h = gelu(h)
         return nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")(h)
 
 
@@ -153,7 +164,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, patches_BKP: Array, keep_BK: Array | None = None, deterministic: bool = True
+        self,
+        patches_BKP: Array,
+        keep_BK: Array | None = None,
+        deterministic: bool = True,
+        hidden_BL: Array | None = None,
     ) -> Array:
         """Encode patches.
 
@@ -161,6 +176,7 @@ class Encoder(nn.Module):
           patches_BKP: patches of the normalised image, as `patchify` lays them out.
           keep_BK: the place of each in the image, row-major; None = all of them, in order.
           deterministic: no drop path.
+          hidden_BL: 1 where a mask token takes the place of a patch; None = nowhere.
         Returns:
           (B, 1 + K, D) in the residual dtype, the cls token first.
         """
@@ -172,6 +188,9 @@ class Encoder(nn.Module):
             bias_init=conv_bias(values),
             name="patch_embed",
         )(patches_BKP)
+        if hidden_BL is not None:
+            token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
         table = jnp.asarray(sincos_2d(self.width, self.grid))
         if self.trained_positions:
             table = self.param("pos_embed", lambda rng: table[None])[0]

@@ -1,0 +1,273 @@
+"""The table of plans: what published models take on TPU pods, compiled and not run.
+
+    pip install libtpu; python benchmarks/plan.py [PART_OF_A_NAME ...]
+
+Compiles one step after another, a minute or more each, and keeps what it has in plan.json beside
+this file, so that it may be stopped and started again. Then writes PLAN.md and plan.png. A plan is
+made again only if its entry is deleted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+KEPT = HERE / "plan.json"
+GIB, MIB = 2**30, 2**20
+# arXiv 2111.06377, Table 2: 800 epochs on 128 TPU v3 cores, decoder of 8 blocks.
+PAPER_HOURS = {"L/16": 15.4, "H/14": 34.5}
+DATA, REMAT = {"data": -1}, {"model.remat": True}
+
+
+def fsdp(size: int) -> dict[str, int]:
+    return {"data": -1, "fsdp": size}
+
+
+def entries() -> dict[str, dict]:
+    """What is planned, by name: variant, batch, topology, slices, mesh, changes of the config."""
+    found: dict[str, dict] = {}
+
+    def add(part, variant, batch, topology, mesh, change=None, slices=1):
+        axes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
+        said = " ".join(f"{key}={value}" for key, value in (change or {}).items())
+        times = f"{slices} x " if slices > 1 else ""
+        name = " ".join(f"{part}: {variant} {batch} {times}{topology} {axes} {said}".split())
+        found[name] = dict(
+            part=part, variant=variant, batch=batch, topology=topology, mesh=mesh,
+            change=change or {}, slices=slices,
+        )  # fmt: skip
+
+    # The paper's machine.
+    add("recipe", "L/16", 4096, "v3:8x8", DATA, REMAT)
+    add("recipe", "L/16", 4096, "v3:8x8", DATA)
+    add("recipe", "L/16", 4096, "v3:8x8", fsdp(128))
+    add("recipe", "L/16", 4096, "v3:8x8", fsdp(128), REMAT)
+    add("recipe", "H/14", 4096, "v3:8x8", DATA, REMAT)
+    add("recipe", "H/14", 4096, "v3:8x8", DATA)
+    add("recipe", "H/14", 4096, "v3:8x8", fsdp(128))
+    add("recipe", "B/16", 4096, "v3:8x8", DATA)
+    for topology in ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"):
+        for variant in ("B/16", "L/16", "H/14"):
+            add("recipe", variant, 4096, topology, DATA)
+    # The largest, on ever more chips of the smallest kind, 8 images per chip and pass.
+    for variant, topologies in (
+        ("2B/14", {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16}),
+        ("6.5B/14", {"v5e:2x4": 8, "v5e:4x4": 16, "v5e:4x8": 32, "v5p:4x4x4": 64}),
+    ):
+        for topology, chips in topologies.items():
+            passes = {"grad_accum": 4096 // (8 * chips)}
+            add("large", variant, 4096, topology, fsdp(chips), REMAT | passes)
+    # 32 images per chip, on ever more chips; whole slices joined by the data-center network.
+    pods = {8: "v5p:2x2x2", 32: "v5p:2x4x4", 128: "v5p:4x4x8", 512: "v5p:8x8x8"}
+    for chips, topology in pods.items():
+        for mesh in (DATA, fsdp(chips), fsdp(8)):
+            add("scaling", "L/16", 32 * chips, topology, mesh)
+    for slices in (2, 4, 8):
+        add("scaling", "L/16", 32 * 64 * slices, "v5p:4x4x4", fsdp(64), slices=slices)
+    return found
+
+
+def make(entry: dict) -> dict | None:
+    """Runs `mae-jax plan` on an entry, in a process of its own; None if that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "plan.json"
+        config = f"configs/pretrain.py:variant={entry['variant']},batch_size={entry['batch']}"
+        command = [
+            *(sys.executable, "-m", "mae_jax", "plan", f"--config={config}", f"--json={out}"),
+            *(f"--topology={entry['topology']}", f"--num_slices={entry['slices']}"),
+            *(f"--config.mesh.{axis}={size}" for axis, size in entry["mesh"].items()),
+            *(f"--config.{key}={value}" for key, value in entry["change"].items()),
+        ]
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            command, cwd=HERE.parent, env=env, capture_output=True, text=True, check=False
+        )
+        if not out.exists():
+            print(f"{' '.join(command)}\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return None
+        return json.loads(out.read_text())[0]
+
+
+def number(value: float | None, unit: float = 1.0, form: str = ".2f") -> str:
+    return "?" if value is None else format(value / unit, form)
+
+
+def axes(result: dict) -> str:
+    return " ".join(f"{k}={n}" for k, n in result["mesh"].items() if n > 1)
+
+
+def where(result: dict) -> str:
+    times = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
+    return f"{times}{result['topology']} ({times}{result['cloud']})"
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""]
+
+
+def exchanged(result: dict, what: str) -> float:
+    return sum(row["bytes"] for row in result.get("collectives", []) if row["what"] == what)
+
+
+def memory_row(entry: dict, result: dict) -> list[str]:
+    held, line = result["memory"], result.get("roofline") or {}
+    seconds = line.get("seconds", {})
+    change = " ".join(f"{key.split('.')[-1]}={value}" for key, value in entry["change"].items())
+    return [
+        f"{entry['variant']} {change}".strip(),
+        where(result),
+        axes(result),
+        {True: "yes", False: "**no**", None: "?"}[result["fits"]],
+        *(number(held.get(kind), GIB) for kind in ("parameters", "optimizer", "temporary")),
+        f"{number(held.get('total'), GIB)} of {number(held['chip'], GIB)}",
+        *(number(exchanged(result, k), MIB, ".0f") for k in ("weight", "gradient", "activation")),
+        *(number(seconds.get(part), 1e-3, ".1f") for part in ("compute", "memory", "links")),
+        number(line.get("hours"), 1, ".1f"),
+        number(result.get("hours"), 1, ".1f"),
+    ]
+
+
+HEAD = [
+    *("model, batch 4096", "chips (cloud's name)", "mesh", "fits", "parameters", "optimizer"),
+    *("temporary", "total", "weights", "gradients", "activations"),
+    *("compute", "memory", "links", "hours, at best", "hours, at 40 % MFU"),
+]
+
+
+INTRODUCTION = """\
+Compiled ahead of time for chips that were not there, by `python benchmarks/plan.py`; nothing here
+was run on a TPU. The recipe is configs/pretrain.py, 800 epochs. Memory is in GiB per device (of v3:
+per core) and is the compiler's. Weights, gradients and activations are what devices exchange, MiB
+of payload per device and step, read from the compiled program. Compute, memory and links are
+**estimates**: the least milliseconds of a step by the peaks in mae_jax/flops.py; the longest of
+them gives the hours at best. 40 % MFU is an assumption."""
+
+
+def document(plans: dict[str, dict]) -> str:
+    """The table as Markdown."""
+    known = [(entry, plans[name]) for name, entry in entries().items() if name in plans]
+    missing = [name for name in entries() if name not in plans]
+    made_by = {json.dumps(r["versions"], sort_keys=True) for _, r in known}
+    text = [
+        "# What published models take on TPU pods",
+        "",
+        INTRODUCTION,
+        "",
+        "## Recipes",
+        "",
+        *table([HEAD, *(memory_row(e, r) for e, r in known if e["part"] == "recipe")]),
+        "## Against the paper's hours",
+        "",
+        "The authors' hours on 128 TPU v3 cores (Table 2, 800 epochs, TensorFlow), and what part of"
+        " them the estimate at best is.",
+        "",
+        *table(
+            [["model", "mesh", "hours, at best", "paper's hours", "part of the roofline"]]
+            + [
+                [
+                    " ".join([e["variant"], *(f"{k}={v}" for k, v in e["change"].items())]),
+                    axes(r),
+                    number(r["roofline"]["hours"], 1, ".1f"),
+                    str(PAPER_HOURS[e["variant"]]),
+                    f"{r['roofline']['hours'] / PAPER_HOURS[e['variant']]:.0%}",
+                ]
+                for e, r in known
+                if e["topology"] == "v3:8x8" and e["variant"] in PAPER_HOURS and "roofline" in r
+            ]
+        ),
+        "## The largest, with FSDP",
+        "",
+        "Gradients are accumulated over passes of 8 images per chip.",
+        "",
+        *table([HEAD, *(memory_row(e, r) for e, r in known if e["part"] == "large")]),
+        "## Weak scaling of L/16",
+        "",
+        "32 images per chip. Payload in MiB per chip and step; in the last column what a chip sends"
+        " to other slices, over the data-center network.",
+        "",
+        *table(
+            [["chips", "where", "mesh", "weights", "gradients", "activations", "sent to slices"]]
+            + [
+                [
+                    str(r["devices"]),
+                    where(r),
+                    axes(r),
+                    *(number(exchanged(r, k), MIB, ".0f") for k in ("weight", "gradient")),
+                    number(exchanged(r, "activation"), MIB, ".0f"),
+                    number(sent_to_slices(r), MIB, ".0f") if r["num_slices"] > 1 else "-",
+                ]
+                for e, r in known
+                if e["part"] == "scaling" and r["fits"]
+            ]
+        ),
+        "![Bytes exchanged per chip and step](plan.png)",
+        "",
+        f"Made by {'; '.join(sorted(made_by))}.",
+    ]
+    if missing:
+        text += ["", "Not compiled yet: " + "; ".join(missing) + "."]
+    return "\n".join(text) + "\n"
+
+
+def sent_to_slices(result: dict) -> float:
+    return sum(row["sent"] for row in result["collectives"] if row["axes"] == "slices")
+
+
+def figure(plans: dict[str, dict]) -> None:
+    """Bytes that a chip sends per step, by the number of chips."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, entry in entries().items():
+        result = plans.get(name, {})
+        if entry["part"] != "scaling" or not result.get("fits"):
+            continue
+        sent = sum(row["sent"] for row in result["collectives"])
+        size = entry["mesh"].get("fsdp", 1)
+        label = "data-parallel" if size == 1 else "hybrid: FSDP over 8, data over the rest"
+        label = "FSDP over all chips" if size == result["devices"] > 8 else label
+        if entry["slices"] > 1:
+            slow = sent_to_slices(result)
+            curves.setdefault("slices of 64: to other slices", []).append((result["devices"], slow))
+            label, sent = "slices of 64: FSDP inside, to neighbours", sent - slow
+        curves.setdefault(label, []).append((result["devices"], sent / 1))
+    drawing = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axis = drawing.subplots()
+    for label, points in curves.items():
+        axis.plot(*zip(*((x, y / MIB) for x, y in sorted(points)), strict=True), "o-", label=label)
+    axis.set(
+        xscale="log", xlabel="TPU v5p chips, 32 images each", ylabel="MiB sent per chip and step"
+    )
+    axis.set_xticks([8, 32, 128, 512], ["8", "32", "128", "512"])
+    axis.set_ylim(bottom=0)
+    axis.set_title("MAE ViT-L/16: what a step exchanges, by the compiled program")
+    axis.grid(color="0.92")
+    if curves:
+        axis.legend(frameon=False)
+    drawing.savefig(HERE / "plan.png", dpi=130)
+
+
+def main(wanted: list[str]) -> None:
+    plans = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for name, entry in entries().items():
+        if name in plans or not all(part in name for part in wanted):
+            continue
+        print(name, flush=True)
+        if (made := make(entry)) is None:
+            continue
+        plans[name] = made
+        temporary = KEPT.with_suffix(".tmp")
+        temporary.write_text(json.dumps(plans, indent=1) + "\n")
+        temporary.replace(KEPT)
+    (HERE / "PLAN.md").write_text(document(plans))
+    figure(plans)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

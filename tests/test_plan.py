@@ -1,0 +1,381 @@
+"""Plans: programs are read right, estimates add up, and what cannot work is said before compiling.
+
+The compiler for TPUs must be there: bash launch/test.sh installs it where only the tests see it.
+"""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs.pretrain import get_config
+from mae_jax import flops, hlo, plan, sharding
+from mae_jax.commands import plan as command
+from mae_jax.tasks.pretrain import make_task
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 1}
+TINY = [
+    "--config=configs/pretrain.py:image_size=32,batch_size=64",
+    "--config.model.patch_size=(8,8)",
+    *(f"--config.model.{name}=2" for name in ("heads", "depth", "decoder_heads", "decoder_depth")),
+    *(f"--config.model.{name}=64" for name in ("width", "decoder_width")),
+]
+
+
+def tiny_config():
+    config = get_config("image_size=32,batch_size=64")
+    config.model.update(width=64, depth=2, heads=2, patch_size=(8, 8))
+    config.model.update(decoder_width=64, decoder_depth=2, decoder_heads=2)
+    config.data.source, config.data.split = "counted:1281167:1000", ""
+    return config
+
+
+# --- reading programs ---
+
+# As the compiler for TPUs writes them: an unrolled ring in a loop that counts by two, a gather that
+# is spread over two fusions, a gradient summed with the slice that is kept, and one between slices.
+PROGRAM = """\
+HloModule step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%gather_start (p.0: bf16[8,16]) -> bf16[32,16] {
+  %p.0 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.0 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.0), channel_id=7, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%gather_end (p.1: bf16[8,16]) -> bf16[32,16] {
+  %p.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.1 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%all-reduce-scatter (p.2: f32[32,16]) -> f32[8,16] {
+  %p.2 = f32[32,16]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %r.2 = f32[32,16]{1,0} all-reduce(%p.2), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, \
+to_apply=%sum
+  ROOT %s.2 = f32[8,16]{1,0} dynamic-slice(%r.2, %zero, %zero), dynamic_slice_sizes={8,16}
+}
+
+%cond (w: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %w = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%w), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (v: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %one = s32[] constant(1)
+  %v = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%v), index=0
+  %next = s32[] add(%j, %one)
+  %after = s32[] add(%next, %one)
+  %x = bf16[8,16]{1,0} get-tuple-element(%v), index=1
+  %ring = (bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0}}
+  %got = bf16[8,16]{1,0} collective-permute-done(%ring)
+  ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%after, %got)
+}
+
+ENTRY %main (weight: bf16[8,16], x: f32[32,16]) -> f32[8,16] {
+  %weight = bf16[8,16]{1,0} parameter(0)
+  %x.1 = f32[32,16]{1,0} parameter(1)
+  %g.2 = bf16[32,16]{1,0} fusion(%weight), kind=kCustom, calls=%gather_start
+  %g.3 = bf16[32,16]{1,0} fusion(%weight), kind=kCustom, calls=%gather_end
+  %start = s32[] constant(0)
+  %init = (s32[], bf16[8,16]{1,0}) tuple(%start, %weight)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%init), condition=%cond, body=%body
+  %gradient = f32[32,16]{1,0} convolution(%x.1, %g.3), dim_labels=bf_io->bf
+  %t = token[] after-all()
+  %sent = (f32[32,16]{1,0}, u32[], token[]) send(%gradient, %t), channel_id=10, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %kept = f32[8,16]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
+    found = hlo.collectives(hlo.parse(PROGRAM), MESH)
+    assert [(c.kind, c.axes, c.members, c.times, c.computed, c.payload) for c in found] == [
+        ("all-gather", ("fsdp",), 4, 1, False, 32 * 16 * 2),
+        ("collective-permute", ("data",), 2, 4, False, 4 * 8 * 16 * 2),
+        ("all-reduce", ("slices",), 2, 1, True, 32 * 16 * 4),
+        # What a fusion is given is not followed; a sum needs it not: only gradients are summed.
+        ("reduce-scatter", ("fsdp",), 4, 1, False, 32 * 16 * 4),
+    ]
+    # What a ring of four hands on to gather: three of four parts. Twice that to sum for all.
+    assert [c.sent for c in found] == [768, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", ("fsdp",)),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}, x", ("data",)),
+        ("replica_groups=[2,4]<=[8], x", ("fsdp",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("data",)),
+        ("replica_groups=[1,8]<=[8], x", ("data", "fsdp")),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x={1}", ("data",)),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, x", ("fsdp",)),
+    ],
+)
+def test_every_way_to_write_groups_gives_the_axes_of_the_mesh(text, axes):
+    groups = hlo.groups(text)
+    assert groups is not None
+    assert hlo.axes_of(groups[0], MESH) == axes
+
+
+def test_a_loop_over_sharded_weights_of_a_real_program_gathers_each_once_per_pass():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "fsdp"))
+    rows = NamedSharding(mesh, P("fsdp"))
+
+    def run(w, x):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), rows), None
+
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    compiled = (
+        jax.jit(run, in_shardings=(split, rows), out_shardings=whole)
+        .lower(jnp.zeros((5, 64, 64)), jnp.zeros((16, 64)))
+        .compile()
+    )
+    program = hlo.parse(compiled.as_text())
+    found = hlo.collectives(program, mesh.shape)
+    gathered = sum(c.payload for c in found if c.kind == "all-gather")
+    assert gathered == 5 * 64 * 64 * 4
+    assert {c.axes for c in found} == {("fsdp",)}
+
+
+def test_memory_traffic_counts_the_slice_that_is_read_and_not_its_array():
+    text = """\
+%layer (p: f32[24,64], i: s32[]) -> f32[64] {
+  %p = f32[24,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,64]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%cut)
+}
+
+ENTRY %main (stack: f32[24,64], n: s32[]) -> f32[64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  %n = s32[]{:S(6)} parameter(1)
+  %one = f32[64]{0} fusion(%stack, %n), kind=kLoop, calls=%layer
+  %near = f32[64]{0:T(128)S(1)} copy(%one)
+  ROOT %out = f32[64]{0} negate(%near)
+}
+"""
+    # The fusion reads and writes 64 numbers, the copy reads 64 (it writes elsewhere), negate too.
+    assert hlo.traffic(hlo.parse(text)) == (2 + 1 + 1) * 64 * 4
+
+
+# --- estimates ---
+
+
+def test_roofline_by_hand():
+    chip = flops.Chip(tflops=100, hbm=16, hbm_rate=1000, link_rate=200, slow_rate=2)
+    line = plan.roofline(chip, work=5e12, moved=3e10, sent=1e10, sent_slowly=1e8)
+    assert line["seconds"] == pytest.approx(
+        {"compute": 0.05, "memory": 0.03, "links": 0.05, "slices": 0.05}
+    )
+    assert plan.roofline(chip, 5e12, 6e10, 0, 0) == {
+        "seconds": pytest.approx({"compute": 0.05, "memory": 0.06, "links": 0, "slices": None}),
+        "step": 0.06,
+        "bound": "memory",
+    }
+
+
+def test_hours_at_an_assumed_mfu_by_hand():
+    result = {
+        "device_kind": "TPU v3",
+        "devices": 128,
+        "gflops": {"step_per_image": 120.0},
+        "batch_size": 4096,
+        "steps": 1000,
+    }
+    seconds = 120e9 * 4096 * 1000 / (128 * 61.5e12 * 0.5)
+    assert plan.hours(result, 0.5) == pytest.approx(seconds / 3600)
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "cloud"),
+    [
+        ("v3:8x8", 64, "v3-128"),
+        ("v4:4x4x4", 64, "v4-128"),
+        ("v5e:4x4", 16, "v5litepod-16"),
+        ("v5p:4x4x4", 64, "v5p-128"),
+        ("v6e:16x16", 256, "v6e-256"),
+        ("h100:8", 8, ""),
+    ],
+)
+def test_topologies_and_what_the_cloud_calls_them(name, chips, cloud):
+    where = plan.topology(name)
+    assert (where.chips, where.cloud) == (chips, cloud)
+
+
+def run(argv, folder, capsys):
+    file = folder / "plan.json"
+    status = command.main([*argv, f"--cache={folder / 'cache'}", f"--json={file}"])
+    return status, json.loads(file.read_text()), capsys.readouterr()
+
+
+def amounts(result):
+    return {(row["kind"], row["axes"], row["what"]): row["bytes"] for row in result["collectives"]}
+
+
+def test_a_plan_for_cpu_devices_sums_every_gradient_once_and_comes_from_the_cache_next(
+    tmp_path, capsys
+):
+    status, [result], first = run([*TINY, "--topology=cpu:8"], tmp_path, capsys)
+    assert status == 0
+    assert result["fits"] is None  # nobody knows the memory of a simulated device
+    assert result["memory"]["parameters"] == 4 * result["parameters"]
+    assert result["steps"] == 800 * (1281167 // 64)
+    sizes = amounts(result)
+    assert sum(n for (_, _, what), n in sizes.items() if what == "gradient") == pytest.approx(
+        4 * result["parameters"], rel=0.01
+    )
+    assert {axes for _, axes, _ in sizes} == {"data"}
+    assert "activation" not in {what for _, _, what in sizes}
+    assert "compiling" in first.err
+
+    _, [again], second = run([*TINY, "--topology=cpu:8"], tmp_path, capsys)
+    assert again["collectives"] == result["collectives"]
+    assert "compiling" not in second.err
+    _, [other], third = run(
+        [*TINY, "--topology=cpu:8", "--config.mask_ratio=0.5"], tmp_path, capsys
+    )
+    assert "compiling" in third.err
+    assert other["gflops"]["forward_per_image"] > result["gflops"]["forward_per_image"]
+
+
+def test_a_gpu_that_is_not_there_is_planned_without_a_program_and_says_so(tmp_path, capsys):
+    status, [result], said = run([*TINY, "--topology=h100:8"], tmp_path, capsys)
+    assert (status, result["compiled"], result["fits"]) == (0, False, None)
+    assert "temporary" not in result["memory"]
+    assert result["memory"]["optimizer"] > 2 * result["memory"]["parameters"]
+    assert "not compiled" in said.out
+
+
+# --- TPUs that are not there ---
+
+
+def test_the_compiler_for_tpus_is_installed():
+    assert importlib.util.find_spec("libtpu"), (
+        f"run bash launch/test.sh, or pip install --target=DIR libtpu=={plan.LIBTPU} with DIR on"
+        " PYTHONPATH"
+    )
+
+
+def test_the_step_compiles_for_a_tpu_and_what_cannot_fit_is_said(tmp_path, capsys):
+    status, [result], said = run([*TINY, "--topology=v5e:2x2"], tmp_path, capsys)
+    assert (status, result["fits"], result["device_kind"]) == (0, True, "TPU v5 lite")
+    assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert result["memory"]["total"] < result["memory"]["chip"] == 16 * 2**30
+    # Gradients of matrix products are summed in the type of the products: half the bytes.
+    sizes = amounts(result)
+    summed = sum(n for (_, _, what), n in sizes.items() if what == "gradient")
+    assert 2 * result["parameters"] <= summed < 4 * result["parameters"]
+    assert "activation" not in {what for _, _, what in sizes}
+    assert result["roofline"]["step"] == max(
+        seconds for seconds in result["roofline"]["seconds"].values() if seconds is not None
+    )
+    assert "v5litepod-4" in said.out
+
+    status, [result], said = run(
+        [*TINY, "--topology=v5e:2x2", "--config.batch_size=1048576", "--config.mesh.fsdp=1"],
+        tmp_path,
+        capsys,
+    )
+    assert (status, result["fits"]) == (1, False)
+    assert result["memory"]["total"] > result["memory"]["chip"]
+    for way in ("remat=True", "fewer than 262144 images per chip", "--config.mesh.fsdp=4"):
+        assert way in " ".join(said.out.split())
+
+
+def test_slices_are_outermost_on_the_data_axis():
+    # Devices of two slices of 2x2 chips, as the compiler describes them.
+    found = [
+        SimpleNamespace(
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            coords=(x, y, 0),
+            core_on_chip=0,
+            process_index=0,
+            slice_index=index,
+            id=4 * index + 2 * y + x,
+        )
+        for index in range(2)
+        for y in range(2)
+        for x in range(2)
+    ]
+    where = np.vectorize(lambda device: device.slice_index)
+    mesh = sharding.arrange({"data": 2, "fsdp": 4, "tensor": 1}, found)
+    np.testing.assert_array_equal(where(mesh)[:, 0, 0], [0, 1])
+    assert (where(mesh) == where(mesh)[:, :1]).all()
+    with pytest.raises(ValueError, match="cannot be cut into 2 slices"):
+        sharding.arrange({"data": 1, "fsdp": 1, "tensor": 8}, found)
+
+
+# --- what users get wrong ---
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5e:4x", "nearest: v5e:4x"),
+        ("v7:4x4", "nearest: v"),
+        ("v4:4x4", "nearest: v4:"),
+        ("v5litepod-16", "its chips are v5e:4x4"),
+        ("cpu:none", "cpu:8"),
+    ],
+)
+def test_an_unknown_topology_is_answered_with_the_nearest(topology, said):
+    with pytest.raises(ValueError, match=said):
+        plan.topology(topology)
+
+
+def test_without_the_compiler_for_tpus_the_way_to_get_it_is_said(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"pip install libtpu=={plan.LIBTPU}"):
+        plan.devices(plan.topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--topology=cpu:8", "--config.mesh.fsdp=3"], "multiple of 3 devices, there are 8"),
+        (["--topology=cpu:8", "--config.batch_size=20"], "not divisible by data x fsdp"),
+        (["--topology=cpu:8", "--mfu=40"], "--mfu=40"),
+        (["--topology=cpu:8", "--num_slices=2"], "more than one of TPUs only"),
+        (["--topology=cpu:8", "--workdir=here"], "--workdir has no meaning"),
+        ([], "--topology=NAME is missing"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(flags, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        command.main([*TINY, *flags, f"--cache={tmp_path}"])
+
+
+def test_a_dataset_that_is_not_there_needs_its_number_of_examples(tmp_path):
+    config = tiny_config()
+    config.data.source, config.data.split = "imagenet2012:5.1.0", "train"
+    config.data.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="--num_examples=N"):
+        command.without_data(config, None, None)
+    command.without_data(config, 1000, 10)
+    assert make_task(config).num_examples == 1000
