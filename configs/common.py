@@ -69,5 +69,6 @@ def pretraining(path):
     folder = epath.Path(path)
     for place in (folder, folder.parent, folder.parent.parent):
         if (place / "config.json").exists():
-            return json.loads((place / "config.json").read_text())
+            found = json.loads((place / "config.json").read_text())
+            return found if "model" in found else None  # such as that of transformers
     return None

@@ -5,7 +5,9 @@
 Arguments: init (workdir of a pre-training run, or a checkpoint in it), variant ('' = as the config
 of that run says), source, test (the split to measure on), epochs and batch_size (0 = the recipe's),
 image_size (0 = 224, or that of the pre-training; positions are resized), scratch=true (without
-init: the supervised baseline of the paper's Table 11).
+init: the supervised baseline of the paper's Table 11), small=true (for a few thousand labelled
+images on one machine: 20 epochs of batches of 64, and no mixing, erasing and RandAugment. It was
+tried on digits alone).
 
 B, L and H have recipes of their own; other sizes take that of the nearest depth. They are those
 that go with encoders pre-trained on normalised pixels, and differ from the paper's Table 9. For H
@@ -39,10 +41,10 @@ SCRATCH = {
 def get_config(arg=None):
     args = parse_arg(
         arg, variant="", init="", source="imagenet2012", test="validation", epochs=0, batch_size=0,
-        image_size=0, scratch=False,
+        image_size=0, scratch=False, small=False,
     )  # fmt: skip
-    scratch = args["scratch"]
-    batch_size = args["batch_size"] or (4096 if scratch else 1024)
+    scratch, small = args["scratch"], args["small"]
+    batch_size = args["batch_size"] or (64 if small else 4096 if scratch else 1024)
 
     config = recipe(f"batch_size={batch_size},image_size={args['image_size'] or 224}")
     config.task = "classify"
@@ -66,7 +68,7 @@ def get_config(arg=None):
     published = SCRATCH if scratch else FINETUNE
     size = published[min(published, key=lambda depth: abs(depth - config.model.depth))]
 
-    config.train_for = f"{args['epochs'] or size['epochs']} epochs"
+    config.train_for = f"{args['epochs'] or (20 if small else size['epochs'])} epochs"
     config.start = "normal" if scratch else "pretrained"  # or xavier: the start of pre-training
     # Figure 9: with n >= 0 only the last n blocks (0.5: the last MLP), norm and head are trained
     config.trained_blocks = -1.0
@@ -97,11 +99,22 @@ def get_config(arg=None):
     config.data.update(
         source=args["source"], crop_scale=(0.08, 1.0), augment="rand-m9-mstd0.5-inc1"
     )
+    if small:
+        config.erase, config.ema, config.model.drop_path = 0.0, 0.0, 0.0
+        config.mix.update(mixup=0.0, cutmix=0.0)
+        config.optim.update(blr=4e-3, warmup="2 epochs")
+        if not scratch:
+            config.optim.layer_decay = 0.75
+        config.data.update(crop_scale=(0.6, 1.0), augment="")
     accuracy = dict(
-        type="accuracy", every="1 epochs", source="", split=args["test"], batch_size=1024
+        type="accuracy",
+        every="5 epochs" if small else "1 epochs",
+        source="",
+        split=args["test"],
+        batch_size=256 if small else 1024,
     )
     config.evals = ConfigDict({"accuracy": accuracy})
-    if scratch:
+    if config.ema:
         config.evals.averaged = dict(accuracy, predict="averaged_logits", prefix="eval_averaged")
     config.checkpoint.update(every="5 epochs", keep_every="")
     return config

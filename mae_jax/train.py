@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, evals, flops, metrics, sharding
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.evals import results
 from mae_jax.optim import peak_lr
 
 
@@ -348,6 +349,14 @@ def fit(
                         scalars, pictures = evaluator.run(state)
                         writer.scalars(step, scalars)
                         writer.images(step, pictures)
+                        if (found := getattr(evaluator, "results", None)) is not None:
+                            saved = new and due(step, save_every)
+                            about = {
+                                "step": step,
+                                "checkpoint": str(saver.root / str(step)) if saved else None,
+                                "started": origin,
+                            }
+                            results.write(workdir, found, about)
                     say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
             stopping = stop.requested(step)
             if (new and (stopping or due(step, save_every))) or (stopping and step == 0):

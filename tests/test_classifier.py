@@ -323,4 +323,5 @@ def test_the_frozen_part_costs_no_backward_pass():
         assert passes < 1 + 2 * trained / 4 + 0.01, measured
     assert measured[0] < measured[0.5] < measured[1] < measured[2]
     whole = flops(partial_loss(network, patches, None)) / forward
-    assert whole > 2.5  # what gradients cost that are computed and then masked
+    # Gradients that are computed and then masked would exceed every one of these bounds.
+    assert whole > 1 + 2 * max(measured) / 4 + 0.01

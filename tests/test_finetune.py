@@ -13,9 +13,9 @@ from configs import finetune
 from mae_jax import checkpoint, evals, metrics, optim, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.data import pipeline, sources
-from mae_jax.evals import accuracy
+from mae_jax.evals import results
 from mae_jax.models import classifier, posemb
-from mae_jax.tasks import classify
+from mae_jax.tasks import classify, encoder
 
 TINY = dict(width=32, depth=2, heads=4, patch_size=(8, 8), image_size=(16, 16), channels=1,
             dtype="float32")  # fmt: skip
@@ -229,9 +229,10 @@ def test_augmentation_changes_batches_and_not_their_labels():
 
 def test_ranks_and_losses_are_those_of_numpy():
     logits = np.array([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [np.nan, 1.0, 2.0]])
-    rank, loss = accuracy.measure(logits, np.array([2, 0, 2, 0]))
-    np.testing.assert_array_equal(rank, [1, 0, 2, 3])
-    np.testing.assert_allclose(loss[:3], [np.log(np.exp([1, 3, 2]).sum()) - 2, *[np.log(3)] * 2])
+    found = results.measure(logits, np.array([2, 0, 2, 0]))
+    np.testing.assert_array_equal(found.rank_N, [1, 0, 2, 3])
+    expected = [np.log(np.exp([1, 3, 2]).sum()) - 2, *[np.log(3)] * 2]
+    np.testing.assert_allclose(found.loss_N[:3], expected)
 
 
 def test_accuracy_is_the_same_for_any_devices_and_batch_size():
@@ -350,17 +351,12 @@ def load_into(config, workdir):
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])["encoder"]
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
-    m = config.model
-    grid = tuple(n // p for n, p in zip(m.image_size, m.patch_size, strict=True))
-    path = checkpoint.find(workdir, "init_from")
-    return classify.load_encoder(path, target, tuple(m.patch_size), m.channels, grid, m.pool)
+    return encoder.load_encoder(checkpoint.find(workdir, "init_from"), target, config)
 
 
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"patch_size": (4, 4)}, r"model.patch_size=\(8, 8\), this config \(4, 4\)"),
-        ({"channels": 3}, "model.channels=1, this config 3"),
         ({"width": 64}, r"cls_token: float32\[1, 1, 32\] in the .*float32\[1, 1, 64\] by this"),
         ({"depth": 3}, r"blocks/attn/proj/bias: float32\[2, 32\] in the .*\[3, 32\] by this"),
         ({"heads": 2}, r"blocks/attn/qkv/bias: float32\[2, 3, 4, 8\] in the .*\[2, 3, 2, 16\] by"),
@@ -369,7 +365,6 @@ def load_into(config, workdir):
 )
 def test_an_encoder_that_does_not_fit_is_refused_with_both_sides_shown(pretrained, model, message):
     config = tiny_config(f"init={pretrained}", **model)
-    config.data.update(mean=(0.5,) * config.model.channels, std=(0.5,) * config.model.channels)
     with pytest.raises(ValueError, match=message):
         load_into(config, pretrained)
 
@@ -385,9 +380,9 @@ def test_a_checkpoint_without_the_final_norm_cannot_be_pooled_by_cls(pretrained,
     saver.save(1, state)
     saver.close()
     config = tiny_config(f"init={workdir}", image_size=(24, 24))
-    encoder = load_into(config, workdir)
+    found = load_into(config, workdir)
     table = posemb.resize(state.params["encoder"]["pos_embed"], (2, 2), (3, 3))
-    np.testing.assert_allclose(encoder["pos_embed"], table, atol=1e-6)
+    np.testing.assert_allclose(found["pos_embed"], table, atol=1e-6)
     config.model.pool = "cls"
     with pytest.raises(ValueError, match=r"norm/scale: none in the checkpoint, float32\[32\] by"):
         load_into(config, workdir)
@@ -417,7 +412,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
         ({"mix": {"mixup": -1.0}}, "config.mix.mixup=-1.0"),
         ({"optim": {"layer_decay": 0.0}}, "config.optim.layer_decay=0.0"),
         ({"data": {"augment": "auto"}}, "config.data.augment='auto'"),
-        ({"data": {"mean": (0.5, 0.5)}}, "give a number for each of 1 channels"),
+        ({"data": {"mean": (0.5, 0.5)}}, "has 2 numbers for images of 1 channels: give one"),
         ({"data": {"source": "bundled:photos"}}, "has no labels"),
         ({"model": {"pool": "max"}}, "pool='max' is unknown"),
     ],

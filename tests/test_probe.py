@@ -391,10 +391,6 @@ def test_a_probe_starts_from_a_run_and_reports_both_rates(pretrained, tmp_path):
     ("changes", "message"),
     [
         ({"model.width": 64}, r"params/encoder/\S+: float32\[.*32.*\] in the .*64.*\] by this"),
-        (
-            {"model.patch_size": (4, 4)},
-            r"patch_embed/kernel: float32\[64, 32\] in .*\[16, 32\]",
-        ),
         ({"model.depth": 3}, r"stack/blocks/\S+: float32\[2, .* in the .*\[3, "),
     ],
     ids=str,

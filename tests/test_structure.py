@@ -18,11 +18,11 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"tasks"},
-    {"train", "pretrained"},
+    {"train", "pretrained", "plan"},
     {"evals"},
     {"data", "checkpoint", "distributed"},
     {"optim", "sharding", "metrics", "interop"},
-    {"models", "flops", "config"},
+    {"models", "flops", "config", "hlo"},
 ]
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
@@ -238,4 +238,5 @@ def test_lock_pins_every_requirement():
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.match(r"[\w.-]+==[\w.]+( ; .+)?$", pin) for pin in pins)
     peers = {"safetensors", "timm", "torch", "torchvision", "transformers"}  # the extra torch
+    peers |= {"libtpu"}  # the extra plan
     assert requirements() - peers <= {canonical(pin) for pin in pins}

@@ -109,11 +109,16 @@ def summary(workdir: str) -> list[str]:
                 ("rmse_interpolation", "linear interpolation between visible patches"),
             )
         ]
+    text += [
+        f"results        {file}, and drawn in {file.with_suffix('.png').name}"
+        for file in sorted(root.glob("results*.json"))
+    ]
     if not losses:
         return text
+    pictures = f"{root / 'images'}/, " if (root / "images").exists() else ""
     return [
         *text,
-        f"pictures       {root / 'images'}/, curves in {root / 'loss.png'}",
+        f"pictures       {pictures}curves in {root / 'loss.png'}",
         f"checkpoint     {root / 'checkpoints' / str(last['step'])}",
         f"curves         tensorboard --logdir={shlex.quote(workdir)}  (pip install tensorboard)",
         f"next           your own images:  {shlex.quote(sys.executable)} -m mae_jax train"
@@ -142,6 +147,15 @@ def accuracies(lines: list[dict]) -> list[str]:
             spread = last.get(f"{name}_std")
             more = "" if spread is None else f" +- {spread:.2f}"
             text.append(f"top-1 accuracy {value:6.2f} %{more}, {words}, feature {feature}")
+        if found := re.match(r"eval/(imagenet_\w+)_top1$", name):
+            images = last[f"eval/{found[1]}_images"]
+            text.append(f"top-1 accuracy {value:6.2f} % on {found[1]}, of {images:,.0f} images")
+        if name == "eval/imagenet_c_mce":
+            text.append(f"mean corruption error (mCE) {value:.2f} % of AlexNet's on imagenet_c")
+        elif name.startswith("eval/imagenet_c_error_"):
+            text.append(
+                f"  error {value:6.2f} % with {name.removeprefix('eval/imagenet_c_error_')}"
+            )
     return text
 
 

@@ -130,7 +130,8 @@ def digits() -> dict[str, dict[str, np.ndarray]]:
 
     image: uint8 [N, 8, 8, 1]; the stored 0..16 become 0..255 (round(value * 255 / 16)).
     label: int [N]. index: place in scikit-learn's own order. 'test' is a stratified fifth (360),
-    'train' the rest (1,437), drawn once with seed 0.
+    'train' the rest (1,437), drawn once with seed 0. Any ten neighbours hold ten classes (until the
+    smaller ones run out, at 1,390), so that slices such as train[:1%] are fair.
 
     Raises:
       ValueError: scikit-learn is not installed.
@@ -148,7 +149,17 @@ def digits() -> dict[str, dict[str, np.ndarray]]:
     train, test = train_test_split(
         np.arange(len(images)), test_size=0.2, random_state=0, stratify=data.target
     )
+    train = _in_turn(train, data.target[train], np.random.default_rng(0))
     return {
         split: {"image": images[rows], "label": data.target[rows], "index": rows}
-        for split, rows in (("train", np.sort(train)), ("test", np.sort(test)))
+        for split, rows in (("train", train), ("test", np.sort(test)))
     }
+
+
+def _in_turn(rows_N: np.ndarray, label_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows in a random order in which one of each class comes before a second of any."""
+    turn_N = np.empty(len(label_N), int)
+    for label in np.unique(label_N):
+        of_class = np.flatnonzero(label_N == label)
+        turn_N[of_class] = rng.permutation(len(of_class))
+    return rows_N[np.lexsort((label_N, turn_N))]

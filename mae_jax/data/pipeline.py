@@ -218,13 +218,15 @@ def eval_batches(
     channels: int,
     rows: np.ndarray | None = None,
     limit: int | None = None,
+    crop: Callable[[Picture, tuple[int, int]], np.ndarray] = transforms.center_crop,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in order, cropped at its centre, not flipped; the last batch is padded.
+    """Every image once, in order, by one crop, not flipped; the last batch is padded.
 
     Every host gets the same number of batches. Read in threads, whatever config.data.workers is.
 
     Args:
       limit: read only so many images, from the first on; None = all.
+      crop: (picture, (height, width)) -> uint8 [H, W, C].
       Others as of `train_batches`.
 
     Returns:
@@ -242,7 +244,7 @@ def eval_batches(
             record, picture = _read(source, index, channels)
         except BadImage:
             return _example(black, -1, index, index) | {"valid": True}
-        image = transforms.center_crop(picture, image_size)
+        image = crop(picture, image_size)
         return _example(image, record["label"], index, -1) | {"valid": True}
 
     padded = -(-count // batch_size) * batch_size

@@ -22,6 +22,10 @@ LABEL, IMAGE = "label", "image"
 NAME_FEATURES = ("file_name", "filename", "image_name", "id", "image_id")
 
 
+class NotPrepared(ValueError):
+    """A dataset that tfds knows and of which nothing is there; the message says what to do."""
+
+
 class Source(Protocol):
     """Images by random access, in an order that never changes; safe to pickle and to share.
 
@@ -67,6 +71,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
         )
     if source == "bundled:photos":
         return _open_tfds(bundled.photos(data_dir), split, data_dir)
+    if counted := re.fullmatch(r"counted:(\d+):(\d+)", source):
+        return CountedSource(int(counted[1]), int(counted[2]) or None)
     if not re.fullmatch(r"\w+(/[^:]+)?(:([\d*]+(\.[\d*]+){2}|experimental_latest))?", source):
         near = difflib.get_close_matches(source, ["bundled:photos", "bundled:digits"], 2, 0.5)
         if source and Path(source).expanduser().is_dir():
@@ -81,6 +87,21 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
 def printable(name: str) -> str:
     """A file name that prints anywhere: bytes that are not UTF-8 appear as \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedSource:
+    """counted:EXAMPLES:CLASSES, a length without images: for what plans a run and reads none."""
+
+    examples: int
+    num_classes: int | None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise ValueError(f"data source counted:{self.examples} holds no images: name a real one")
 
 
 # --- tfds ---
@@ -119,7 +140,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     prepare = f"mae-jax prepare {name}" + (f" --data-dir={data_dir}" if data_dir else "")
     if not builder.info.splits:
         manual = " --manual-dir=DIR" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
-        raise ValueError(
+        raise NotPrepared(
             f"{name!r} is not prepared in {builder.data_dir}{_other_versions(builder)};"
             f" prepare it: {prepare}{manual}"
         )

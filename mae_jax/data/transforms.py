@@ -212,6 +212,14 @@ def center_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:
     return _resized_crop(picture, size_HW, margin, lambda slack: round(slack / 2))
 
 
+def full_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:
+    """Resize the shorter side to the size itself, crop the centre: keeps what has the size as is.
+
+    For images that were cropped before, such as those of ImageNet-C.
+    """
+    return _resized_crop(picture, size_HW, 224, lambda slack: round(slack / 2))
+
+
 def fixed_crop(picture: Picture, size_HW: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Resize the shorter side to size * 256 / 224, crop anywhere.
 

@@ -1,4 +1,4 @@
-"""Evaluators: each turns a training state into scalars and pictures."""
+"""Evaluators: each turns a training state into scalars and pictures, and may keep `results`."""
 
 import importlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import nearest
 
-TYPES = ("accuracy", "fewshot", "knn", "probe", "reconstruct")
+TYPES = ("accuracy", "fewshot", "knn", "probe", "reconstruct", "robustness")
 
 
 def build(config: ConfigDict, predict: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -8,22 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.config import nearest
+from mae_jax.evals import results
 from mae_jax.evals.features import Extractor, open_labelled
-
-
-def measure(logits_BY: np.ndarray, label_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image how many classes come before the true one, and the cross-entropy; in float64.
-
-    Of equal logits the first class wins; one that is not a number is beaten by all.
-    """
-    logits_BY = logits_BY.astype(np.float64)
-    true_B1 = np.take_along_axis(logits_BY, label_B[:, None], 1)
-    place_Y = np.arange(logits_BY.shape[1])
-    beaten_BY = (logits_BY < true_B1) | ((logits_BY == true_B1) & (place_Y >= label_B[:, None]))
-    rank_B = logits_BY.shape[1] - beaten_BY.sum(1)
-    shifted_BY = logits_BY - logits_BY.max(1, keepdims=True)
-    log_sum_B = np.log(np.exp(shifted_BY).sum(1)) + logits_BY.max(1)
-    return rank_B, log_sum_B - true_B1[:, 0]
 
 
 class Evaluator:
@@ -49,6 +35,7 @@ class Evaluator:
         if kind not in predict:
             raise ValueError(f"evaluation with predict={kind!r}{nearest(kind, list(predict))}")
         self._prefix = cfg.get("prefix", "eval")
+        self._about = {"source": name, "split": cfg.split, "predict": kind}
         self._source = open_labelled(name, cfg.split, data.data_dir)
         self._origin = f"{name}, {cfg.split}"
         trained = open_labelled(data.source, data.split, data.data_dir)
@@ -59,6 +46,7 @@ class Evaluator:
                 " labels of the two cannot be compared"
             )
         self._extractor = Extractor(config, predict[kind], mesh, batch_size=cfg.batch_size)
+        self.results: results.Results | None = None  # of the last run, for results.json
 
     def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scalars, on every host, and no pictures.
@@ -69,17 +57,16 @@ class Evaluator:
         Raises:
           ValueError: no image can be read; a label is out of range.
         """
-        sums, images, classes = np.zeros(3), 0, 0
-        for batch in self._extractor.batches(state, self._source):
-            found = self._extractor.fetch(batch)
-            classes = found.x.shape[1]
-            rank_B, loss_B = measure(found.x[found.counted], found.label[found.counted])
-            images += len(rank_B)
-            sums += [(rank_B < 1).sum(), (rank_B < 5).sum(), loss_B.sum()]
-        if not images:
+        found = results.classify(self._extractor, state, self._source)
+        if not len(found.label_N):
             raise ValueError(f"no image of {self._origin} can be read: there is nothing to measure")
-        top1, top5, loss = (sums / images).tolist()
-        scalars = {"top1": 100 * top1, "loss": loss, "images": float(images)}
-        if classes > 5:
-            scalars["top5"] = 100 * top5
+        classes = self._source.class_names or []
+        scalars = {
+            "top1": 100 * float((found.rank_N < 1).mean()),
+            "loss": float(found.loss_N.mean()),
+            "images": float(len(found.label_N)),
+        }
+        if len(classes) > 5:
+            scalars["top5"] = 100 * float((found.rank_N < 5).mean())
+        self.results = results.Results(self._prefix, self._about, classes, found)
         return {f"{self._prefix}/{name}": value for name, value in scalars.items()}, {}

@@ -71,6 +71,7 @@ class Extractor:
       compute: (params, extra, batch) -> (B, ...), such as `feature_of` gives.
       mesh: where the state lives.
       batch_size: of the global batch, rounded up to what the mesh divides.
+      crop: of `pipeline.eval_batches`.
 
     Raises:
       ValueError: batch_size is not positive; while running: a label is out of range.
@@ -83,12 +84,13 @@ class Extractor:
         mesh: Mesh,
         *,
         batch_size: int,
+        crop: Callable[[transforms.Picture, tuple[int, int]], np.ndarray] = transforms.center_crop,
     ):
         if batch_size < 1:
             raise ValueError(f"evaluation with batch_size={batch_size}: it must be at least 1")
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         self.batch_size = -(-batch_size // ways) * ways
-        self._config, self._mesh = config, mesh
+        self._config, self._mesh, self._crop = config, mesh, crop
         self._rows = sharding.host_rows(mesh, self.batch_size)
 
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
@@ -109,6 +111,7 @@ class Extractor:
             image_size=tuple(model.image_size),
             channels=model.channels,
             rows=self._rows,
+            crop=self._crop,
         ):
             local = {
                 "image": batch["image"],

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import Source
+from mae_jax.evals import results
 from mae_jax.evals.features import Extractor, open_labelled
 
 
@@ -38,6 +39,8 @@ class Evaluator:
         self._rates = (config.optim.blr, *config.optim.sweep)
         self._splits = {"": open_labelled(name, cfg.split, data.data_dir)}
         self._origin = f"{name}, {cfg.split}"
+        self._about = {"source": name, "split": cfg.split}
+        self._classes, self._select_split = self._splits[""].class_names or [], cfg.select_split
         if len(self._rates) > 1:
             if cfg.select_split in ("", cfg.split, data.split):
                 raise ValueError(
@@ -54,6 +57,7 @@ class Evaluator:
                 f" {self._splits[''].num_classes} and {trained.num_classes}"
             )
         self._extractor = Extractor(config, predict["logits"], mesh, batch_size=cfg.batch_size)
+        self.results: results.Results | None = None  # of the last run: those of the best rate
 
     def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scalars, accuracies in percent, and no pictures.
@@ -66,40 +70,35 @@ class Evaluator:
         Raises:
           ValueError: no image can be read.
         """
-        measured, images = self._measure(state, self._splits[""])
-        scalars = {f"eval/{name}": float(of[0]) for name, of in measured.items()}
+        found = self._classify(state, self._splits[""])
+        top1, top5, loss = _means(found)
+        scalars = {"top1": top1[0], "top5": top5[0], "loss": loss[0]}
+        best, about = 0, self._about | {"blr": self._rates[0]}
         if "select_" in self._splits:
-            chosen, _ = self._measure(state, self._splits["select_"])
+            chosen, _, chosen_loss = _means(self._classify(state, self._splits["select_"]))
             # A loss that is not a number is never the lowest.
-            loss = np.nan_to_num(chosen["loss"], nan=np.inf)
-            best = np.lexsort((loss, -chosen["top1"]))[0]
+            best = np.lexsort((np.nan_to_num(chosen_loss, nan=np.inf), -chosen))[0]
             scalars |= {
-                f"eval/select_top1_blr{rate:g}": float(top1)
-                for rate, top1 in zip(self._rates, chosen["top1"], strict=True)
+                f"select_top1_blr{rate:g}": value
+                for rate, value in zip(self._rates, chosen, strict=True)
             }
-            scalars["eval/best_blr"] = float(self._rates[best])
-            scalars |= {f"eval/best_{x}": float(measured[x][best]) for x in ("top1", "top5")}
-        return scalars | {"eval/images": float(images)}, {}
+            scalars |= {"best_blr": self._rates[best]}
+            scalars |= {"best_top1": top1[best], "best_top5": top5[best]}
+            about = self._about | {"blr": self._rates[best], "chosen_on": self._select_split}
+        one = results.Outcomes(*(x[:, best] for x in found))
+        self.results = results.Results("eval", about, self._classes, one)
+        scalars["images"] = len(one.label_N)
+        return {f"eval/{name}": float(value) for name, value in scalars.items()}, {}
 
-    def _measure(self, state: Any, source: Source) -> tuple[dict[str, np.ndarray], int]:
-        """top1, top5 and loss (R,) of a source, and the number of its images."""
-        sums, images = np.zeros((3, len(self._rates))), 0
-        for batch in self._extractor.batches(state, source):
-            found = self._extractor.fetch(batch)
-            logits_BRY = found.x[found.counted].astype(np.float64)
-            label_B11 = found.label[found.counted][:, None, None]
-            true_BR1 = np.take_along_axis(logits_BRY, label_B11, 2)
-            place_Y = np.arange(logits_BRY.shape[2])
-            # Of equal logits the first wins; one that is not a number beats none.
-            beaten_BRY = (logits_BRY < true_BR1) | (
-                (logits_BRY == true_BR1) & (place_Y >= label_B11)
-            )
-            rank_BR = logits_BRY.shape[2] - beaten_BRY.sum(2)
-            with np.errstate(invalid="ignore"):
-                loss_BR = np.logaddexp.reduce(logits_BRY, 2) - true_BR1[..., 0]
-            images += len(logits_BRY)
-            sums += np.stack([(rank_BR < 1).sum(0), (rank_BR < 5).sum(0), loss_BR.sum(0)])
-        if not images:
+    def _classify(self, state: Any, source: Source) -> results.Outcomes:
+        """Outcomes (N, R) of a source."""
+        found = results.classify(self._extractor, state, source)
+        if not len(found.label_N):
             raise ValueError(f"no image of {self._origin} can be read: there is nothing to measure")
-        top1, top5, loss = sums / images
-        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}, images
+        return found
+
+
+def _means(found: results.Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """top1 and top5 in percent, and loss, of each head (R,)."""
+    rank_NR = found.rank_N
+    return 100 * (rank_NR < 1).mean(0), 100 * (rank_NR < 5).mean(0), found.loss_N.mean(0)

@@ -1,15 +1,12 @@
 """Classification: fine-tune a pre-trained encoder, or train one from scratch, with labels."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -17,14 +14,16 @@ from mae_jax import checkpoint, flops, optim
 from mae_jax.config import nearest, steps
 from mae_jax.data import mixup, pipeline
 from mae_jax.evals.features import open_labelled, require_labels
-from mae_jax.models import classifier, posemb
+from mae_jax.models import classifier
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Execution, grid_of
-from mae_jax.tasks.pretrain import normalize
+from mae_jax.models.vit import grid_of
+from mae_jax.tasks.encoder import check_normalization, execution, load_encoder, normalize
 from mae_jax.train import Task
 
 DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; REFERENCE section 3
-STARTS = ("pretrained", "xavier", "normal")
+# Of a checkpoint, what a classifier is started from as a whole, with its head
+WHOLE = {"finetuned": ("params",), "averaged": ("extra", "ema")}
+STARTS = ("pretrained", *WHOLE, "xavier", "normal")
 
 
 def check(config: ConfigDict) -> None:
@@ -39,21 +38,20 @@ def check(config: ConfigDict) -> None:
 
     m, o, mix, data = config.model, config.optim, config.mix, config.data
     pipeline.check(data)
-    for name in ("mean", "std"):
-        if len(data[name]) != m.channels:
-            refuse(f"data.{name}", data[name], f"give a number for each of {m.channels} channels")
+    check_normalization(config)
     if data.augment and m.channels not in (1, 3):
         refuse("data.augment", data.augment, f"is for 1 or 3 channels, not {m.channels}: set it ''")
     if config.start not in STARTS:
         refuse("start", config.start, f"unknown{nearest(config.start, list(STARTS))}")
-    if config.start == "pretrained" and not (config.init_from or config.resume):
+    loaded = config.start in ("pretrained", *WHOLE)
+    if loaded and not (config.init_from or config.resume):
         refuse(
             "init_from",
             "",
             "which encoder is fine-tuned? Give --config=...:init=WORKDIR of its pre-training, or"
             " scratch=true to train without one",
         )
-    if config.start != "pretrained" and config.init_from:
+    if not loaded and config.init_from:
         refuse("init_from", config.init_from, f"not used with start={config.start!r}")
     n = config.trained_blocks
     if n not in (-1, 0.5) and (n % 1 or not 0 <= n <= m.depth):
@@ -95,14 +93,6 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     trained = config.trained_blocks
 
     def build(constrain: Callable[[Array], Array]) -> classifier.Classifier:
-        execution = Execution(
-            jnp.dtype(m.dtype),
-            jnp.dtype(m.residual_dtype),
-            m.scan_unroll,
-            m.remat,
-            m.attention,
-            constrain,
-        )
         return classifier.build(
             grid,
             width=m.width,
@@ -112,7 +102,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             mlp_ratio=m.mlp_ratio,
             pool=m.pool,
             drop_path=m.drop_path,
-            execution=execution,
+            execution=execution(m, constrain),
         )
 
     network = build(constrain)
@@ -168,7 +158,10 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         )
 
     def load(path: Any, state: Any) -> Any:
-        encoder = load_encoder(path, state.params["encoder"], patch, m.channels, grid, m.pool)
+        if config.start in WHOLE:
+            params = checkpoint.restore(path, state.params, WHOLE[config.start])
+            return state.replace(params=params, extra=averaged(params))
+        encoder = load_encoder(path, state.params["encoder"], config)
         params = state.params | {"encoder": encoder}
         return state.replace(params=params, extra=averaged(params))
 
@@ -228,87 +221,3 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         load=load,
         follow=follow,
     )
-
-
-def load_encoder(
-    path: epath.Path,
-    target: Any,
-    patch: tuple[int, int],
-    channels: int,
-    grid: tuple[int, int],
-    pool: Literal["avg", "cls"],
-) -> Any:
-    """The encoder of a checkpoint, as the start of a classifier's.
-
-    Positions that the checkpoint does not hold are the sine-cosine table of its grid; those of
-    another grid are resized. With pool "avg" its final norm is left out, as REFERENCE section 3 has
-    it. Everything else must be on both sides.
-
-    Args:
-      target: the classifier's encoder: arrays, whose shapes and shardings are wanted.
-
-    Raises:
-      ValueError: the checkpoint has another patch size, number of channels or shape.
-    """
-    described = path.parent.parent / "config.json"
-    made = json.loads(described.read_text())["model"] if described.exists() else None
-    if made is not None:
-        for key, theirs, ours in (
-            ("patch_size", tuple(made["patch_size"]), tuple(patch)),
-            ("channels", made["channels"], channels),
-        ):
-            if theirs != ours:
-                raise ValueError(
-                    f"config.init_from: the encoder of {path} has model.{key}={theirs}, this config"
-                    f" {ours}, for which its patch embedding is of no use: set config.model.{key}"
-                    f" to {theirs}, or pre-train with {ours}"
-                )
-    part = ("params", "encoder")
-    saved = checkpoint.shapes(path, part)
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(target)
-    )
-    everywhere = wanted["cls_token"].sharding
-    positions = wanted.pop("pos_embed")
-    if "pos_embed" in saved:
-        shape = saved["pos_embed"].shape
-        wanted["pos_embed"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
-        old = grid_of_table(made, shape[1] - 1, grid, path)
-    else:
-        old = grid_of_table(made, None, grid, path)
-    if pool == "avg" and "norm" in saved:
-        wanted["norm"] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved["norm"]
-        )
-    encoder = checkpoint.restore(path, wanted, part)
-    table = encoder.pop("pos_embed", posemb.sincos_2d(positions.shape[-1], old)[None])
-    resize = jax.jit(partial(posemb.resize, old=old, new=grid), out_shardings=positions.sharding)
-    return {name: encoder[name] for name in target if name != "pos_embed"} | {
-        "pos_embed": resize(table)
-    }
-
-
-def grid_of_table(
-    made: dict | None, patches: int | None, grid: tuple[int, int], path: epath.Path
-) -> tuple[int, int]:
-    """The (rows, columns) of patches that a checkpoint's positions are of.
-
-    Args:
-      made: the model of its config, or None if that is not there.
-      patches: the length of its position table, or None if it has none.
-      grid: that of the classifier; it is taken where nothing else is known and it may be right.
-
-    Raises:
-      ValueError: it cannot be told.
-    """
-    if made is not None:
-        return grid_of(tuple(made["image_size"]), tuple(made["patch_size"]))
-    if patches in (None, math.prod(grid)):
-        return grid
-    side = math.isqrt(patches)
-    if side**2 != patches:
-        raise ValueError(
-            f"config.init_from: {path} has positions for {patches} patches, which are no square,"
-            " and no config.json that says what grid they are of: name the workdir of the run"
-        )
-    return side, side

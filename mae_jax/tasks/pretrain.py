@@ -18,14 +18,9 @@ from mae_jax.data import pipeline, sources
 from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Execution, grid_of
+from mae_jax.models.vit import grid_of
+from mae_jax.tasks.encoder import check_normalization, execution, normalize
 from mae_jax.train import Task
-
-
-def normalize(images_BHWC: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """uint8 images to float32: scaled to 0..1, minus the mean, over the standard deviation."""
-    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255
-    return (scaled_BHWC - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> Task:
@@ -40,13 +35,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     num_patches = math.prod(grid)
     values = math.prod(patch) * m.channels
     kept = masking.num_kept(num_patches, config.mask_ratio)
-    for name in ("mean", "std"):
-        if len(data[name]) != m.channels:
-            raise ValueError(
-                f"config.data.{name} has {len(data[name])} numbers for images of {m.channels}"
-                f" channels: give one for each"
-            )
-
+    check_normalization(config)
     pipeline.check(data)
     # An online probe: a linear head on the cls token, trained beside the model.
     online, source = None, sources.open_source(data.source, data.split, data.data_dir)
@@ -56,6 +45,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
 
     score_patches = resolve(config.masking.name, masking)
     make_target = resolve(config.target.name, targets)
+    tokens_in_encoder = config.masking.get("tokens_in_encoder", False)
     scores = jax.eval_shape(
         partial(score_patches, batch=2, grid=grid, ratio=config.mask_ratio), jax.random.key(0)
     )
@@ -66,14 +56,6 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         )
 
     def build(constrain: Callable[[Array], Array]) -> mae.MAE:
-        execution = Execution(
-            jnp.dtype(m.dtype),
-            jnp.dtype(m.residual_dtype),
-            m.scan_unroll,
-            m.remat,
-            m.attention,
-            constrain,
-        )
         return mae.build(
             grid,
             values,
@@ -84,7 +66,8 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             decoder_depth=m.decoder_depth,
             decoder_heads=m.decoder_heads,
             mlp_ratio=m.mlp_ratio,
-            execution=execution,
+            tokens_in_encoder=tokens_in_encoder,
+            execution=execution(m, constrain),
         )
 
     network = build(constrain)
@@ -110,7 +93,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
 
         def run(model: mae.MAE) -> tuple[Array, Array]:
             latent_BND = model.encode(patches_BLP, mask)
-            return latent_BND, model.decoder(latent_BND, mask.restore_BL)
+            return latent_BND, model.decode(latent_BND, mask)
 
         latent_BND, pred_BLP = network.apply({"params": params}, method=run)
         return {
@@ -181,7 +164,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         batches=batches,
         flops_per_example=flops.mae(
             num_patches,
-            kept,
+            num_patches if tokens_in_encoder else kept,
             values,
             width=m.width,
             depth=m.depth,

@@ -11,14 +11,14 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, flops, optim
+from mae_jax import flops, optim
 from mae_jax.config import nearest, steps
 from mae_jax.data import pipeline
 from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import probe
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Encoder, Execution, grid_of
-from mae_jax.tasks.pretrain import normalize
+from mae_jax.models.vit import Encoder, grid_of
+from mae_jax.tasks.encoder import check_normalization, execution, load_encoder, normalize
 from mae_jax.train import Task
 
 FEATURES = ("pretrained", "random", "pixels")
@@ -82,6 +82,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
       ValueError: a value of the config that cannot work, or a source without labels.
     """
     check(config)
+    check_normalization(config)
     pipeline.check(config.data)
     m, p, o, data = config.model, config.probe, config.optim, config.data
     patch = tuple(m.patch_size)
@@ -94,14 +95,6 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     raw = config.features == "pixels"
 
     def build(constrain: Callable[[Array], Array], final_norm: bool = True) -> Encoder:
-        execution = Execution(
-            jnp.dtype(m.dtype),
-            jnp.dtype(m.residual_dtype),
-            m.scan_unroll,
-            m.remat,
-            m.attention,
-            constrain,
-        )
         return Encoder(
             grid,
             m.width,
@@ -109,7 +102,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             m.heads,
             m.mlp_ratio,
             final_norm=final_norm,
-            execution=execution,
+            execution=execution(m, constrain),
         )
 
     # The official average-pooled probe has the tokens before the final norm pooled, then normed.
@@ -169,11 +162,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         return loss_R.sum(), (extra, {"loss": loss_R[0]})
 
     def load(path: Any, state: Any) -> Any:
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            state.extra["encoder"],
-        )
-        pretrained = checkpoint.restore(path, target, part=("params", "encoder"))
+        pretrained = load_encoder(path, state.extra["encoder"], config)
         return state.replace(extra=state.extra | {"encoder": pretrained})
 
     def optimizer(total_steps: int, steps_per_epoch: int):
