@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent / "out"
+HERE = Path(__file__).parent
+OUT = HERE / "out"
 CPU = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides: fewer page faults
 
 
@@ -64,6 +65,12 @@ def versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def all_versions(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Of every side, once."""
+    found = {k: v for side in results.values() for k, v in side[0].get("versions", {}).items()}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def machine() -> str:

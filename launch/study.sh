@@ -2,7 +2,7 @@
 # What masked autoencoding is worth on 1,797 small digits: fine-tuning against training from
 # scratch, probes against features that learned nothing, four mask ratios; three seeds of each.
 #
-#   bash launch/study.sh        about 25 minutes on 2 idle CPU cores; run it again and it goes on
+#   bash launch/study.sh        about 20 minutes on 2 idle CPU cores; run it again and it goes on
 #
 # WORKDIR  where the runs, the table (study.md) and the figure go (default: workdir/study)
 # PYTHON and VENV: see launch/setup.sh.

@@ -1,0 +1,82 @@
+"""How time and memory of the pre-training step grow with batch, image and model.
+
+    bash benchmarks/run.sh growth [--variant=B/16] [--dtype=float32] ...
+
+Per image, so that a flat line is linear growth. What leaves it: the decoder's attention, which is
+quadratic in the patches and sees all of them, and at small batches the update, which costs the same
+for any batch.
+"""
+
+import argparse
+import sys
+
+from benchmarks import ours, sides
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    ours.options(parser)
+    parser.set_defaults(steps=2, batch=4)
+    args = parser.parse_args()
+    points = [("batch", args.variant, batch, 224) for batch in (2, 4, 8, 16, 32)]
+    points += [("image size", args.variant, 1, size) for size in (224, 448, 672, 896)]
+    points += [("model", model, 4, 224) for model in ("Ti/16", "S/16", "B/16", "L/16", "H/14")]
+    rows, results = [], {}
+    for grows, variant, batch, size in points:
+        name = f"{variant} at {size}, batch {batch}"
+        command = [
+            *(sys.executable, f"{sides.HERE}/ours.py", f"--variant={variant}"),
+            *(f"--batch={batch}", f"--image_size={size}", f"--dtype={args.dtype}"),
+            *(f"--steps={args.steps}", f"--unroll={args.unroll or 1}"),
+            *(["--remat"] if args.remat else []),
+        ]
+        if name not in results:
+            results |= sides.take_turns({name: command}, 1)
+        found = results[name]
+        seconds = sides.median(found)
+        if seconds is None:
+            rows.append([grows, name, sides.errors(found), "", "", "", ""])
+            continue
+        work = found[0]["flops"]
+        rows.append(
+            [
+                *(grows, name, f"{seconds:.2f} s", f"{seconds / batch:.3f} s"),
+                *(f"{work / batch / 1e9:.0f}", f"{work / seconds / 1e9:.0f}"),
+                f"{found[0]['peak_gib']:.1f} GiB",
+            ]
+        )
+    head = ["grows", "what", "step", "per image", "GFLOPs per image", "GFLOP/s", "peak memory"]
+    title = f"{args.dtype}; {sides.all_versions(results)}"
+    text = f"{title}\n\n{sides.markdown(head, rows)}\n\n![](growth.png)"
+    figure(results, points)
+    sides.report("growth", text, {"results": results})
+
+
+def figure(results: dict, points: list[tuple]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(10, 3.4), layout="constrained")
+    FigureCanvasAgg(drawing)
+    for axis, grows in zip(drawing.subplots(1, 3), ("batch", "image size", "model"), strict=True):
+        known = []
+        for kind, variant, batch, size in points:
+            found = results[f"{variant} at {size}, batch {batch}"]
+            if kind == grows and (seconds := sides.median(found)):
+                x = {"batch": batch, "image size": size, "model": found[0]["flops"] / batch / 1e9}
+                known.append((x[grows], 1e9 * seconds / found[0]["flops"], variant))
+        axis.plot([x for x, *_ in known], [y for _, y, _ in known], "o-")
+        for x, y, variant in known if grows == "model" else ():
+            axis.annotate(variant, (x, y), (4, 5), textcoords="offset points")
+        axis.set(xscale="log", xlabel="GFLOPs per image" if grows == "model" else grows)
+        axis.set_ylim(bottom=0)
+        if grows != "model":
+            axis.set_xticks([x for x, *_ in known], [str(x) for x, *_ in known])
+            axis.minorticks_off()
+        axis.set_ylabel("seconds per GFLOP" if grows == "batch" else "")
+        axis.grid(color="0.92")
+    drawing.savefig(sides.OUT / "growth.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""One side of the input benchmark: reads JPEGs, crops, resizes to 224, mirrors, makes batches.
+
+    python benchmarks/loader.py ours|torch|tensorflow FOLDER --cores=2 [--finetune] [--workers=0]
+
+All decode the same files and make uint8 batches of 128 by random resized crops with antialiased
+bicubic resampling. Prints a line of JSON: seconds per image, of each batch after the first ones.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BATCH, SIZE = 128, 224
+
+
+def ours(args: argparse.Namespace) -> Iterator[Any]:
+    from configs.finetune import get_config as finetuning
+    from configs.pretrain import get_config as pretraining
+    from mae_jax.data import pipeline, sources
+
+    config = finetuning() if args.finetune else pretraining()
+    config.data.workers = args.workers
+    config.data.threads = args.cores
+    source = sources.open_source(f"folder:{args.folder}", "train")
+    for batch in pipeline.train_batches(
+        source,
+        config.data,
+        batch_size=BATCH,
+        image_size=(SIZE, SIZE),
+        channels=3,
+        seed=0,
+    ):
+        yield batch["image"]
+
+
+def box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom; area 0.2 to 1, aspect 3/4 to 4/3."""
+    for _ in range(10):
+        area = width * height * random.uniform(0.2, 1.0)
+        aspect = (4 / 3) ** random.uniform(-1, 1)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if w <= width and h <= height:
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+def torch(args: argparse.Namespace) -> Iterator[Any]:
+    import numpy as np
+    from PIL import Image
+    from torch import from_numpy, set_num_threads
+    from torch.utils.data import DataLoader, Dataset
+
+    set_num_threads(1)
+    files = sorted(Path(args.folder).rglob("*.jpg"))
+
+    class Crops(Dataset):
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def __getitem__(self, index: int) -> Any:
+            image = Image.open(files[index % len(files)]).convert("RGB")
+            image = image.crop(box(*image.size)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            if random.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return from_numpy(np.array(image))
+
+    yield from DataLoader(Crops(), BATCH, shuffle=True, num_workers=args.workers, prefetch_factor=4)
+
+
+def tensorflow(args: argparse.Namespace) -> Iterator[Any]:
+    import tensorflow as tf
+
+    files = sorted(str(file) for file in Path(args.folder).rglob("*.jpg"))
+
+    def load(file: Any) -> Any:
+        data = tf.io.read_file(file)
+        shape = tf.image.extract_jpeg_shape(data)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            shape,
+            tf.zeros([1, 0, 4]),
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.2, 1.0),
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.concat([begin[:2], extent[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        image = tf.image.resize(image, (SIZE, SIZE), "bicubic", antialias=True)
+        image = tf.image.random_flip_left_right(tf.clip_by_value(image, 0, 255))
+        return tf.cast(tf.round(image), tf.uint8)
+
+    data = tf.data.Dataset.from_tensor_slices(files).repeat().shuffle(1000)
+    data = data.map(load, tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+    yield from data.as_numpy_iterator()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["ours", "torch", "tensorflow"])
+    parser.add_argument("folder")
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--seconds", type=float, default=15)
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    batches = {"ours": ours, "torch": torch, "tensorflow": tensorflow}[args.side](args)
+    for _ in range(6):  # what was read ahead at leisure
+        batch = next(batches)
+    assert batch.shape == (BATCH, SIZE, SIZE, 3), batch.shape
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < args.seconds:
+        next(batches)
+        count += BATCH
+    seconds = (time.perf_counter() - began) / count
+    batches.close()
+    from benchmarks.sides import versions
+
+    found = {"seconds": seconds}
+    for key, who in (("peak_gib", resource.RUSAGE_SELF), ("worker_gib", resource.RUSAGE_CHILDREN)):
+        found[key] = resource.getrusage(who).ru_maxrss / 2**20
+    names = {"ours": ("grain", "pillow"), "torch": ("torch",), "tensorflow": ("tensorflow",)}
+    print(json.dumps(found | {"versions": versions(*names[args.side])}), flush=True)
+    os._exit(0)  # some loaders wait for their workers
+
+
+if __name__ == "__main__":
+    main()
