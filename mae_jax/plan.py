@@ -125,8 +125,10 @@ def _tpu_devices(where: Topology) -> list[Any]:
         )
     from jax.experimental import topologies
 
-    # For a compiler without a TPU: no question to the cloud's metadata server, one worker.
+    # For a compiler without a TPU: no question to the cloud's metadata server, one worker, and no
+    # lock that only one process may hold.
     for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",

@@ -31,7 +31,8 @@ RULES = (
     (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
     (r"stack/blocks/mlp/fc2/kernel$", P(None, "tensor", "fsdp")),
     (r"(params|mu|nu|ema)/(online/)?head/kernel$", P("fsdp")),  # D Y: Y may be any number
-    (r"(patch_embed|embed|pred|head|kv)/kernel$", P(None, "fsdp")),
+    (r"pred/kernel$", P("fsdp")),  # E P: the values of a patch, 588 of 14 x 14, divide by little
+    (r"(patch_embed|embed|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
     (r"(scale|bias|token|count|step|mean|var)$", P()),
 )

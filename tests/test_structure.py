@@ -145,9 +145,8 @@ def test_configs_import_nothing_from_the_package():
 
 def test_tensorflow_is_never_imported():
     guilty = {"tensorflow", "tf_keras", "keras", "clu"}
-    assert [
-        path for path, found in python_files(*FOLDERS) for x in found if x.package in guilty
-    ] == []
+    imports = [path for path, found in python_files(*FOLDERS) for x in found if x.package in guilty]
+    assert imports == ["benchmarks/loader.py"]  # there tf.data is what ours is compared with
 
 
 PEERS = ("mae_jax/interop/", "benchmarks/", "tests/with_torch/")  # may compare with PyTorch
