@@ -47,7 +47,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
         "tpu": ["jax[tpu]"],
-        "plan": ["libtpu==0.0.52"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
+        "plan": ["libtpu==0.0.42"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
         # The peers that tests/with_torch compares with; reading and writing their files needs none.
         "torch": ["safetensors", "timm>=1.0.20", "torch>=2.6", "torchvision", "transformers>=5"],

@@ -36,7 +36,9 @@ RULES = (
     (r"pos_embed$", P(None, None, "fsdp")),
     (r"(scale|bias|token|count|step|mean|var)$", P()),
 )
-LARGE = 2**17  # elements; a larger array that nothing splits is taken for a mistake in the rules
+# An array with more elements, and more than a thousandth of the whole state, that nothing splits is
+# taken for a mistake in the rules.
+LARGE = 2**17
 
 
 def make_mesh(
@@ -105,6 +107,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         whole on every device of a mesh that is meant to split parameters.
     """
 
+    large = max(LARGE, sum(x.size for x in jax.tree.leaves(state)) // 1000)
+
     def sharding(path, leaf):
         spec = _rule(path)
         name = path_name(path)
@@ -115,7 +119,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
                     f" divisible by mesh axis {axis}={mesh.shape[axis]}; change config.mesh.{axis}"
                 )
         ways = math.prod(mesh.shape[axis] for axis in spec if axis)
-        if ways == 1 and leaf.size > LARGE and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        if ways == 1 and leaf.size > large and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
             raise ValueError(
                 f"{name} with {leaf.size:,} elements is copied whole to every device although"
                 f" fsdp={mesh.shape['fsdp']} and tensor={mesh.shape['tensor']}: the rule {spec}"
