@@ -39,7 +39,7 @@ SHAPES = {
     "v6e": FLAT,
 }
 GPUS = {"v100": "NVIDIA V100", "a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
-# What JAX 0.10.2 asks for. JAX 0.12 reads what it compiles too; 0.10 does not read all of newer ones.
+# What JAX 0.10.2 asks for; 0.12 reads what it compiles too, 0.10 not all that newer ones compile.
 LIBTPU = "0.0.42"
 # What a plan depends on, beside the config: the step, how it is laid out, and what is read from it.
 CODE = ("models", "tasks", "train.py", "optim.py", "sharding.py", "flops.py", "hlo.py", "plan.py")
