@@ -41,12 +41,14 @@ setup(
         "pyarrow",  # what `mae-jax embed` writes Parquet with; tensorflow-datasets needs it too
         "rich>=13",
         "scipy>=1.14",
+        "simplejpeg>=1.8",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",  # writes and reads ArrayRecord without TensorFlow
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
         "tpu": ["jax[tpu]"],
+        "fast": ["opencv-python-headless>=4.10"],  # for config.data.interpolation = "area"
         "plan": ["libtpu==0.0.42"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
         # The peers that tests/with_torch compares with; reading and writing their files needs none.
@@ -57,6 +59,7 @@ setup(
             "mypy",
             "nbclient",
             "nbformat",
+            "opencv-python-headless>=4.10",
             "pyyaml",
             "pytest>=8",
             "pytest-xdist",

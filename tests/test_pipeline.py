@@ -345,6 +345,8 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
         ({"crop": "random_resize"}, "random_resize.*nearest: random_resized"),
         ({"crop": "zoom"}, "there are: center, fixed, probe, random_resized"),
         ({"crop": "test_pipeline.sqare"}, "no function 'sqare'"),
+        ({"interpolation": "aera"}, "aera.*area"),
+        ({"interpolation": "area", "crop": "center"}, "area.*not for 'center'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < low"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale.*low <= high"),
         ({"crop_scale": (0.5, 1.1)}, "crop_scale.*at most 1"),

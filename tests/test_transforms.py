@@ -252,6 +252,35 @@ def test_arrays_that_are_no_images_are_refused(array):
         decode(array)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 17), (33, 16), (211, 333)], ids=str)
+def test_jpegs_have_the_pixels_of_pillow(shape, subsampling, progressive):
+    for quality in (30, 75, 95):
+        options = dict(quality=quality, subsampling=subsampling, progressive=progressive)
+        data = encoded(noise(*shape) // 3, "JPEG", **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(decoded(data), expected)
+
+
+def test_a_jpeg_is_decoded_without_pillow_and_grey_ones_with_it():
+    assert isinstance(decode(encoded(noise(20, 30), "JPEG")), np.ndarray)
+    assert decode(encoded(noise(20, 30, 0), "JPEG")).mode == "RGB"
+    assert decode(encoded(noise(20, 30), "JPEG"), channels=1).mode == "L"
+
+
+@pytest.mark.parametrize("lost", [2, 200, 1500])
+def test_a_cut_jpeg_is_judged_by_pillow(lost):
+    data = encoded(noise(40, 60), "JPEG", quality=90)[:-lost]
+    try:
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+    except OSError as error:
+        with pytest.raises(BadImage, match=str(error).split(" (")[0]):
+            decode(data)
+    else:
+        np.testing.assert_array_equal(decoded(data), expected)
+
+
 # --- crops ---
 
 
@@ -271,6 +300,47 @@ def test_random_resized_crop_cuts_its_box_and_resizes_it(shape, size_HW):
         got = transforms.random_resized_crop(Image.fromarray(image), size_HW, SCALE, RATIO, rng)
         box = transforms.random_box(*shape[::-1], SCALE, RATIO, same)
         np.testing.assert_array_equal(got, plain(image, box, size_HW))
+        again = transforms.random_resized_crop(
+            image, size_HW, SCALE, RATIO, np.random.default_rng(seed)
+        )
+        np.testing.assert_array_equal(again, got)
+
+
+def photographs():
+    data = pytest.importorskip("skimage.data")  # in the wheel
+    return [getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
+
+
+@pytest.mark.parametrize("crop", [transforms.random_resized_crop, transforms.probe_crop])
+def test_area_interpolation_is_nearly_bicubic_of_the_same_box(crop):
+    apart = []
+    for seed, image in enumerate(5 * photographs()):
+        scale = max(1, min(image.shape[:2]) // 375)  # of ImageNet's size
+        picture = Image.fromarray(image).reduce(scale)
+        exact, fast = (
+            crop(picture, (224, 224), SCALE, RATIO, np.random.default_rng(seed), interpolation)
+            for interpolation in ("bicubic", "area")
+        )
+        assert fast.shape == (224, 224, 3) and fast.dtype == np.uint8
+        apart.append(np.abs(exact.astype(int) - fast).mean())
+    assert 0 < np.mean(apart) < 1 and max(apart) < 2
+
+
+def test_area_interpolation_takes_arrays_and_grey():
+    rng = np.random.default_rng
+    image = noise(50, 70)
+    args = ((24, 32), SCALE, RATIO)
+    for picture in (image, image[..., 0], np.concatenate([image, image], -1)):
+        array = picture if picture.ndim == 3 else picture[..., None]
+        got = transforms.random_resized_crop(
+            decode(picture, array.shape[-1]), *args, rng(3), "area"
+        )
+        assert got.shape == (24, 32, array.shape[-1])
+        planes = [
+            transforms.random_resized_crop(Image.fromarray(plane), *args, rng(3), "area")
+            for plane in np.moveaxis(array, -1, 0)
+        ]
+        np.testing.assert_array_equal(got, np.concatenate(planes, -1))
 
 
 def test_pixels_around_the_box_would_leak_into_a_resize_with_a_box():

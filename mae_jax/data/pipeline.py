@@ -28,6 +28,7 @@ from mae_jax.data.sources import Source
 from mae_jax.data.transforms import BadImage, Picture
 
 CROPS = ("random_resized", "probe", "fixed", "center")
+INTERPOLATIONS = ("bicubic", "area")
 MAX_DRAWS = 100  # in search of a readable record
 SMALL = 2000  # a source of up to so many records is searched for all that is unreadable
 LISTED = 50  # unreadable records in an error message
@@ -81,13 +82,20 @@ def make_crop(data: ConfigDict) -> Crop:
     """The crop that config.data.crop names: one of CROPS, or a dotted path to a `Crop`.
 
     Raises:
-      ValueError: there is no such crop.
+      ValueError: there is no such crop, or it cannot interpolate as config.data.interpolation says.
     """
+    interpolation = data.get("interpolation", "bicubic")
     if data.crop in ("random_resized", "probe"):
+        _check_interpolation(interpolation)
         probe = data.crop == "probe"
         crop = transforms.probe_crop if probe else transforms.random_resized_crop
         scale, ratio = tuple(data.crop_scale), tuple(data.crop_ratio)
-        return lambda picture, size, rng: crop(picture, size, scale, ratio, rng)
+        return lambda picture, size, rng: crop(picture, size, scale, ratio, rng, interpolation)
+    if interpolation != "bicubic":
+        raise ValueError(
+            f"config.data.interpolation={interpolation!r} is for the crops random_resized and"
+            f" probe, not for {data.crop!r}: leave it at bicubic"
+        )
     if data.crop == "fixed":
         return transforms.fixed_crop
     if data.crop == "center":
@@ -98,6 +106,22 @@ def make_crop(data: ConfigDict) -> Crop:
         f"config.data.crop={data.crop!r} is no crop{nearest(data.crop, list(CROPS))}; or give a"
         " dotted path to a function (picture, (height, width), rng) -> uint8 [H, W, C]"
     )
+
+
+def _check_interpolation(name: str) -> None:
+    if name not in INTERPOLATIONS:
+        raise ValueError(
+            f"config.data.interpolation={name!r}{nearest(name, list(INTERPOLATIONS))}: give one of"
+            f" {', '.join(INTERPOLATIONS)}"
+        )
+    if name == "area":
+        try:
+            transforms.opencv()
+        except ImportError as error:
+            raise ValueError(
+                "config.data.interpolation='area' needs OpenCV: pip install opencv-python-headless,"
+                f" or leave it at bicubic ({error})"
+            ) from error
 
 
 def make_augment(data: ConfigDict) -> augment.RandAugment | None:
