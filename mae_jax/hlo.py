@@ -202,24 +202,32 @@ def groups(rest: str) -> np.ndarray | None:
     """Which devices exchange with each other: [group, member]; None if all do."""
     if pairs := re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", rest):
         return np.array([[int(x) for x in p.split(",")] for p in re.findall(r"[\d,]+\d", pairs[1])])
-    if named := re.search(r"replica_groups=@?mesh\S*?\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+    if named := re.search(r"replica_groups=@?mesh\S*?\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
         sizes = [(name, int(size)) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])]
-        chosen = re.findall(r"\w+", named[2])
-        ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
+        ids = _iota(named[2])
+        ids = np.arange(math.prod(size for _, size in sizes)) if ids is None else ids
+        ids = ids.reshape([size for _, size in sizes])
+        chosen = re.findall(r"\w+", named[3])
         inner = [i for i, (name, _) in enumerate(sizes) if name in chosen]
         ids = np.moveaxis(ids, inner, range(-len(inner), 0))
         return ids.reshape(-1, math.prod(sizes[i][1] for i in inner))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, dims = ([int(x) for x in found.split(",")] for found in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(x) for x in iota[3].split(",")])
-        return ids.reshape(shape)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", rest):
+        ids = _iota(iota[2])
+        return None if ids is None else ids.reshape([int(x) for x in iota[1].split(",")])
     if listed := re.search(r"replica_groups=\{(\{[^=]*?\})\}", rest):
         return np.array(
             [[int(x) for x in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
         )
     return None
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """Devices in the order that `[32,4]T(1,0)` names: counted in that shape, then transposed."""
+    if (found := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)) is None:
+        return None
+    dims = [int(x) for x in found[1].split(",")]
+    order = [int(x) for x in found[2].split(",")] if found[2] else range(len(dims))
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order)
 
 
 def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -258,7 +266,9 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             arrays = [array for name in op.operands for array in of.ops[name].arrays()]
         # On TPU a reduce-scatter is a fusion of an all-reduce and the slice that is kept.
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"
+            kind = "reduce-scatter"  # of what the fusion was given; inside, it may be padded
+            given = [op for op in of.ops.values() if op.opcode == "parameter"]
+            arrays = [array for op in given for array in op.arrays()]
 
         if op.opcode == "send":
             slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.rest)

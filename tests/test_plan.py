@@ -64,7 +64,9 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
 %all-reduce-scatter (p.2: f32[32,16]) -> f32[8,16] {
   %p.2 = f32[32,16]{1,0} parameter(0)
   %zero = s32[] constant(0)
-  %r.2 = f32[32,16]{1,0} all-reduce(%p.2), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, \
+  %nought = f32[] constant(0)
+  %padded = f32[36,16]{1,0} pad(%p.2, %nought), padding=0_4x0_0
+  %r.2 = f32[36,16]{1,0} all-reduce(%padded), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, \
 to_apply=%sum
   ROOT %s.2 = f32[8,16]{1,0} dynamic-slice(%r.2, %zero, %zero), dynamic_slice_sizes={8,16}
 }
@@ -129,6 +131,8 @@ def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
         ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("data",)),
         ("replica_groups=[1,8]<=[8], x", ("data", "fsdp")),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x={1}", ("data",)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, x={1}", ("fsdp",)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x={1}", ("data",)),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, x", ("fsdp",)),
     ],
 )
@@ -286,6 +290,11 @@ def test_the_step_compiles_for_a_tpu_and_what_cannot_fit_is_said(tmp_path, capsy
     assert (status, result["fits"], result["device_kind"]) == (0, True, "TPU v5 lite")
     assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert result["memory"]["total"] < result["memory"]["chip"] == 16 * 2**30
+    assert result["memory"]["total"] > sum(
+        result["memory"][kind] for kind in ("parameters", "optimizer", "batch")
+    )
+    line = result["roofline"]
+    assert line["hours"] == pytest.approx(line["step"] * result["steps"] / 3600)
     # Gradients of matrix products are summed in the type of the products: half the bytes.
     sizes = amounts(result)
     summed = sum(n for (_, _, what), n in sizes.items() if what == "gradient")
