@@ -1,6 +1,6 @@
 """Images per second and core: our input against torch's DataLoader with Pillow, and tf.data.
 
-    bash benchmarks/run.sh input [--rounds=3] [--seconds=10]
+    bash benchmarks/run.sh input [--rounds=2] [--seconds=10]
 
 512 JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's are on average, cut from real
 photographs (those in scikit-image).
@@ -40,14 +40,14 @@ def write_images(folder: Path, count: int) -> float:
         grainy = np.clip(np.asarray(part) + noise, 0, 255).astype(np.uint8)
         file = folder / f"{number % 4}" / f"{number:04}.jpg"
         file.parent.mkdir(exist_ok=True)
-        Image.fromarray(grainy).save(file, quality=94)
+        Image.fromarray(grainy).save(file, quality=96)
         sizes.append(file.stat().st_size)
     return float(np.mean(sizes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -64,6 +64,7 @@ def main() -> None:
             commands |= {
                 f"ours, threads, {count} cores": here,
                 f"ours, processes, {count} cores": [*here, f"--workers={count}"],
+                f"ours, area, threads, {count} cores": [*here, "--interpolation=area"],
                 f"torch DataLoader, Pillow, {count} cores": [
                     *(torch, *script, "torch", *on, f"--workers={count}")
                 ],

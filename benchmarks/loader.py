@@ -1,9 +1,10 @@
 """One side of the input benchmark: reads JPEGs, crops, resizes to 224, mirrors, makes batches.
 
-    python benchmarks/loader.py ours|torch|tensorflow FOLDER --cores=2 [--finetune] [--workers=0]
+    python benchmarks/loader.py ours|torch|tensorflow FOLDER --cores=2 [--workers=0] ...
 
 All decode the same files and make uint8 batches of 128 by random resized crops with antialiased
-bicubic resampling. Prints a line of JSON: seconds per image, of each batch after the first ones.
+bicubic resampling (ours also by areas). Prints a line of JSON: seconds per image, without the first
+batches.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def ours(args: argparse.Namespace) -> Iterator[Any]:
     config = finetuning() if args.finetune else pretraining()
     config.data.workers = args.workers
     config.data.threads = args.cores
+    config.data.interpolation = args.interpolation
     source = sources.open_source(f"folder:{args.folder}", "train")
     for batch in pipeline.train_batches(
         source,
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--interpolation", default="bicubic", help="of ours")
     parser.add_argument("--seconds", type=float, default=15)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
@@ -125,7 +128,11 @@ def main() -> None:
     found = {"seconds": seconds}
     for key, who in (("peak_gib", resource.RUSAGE_SELF), ("worker_gib", resource.RUSAGE_CHILDREN)):
         found[key] = resource.getrusage(who).ru_maxrss / 2**20
-    names = {"ours": ("grain", "pillow"), "torch": ("torch",), "tensorflow": ("tensorflow",)}
+    names = {
+        "ours": ("grain", "pillow", "simplejpeg", "opencv-python-headless"),
+        "torch": ("torch",),
+        "tensorflow": ("tensorflow",),
+    }
     print(json.dumps(found | {"versions": versions(*names[args.side])}), flush=True)
     os._exit(0)  # some loaders wait for their workers
 
