@@ -31,9 +31,9 @@ name=${1:-}
 shift
 torch='' tensorflow=''
 case $name in
-  step) torch=$(peer torch torch==2.13.0 transformers) ;;
+  step) torch=$(peer torch torch==2.13.0 transformers pillow) ;;
   input)
-    torch=$(peer torch torch==2.13.0 transformers)
+    torch=$(peer torch torch==2.13.0 transformers pillow)
     tensorflow=$(peer tensorflow tensorflow)
     ;;
 esac
