@@ -67,12 +67,12 @@ def figure(results: dict, points: list[tuple]) -> None:
                 known.append((x[grows], 1e9 * seconds / found[0]["flops"], variant))
         axis.plot([x for x, *_ in known], [y for _, y, _ in known], "o-")
         for x, y, variant in known if grows == "model" else ():
-            axis.annotate(variant, (x, y), (4, 5), textcoords="offset points")
+            axis.annotate(variant, (x, y), (0, 7), textcoords="offset points", ha="center")
         axis.set(xscale="log", xlabel="GFLOPs per image" if grows == "model" else grows)
-        axis.set_ylim(bottom=0)
-        if grows != "model":
-            axis.set_xticks([x for x, *_ in known], [str(x) for x, *_ in known])
-            axis.minorticks_off()
+        axis.set_ylim(0, 1.15 * max((y for _, y, _ in known), default=1))
+        ticks = [50, 100, 200] if grows == "model" else [x for x, *_ in known]
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
         axis.set_ylabel("seconds per GFLOP" if grows == "batch" else "")
         axis.grid(color="0.92")
     drawing.savefig(sides.OUT / "growth.png", dpi=130)

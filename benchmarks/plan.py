@@ -143,9 +143,9 @@ Compiled ahead of time for chips that were not there, by `python benchmarks/plan
 was run on a TPU. The recipe is configs/pretrain.py, 800 epochs. Memory is the compiler's peak, in
 GiB per device (of v3: per core). Weights, gradients and activations are what devices exchange, MiB
 of payload per device and step, read from the compiled program. Compute, memory and links are
-**estimates**, in milliseconds of a step, by the peaks in mae_jax/flops.py; memory traffic is counted
-op by op, as if nothing stayed on the chip between two ops. The longest of the three gives the hours
-of the roofline. 40 % MFU is an assumption."""
+**estimates**, in milliseconds of a step, by the peaks in mae_jax/flops.py; memory traffic is
+counted op by op, as if nothing stayed on the chip between two ops. The longest of the three gives
+the hours of the roofline. 40 % MFU is an assumption."""
 
 
 def document(plans: dict[str, dict]) -> str:
@@ -163,9 +163,9 @@ def document(plans: dict[str, dict]) -> str:
         *table([HEAD, *(memory_row(e, r) for e, r in known if e["part"] == "recipe")]),
         "## Against the paper's hours",
         "",
-        "The authors' hours on 128 TPU v3 cores (Table 2, 800 epochs, TensorFlow), and the roofline's"
-        " part of them. More than 100 %: theirs took less time than the memory traffic that is counted"
-        " here, which no compiler need move.",
+        "The authors' hours on 128 TPU v3 cores (Table 2, 800 epochs, TensorFlow), and the"
+        " roofline's part of them. More than 100 %: theirs took less time than the memory traffic"
+        " that is counted here, which no compiler need move.",
         "",
         *table(
             [["model", "mesh", "hours, roofline", "paper's hours", "roofline / paper"]]
