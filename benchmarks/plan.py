@@ -145,7 +145,8 @@ GiB per device (of v3: per core). Weights, gradients and activations are what de
 of payload per device and step, read from the compiled program. Compute, memory and links are
 **estimates**, in milliseconds of a step, by the peaks in mae_jax/flops.py; memory traffic is
 counted op by op, as if nothing stayed on the chip between two ops. The longest of the three gives
-the hours of the roofline. 40 % MFU is an assumption."""
+the hours of the roofline. 40 % MFU is an assumption. With FSDP over 64 chips or more the compiler
+gathers weights by all-reduces: there they stand among the gradients."""
 
 
 def document(plans: dict[str, dict]) -> str:
