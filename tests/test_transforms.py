@@ -307,7 +307,8 @@ def test_random_resized_crop_cuts_its_box_and_resizes_it(shape, size_HW):
 
 
 def photographs():
-    data = pytest.importorskip("skimage.data")  # in the wheel
+    from skimage import data  # in the wheel
+
     return [getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
 
 

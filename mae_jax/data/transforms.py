@@ -179,10 +179,8 @@ def _crop_box(
     width_height = size_HW[::-1]
     if interpolation == "area":
         cv2 = opencv()
-        array = cv2.resize(
-            _cut(np.asarray(picture), box), width_height, interpolation=cv2.INTER_AREA
-        )
-        return array[..., None] if array.ndim == 2 else array
+        part = _cut(np.asarray(picture), box)
+        return cv2.resize(part, width_height, interpolation=cv2.INTER_AREA).reshape(*size_HW, -1)
     return _edit(picture, box, lambda part: part.resize(width_height, Image.Resampling.BICUBIC))
 
 
