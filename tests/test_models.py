@@ -1,5 +1,6 @@
 """Sizes, initialisation, masks, targets, and where information must not flow."""
 
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ from mae_jax import flops
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import Execution, grid_of
+from mae_jax.models.vit import Execution, attend, grid_of
 
 GRIDS = {"B/16": (14, 14), "L/16": (14, 14), "H/14": (16, 16)}
 
@@ -165,6 +166,52 @@ def test_with_mask_tokens_in_the_encoder_hidden_pixels_still_reach_nothing():
     # A visible patch reaches the prediction of every place.
     seen = predict(params, patches.at[0, mask.keep_BK[0, 0]].add(1), mask)
     assert (np.abs(seen - predict(params, patches, mask))[0] > 0).any(-1).all()
+
+
+def plain_attention(q, k, v):
+    """As JAX differentiates it: softmax in float32, its weights in the type of `v`."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    weight = jax.nn.softmax(product("bnsf,bmsf->bsnm", q, k) * q.shape[-1] ** -0.5)
+    return product("bsnm,bmsf->bnsf", weight.astype(v.dtype), v).astype(v.dtype)
+
+
+def value_and_gradients(attention, dtype, arrays):
+    *qkv, grad = (x.astype(dtype) for x in arrays)
+    y, back = jax.vjp(attention, *qkv)
+    assert y.dtype == dtype and all(x.dtype == dtype for x in back(grad))
+    return [np.asarray(x, np.float32) for x in (y, *back(grad))]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 4])
+def test_attention_and_its_own_backward_pass_are_those_of_jax(spread):
+    rng = np.random.default_rng(0)
+    drawn = [spread * rng.normal(size=(2, 50, 3, 16)) for _ in range(4)]
+    arrays = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in drawn]
+    with jax.default_matmul_precision("highest"):
+        exact = value_and_gradients(plain_attention, jnp.float32, arrays)
+        for own, theirs in zip(
+            value_and_gradients(attend, jnp.float32, arrays), exact, strict=True
+        ):
+            np.testing.assert_allclose(own, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+        # In bfloat16 what is rounded differs, and is not to lose more than a third on the whole.
+        own = value_and_gradients(attend, jnp.bfloat16, arrays)
+        plain = value_and_gradients(plain_attention, jnp.bfloat16, arrays)
+    for ours, theirs, right in zip(own, plain, exact, strict=True):
+        lost = np.square(ours - right).mean() / np.square(theirs - right).mean()
+        assert lost**0.5 < 4 / 3
+
+
+def test_attention_keeps_its_weights_in_the_type_of_the_values():
+    q = jnp.ones((2, 50, 3, 16), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.vjp(attend, q, q, q)[1])
+    large = [x.dtype for x in kept if x.size >= 2 * 3 * 50 * 50]
+    assert large == [jnp.bfloat16]
+
+
+def test_logits_of_any_size_give_finite_gradients():
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(1e3 * rng.normal(size=(1, 8, 1, 4)), jnp.float32) for _ in range(4)]
+    assert all(np.isfinite(x).all() for x in value_and_gradients(attend, jnp.float32, arrays))
 
 
 def test_tokens_are_put_back_in_place():
