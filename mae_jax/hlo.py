@@ -365,17 +365,9 @@ def _moved(program: Program, of: Computation, op: Op) -> int:
     outputs = {int(output or 0) for output, _ in pairs}
     total = 0
     for number, name in enumerate(op.operands):
-        parameter, whole = inner.parameter(number), _main(of.ops.get(name))
-        if number in kept or not whole or parameter is None:
-            continue
-        read = 0
-        for user in inner.users(parameter.name):
-            if user.opcode in ("dynamic-slice", "gather"):
-                read += sum(array.bytes for array in user.arrays())
-            elif user.opcode != "dynamic-update-slice":
-                read = whole
-                break
-        total += min(read, whole)
+        whole = _main(of.ops.get(name))
+        if whole and number not in kept:
+            total += _read(program, inner, number, whole)
     root = inner.ops[inner.root]
     results = [inner.ops[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for number, (array, result) in enumerate(zip(op.arrays(), results, strict=False)):
@@ -386,3 +378,20 @@ def _moved(program: Program, of: Computation, op: Op) -> int:
             replaced = inner.ops[result.operands[1]] if update else None
             total += sum(x.bytes for x in replaced.arrays()) if replaced else array.bytes
     return total
+
+
+def _read(program: Program, inner: Computation, number: int, whole: int) -> int:
+    """Bytes that a fusion reads of its operand, which has `whole`; also in fusions inside it."""
+    parameter = inner.parameter(number)
+    read = 0
+    for user in inner.users(parameter.name) if parameter else []:
+        called = CALLS.findall(user.rest)
+        places = [place for place, name in enumerate(user.operands) if name == parameter.name]
+        if user.opcode in ("dynamic-slice", "gather"):
+            read += sum(array.bytes for array in user.arrays())
+        elif user.opcode == "fusion" and places and called[0] in program.computations:
+            nested = program.computations[called[0]]
+            read += sum(_read(program, nested, place, whole) for place in places)
+        elif user.opcode != "dynamic-update-slice":
+            return whole
+    return min(read, whole)

@@ -187,6 +187,43 @@ ENTRY %main (stack: f32[24,64], n: s32[]) -> f32[64] {
     assert hlo.traffic(hlo.parse(text)) == (2 + 1 + 1) * 64 * 4
 
 
+def test_memory_traffic_looks_into_fusions_within_fusions():
+    text = """\
+%cut (p: f32[24,64], i: s32[]) -> f32[1,64] {
+  %p = f32[24,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,64]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%whole (q: f32[24,64]) -> f32[] {
+  %q = f32[24,64]{1,0} parameter(0)
+  ROOT %first = f32[] custom-call(%q)
+}
+
+%layer (i: s32[], p: f32[24,64]) -> f32[1,64] {
+  %i = s32[] parameter(0)
+  %p = f32[24,64]{1,0} parameter(1)
+  %row = f32[1,64]{1,0} fusion(%p, %i), kind=kLoop, calls=%cut
+  ROOT %more = f32[1,64]{1,0} negate(%row)
+}
+
+%sum (p: f32[24,64]) -> f32[] {
+  %p = f32[24,64]{1,0} parameter(0)
+  ROOT %all = f32[] fusion(%p), kind=kLoop, calls=%whole
+}
+
+ENTRY %main (stack: f32[24,64], n: s32[]) -> f32[1,64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  %n = s32[]{:S(6)} parameter(1)
+  %total = f32[]{:S(6)} fusion(%stack), kind=kLoop, calls=%sum
+  ROOT %one = f32[1,64]{1,0} fusion(%n, %stack), kind=kLoop, calls=%layer
+}
+"""
+    # One fusion reads a row and writes one; the other reads all rows.
+    assert hlo.traffic(hlo.parse(text)) == (1 + 1 + 24) * 64 * 4
+
+
 # --- estimates ---
 
 
