@@ -64,21 +64,26 @@ def main() -> None:
             commands |= {
                 f"ours, threads, {count} cores": here,
                 f"ours, processes, {count} cores": [*here, f"--workers={count}"],
-                f"ours, area, threads, {count} cores": [*here, "--interpolation=area"],
+                f"ours, fast, threads, {count} cores": [*here, "--resizer=fast"],
                 f"torch DataLoader, Pillow, {count} cores": [
                     *(torch, *script, "torch", *on, f"--workers={count}")
                 ],
                 f"tf.data, {count} cores": [tensorflow, *script, "tensorflow", *on],
                 f"ours, fine-tuning, {count} cores": [*here, "--finetune"],
+                f"ours, fast, fine-tuning, {count} cores": [*here, "--finetune", "--resizer=fast"],
+                f"torch DataLoader, Pillow, fine-tuning, {count} cores": [
+                    *(torch, *script, "torch", *on, f"--workers={count}", "--finetune")
+                ],
             }
         results = sides.take_turns(commands, args.rounds)
     rows = []
     for name, found in results.items():
         seconds, count = sides.median(found), int(name.split()[-2])
         if seconds is None:
-            rows.append([name, sides.errors(found), "", "", "", ""])
+            rows.append([name, sides.errors(found), *5 * [""]])
             continue
-        peer = sides.median(results[f"torch DataLoader, Pillow, {count} cores"])
+        kind = "fine-tuning, " if "fine-tuning" in name else ""
+        peer = sides.median(results[f"torch DataLoader, Pillow, {kind}{count} cores"])
         rows.append(
             [
                 name,
@@ -87,9 +92,11 @@ def main() -> None:
                 f"{peer / seconds:.2f}" if peer else "",
                 f"{sides.median(found, 'peak_gib'):.2f} GiB",
                 f"{sides.median(found, 'worker_gib'):.2f} GiB",
+                f"{sides.median(found, 'batch_bytes') / 1e3:.0f} kB",
             ]
         )
     head = ["side", "images/s", "per core", "of torch's", "peak memory", "largest worker"]
+    head += ["bytes to the device, per image"]
     title = f"512 JPEGs, {size / 1e3:.0f} kB on average; {sides.all_versions(results)}"
     sides.report("input", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
 

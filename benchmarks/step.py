@@ -1,9 +1,13 @@
-"""The pre-training step: ours against Hugging Face's ViTMAEForPreTraining with fused AdamW.
+r"""The pre-training step: ours against Hugging Face's ViTMAEForPreTraining with fused AdamW.
 
-    bash benchmarks/run.sh step [--variant=B/16] [--batch=16] [--dtype=float32] [--rounds=2] ...
+    bash benchmarks/run.sh step [--variant=B/16,...] [--batches=16,...] [--dtype=float32] ...
 
 The same model, batch, precision and device, forward, backward and update; images stay on the
-device. The peer runs eager and compiled by torch.compile; the faster counts.
+device. The peer runs eager and compiled by torch.compile. Of several batches the best of each side
+counts. Where one Python has JAX for the GPU, torch and transformers, without run.sh:
+
+    TORCH_PYTHON=python3 PYTHONPATH=. python3 benchmarks/step.py --dtype=bfloat16 \
+        --variant=B/16,L/16,H/14 --batches=64,128,256
 """
 
 import argparse
@@ -16,39 +20,54 @@ from benchmarks import ours, sides
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     ours.options(parser)
+    parser.add_argument("--batches", default="16", help="that are tried, of every variant")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    given = [arg for arg in sys.argv[1:] if not arg.startswith("--rounds")]
+    own = ("--rounds", "--variant", "--batch")
+    given = [arg for arg in sys.argv[1:] if not arg.startswith(own)]
     here, torch = sides.HERE, os.environ.get("TORCH_PYTHON", "")
-    results = sides.take_turns(
-        {
-            "ours": [sys.executable, f"{here}/ours.py", *given],
-            "HF, eager": [torch, f"{here}/huggingface.py", *given],
-            "HF, torch.compile": [torch, f"{here}/huggingface.py", "--compiled", *given],
-        },
-        args.rounds,
-    )
-    medians = {name: sides.median(found) for name, found in results.items()}
-    best = min((m for name, m in medians.items() if m and name != "ours"), default=None)
-    rows = []
-    for name, found in results.items():
-        if (seconds := medians[name]) is None:
-            rows.append([name, sides.errors(found), "", "", "", ""])
-            continue
-        peak = found[0].get("peak_flops")
-        rows.append(
-            [
-                name,
-                f"{args.batch / seconds:.2f}",
-                f"{best / seconds:.2f}" if best else "",
-                f"{sides.median(found, 'first_step'):.0f} s",
-                f"{sides.median(found, 'peak_gib'):.1f} GiB",
-                f"{100 * found[0]['flops'] / seconds / peak:.1f} %" if peak else "",
-            ]
-        )
-    head = ["side", "images/s", "of HF's best", "first step after", "peak memory", "MFU"]
-    title = f"{args.variant}, batch {args.batch}, {args.dtype}; {sides.all_versions(results)}"
-    sides.report("step", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
+    kept, rows, verdicts = {}, [], []
+    for variant in args.variant.split(","):
+        rates: dict[str, float] = {}  # images per second of a side, at its best batch
+        for batch in args.batches.split(","):
+            what = [f"--variant={variant}", f"--batch={batch}", *given]
+            results = sides.take_turns(
+                {
+                    "ours": [sys.executable, f"{here}/ours.py", *what],
+                    "HF, eager": [torch, f"{here}/huggingface.py", *what],
+                    "HF, torch.compile": [torch, f"{here}/huggingface.py", "--compiled", *what],
+                },
+                args.rounds,
+            )
+            kept[f"{variant}, batch {batch}"] = results
+            for side, found in results.items():
+                rows.append([variant, batch, side, *cells(found, int(batch), results["ours"])])
+                if seconds := sides.median(found):
+                    rates[side] = max(rates.get(side, 0), int(batch) / seconds)
+        peers = [rate for side, rate in rates.items() if side != "ours"]
+        if "ours" in rates and peers:
+            verdicts.append(f"{variant}: {rates['ours'] / max(peers):.2f} of HF's best")
+    head = ["model", "batch", "side", "images/s", "first step after", "peak memory", "MFU"]
+    title = f"{args.dtype}; {sides.all_versions(results)}"
+    text = "\n\n".join([title, sides.markdown(head, rows), *verdicts])
+    sides.report("step", text, {"results": kept})
+
+
+def cells(found: list[dict], batch: int, own: list[dict]) -> list[str]:
+    """Of one side's results: images/s, time to the first step, memory, MFU; or what went wrong.
+
+    The MFU counts the model's operations and the chip's peak as our side knows them.
+    """
+    seconds = sides.median(found)
+    if seconds is None:
+        return [sides.errors(found), "", "", ""]
+    flops, peak = own[0].get("flops"), own[0].get("peak_flops")
+    return [
+        f"{batch / seconds:.2f}",
+        f"{sides.median(found, 'first_step'):.0f} s",
+        f"{sides.median(found, 'peak_gib'):.1f} GiB",
+        f"{100 * flops / seconds / peak:.1f} %" if flops and peak else "",
+    ]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
+from PIL import Image
 
 from mae_jax.config import nearest, resolve
 from mae_jax.data import augment, transforms
@@ -28,7 +29,6 @@ from mae_jax.data.sources import Source
 from mae_jax.data.transforms import BadImage, Picture
 
 CROPS = ("random_resized", "probe", "fixed", "center")
-INTERPOLATIONS = ("bicubic", "area")
 MAX_DRAWS = 100  # in search of a readable record
 SMALL = 2000  # a source of up to so many records is searched for all that is unreadable
 LISTED = 50  # unreadable records in an error message
@@ -82,19 +82,19 @@ def make_crop(data: ConfigDict) -> Crop:
     """The crop that config.data.crop names: one of CROPS, or a dotted path to a `Crop`.
 
     Raises:
-      ValueError: there is no such crop, or it cannot interpolate as config.data.interpolation says.
+      ValueError: there is no such crop, or it cannot resize as config.data.resizer says.
     """
-    interpolation = data.get("interpolation", "bicubic")
+    resizer = data.get("resizer", "pillow")
     if data.crop in ("random_resized", "probe"):
-        _check_interpolation(interpolation)
+        _check_resizer(resizer)
         probe = data.crop == "probe"
         crop = transforms.probe_crop if probe else transforms.random_resized_crop
         scale, ratio = tuple(data.crop_scale), tuple(data.crop_ratio)
-        return lambda picture, size, rng: crop(picture, size, scale, ratio, rng, interpolation)
-    if interpolation != "bicubic":
+        return lambda picture, size, rng: crop(picture, size, scale, ratio, rng, resizer)
+    if resizer != "pillow":
         raise ValueError(
-            f"config.data.interpolation={interpolation!r} is for the crops random_resized and"
-            f" probe, not for {data.crop!r}: leave it at bicubic"
+            f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
+            f" {data.crop!r}: leave it at pillow"
         )
     if data.crop == "fixed":
         return transforms.fixed_crop
@@ -108,20 +108,19 @@ def make_crop(data: ConfigDict) -> Crop:
     )
 
 
-def _check_interpolation(name: str) -> None:
-    if name not in INTERPOLATIONS:
+def _check_resizer(name: str) -> None:
+    if name not in transforms.RESIZERS:
         raise ValueError(
-            f"config.data.interpolation={name!r}{nearest(name, list(INTERPOLATIONS))}: give one of"
-            f" {', '.join(INTERPOLATIONS)}"
+            f"config.data.resizer={name!r}{nearest(name, list(transforms.RESIZERS))}: give one of"
+            f" {', '.join(transforms.RESIZERS)}"
         )
-    if name == "area":
-        try:
-            transforms.opencv()
-        except ImportError as error:
-            raise ValueError(
-                "config.data.interpolation='area' needs OpenCV: pip install opencv-python-headless,"
-                f" or leave it at bicubic ({error})"
-            ) from error
+    try:
+        transforms.RESIZERS[name](Image.new("L", (1, 1)), 1, 1)
+    except ImportError as error:
+        raise ValueError(
+            f"config.data.resizer={name!r}: pip install cykooz-resizer, or leave it at pillow"
+            f" ({error})"
+        ) from error
 
 
 def make_augment(data: ConfigDict) -> augment.RandAugment | None:

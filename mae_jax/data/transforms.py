@@ -6,11 +6,9 @@ image or a uint8 array [H, W, C]; where C is neither 1 nor 3, channels are resiz
 """
 
 import contextlib
-import functools
 import io
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -142,18 +140,17 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-    interpolation: str = "bicubic",
+    resizer: str = "pillow",
 ) -> np.ndarray:
     """Crop a random box, resize it (REFERENCE section 2).
 
     The box is cut out before it is resized, so that no pixel around it takes part.
 
     Args:
-      interpolation: bicubic (Pillow's), or area (OpenCV's): faster, and 0.8 of 255 levels away on
-        photographs, in the mean.
+      resizer: one of RESIZERS.
     """
     box = random_box(*_size(picture)[::-1], scale, ratio, rng)
-    return _crop_box(picture, size_HW, box, interpolation)
+    return _crop_box(picture, size_HW, box, resizer)
 
 
 def probe_crop(
@@ -162,39 +159,48 @@ def probe_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-    interpolation: str = "bicubic",
+    resizer: str = "pillow",
 ) -> np.ndarray:
     """The linear probe's own random resized crop (REFERENCE section 4).
 
     Args:
-      interpolation: as of `random_resized_crop`.
+      resizer: one of RESIZERS.
     """
     box = probe_box(*_size(picture)[::-1], scale, ratio, rng)
-    return _crop_box(picture, size_HW, box, interpolation)
+    return _crop_box(picture, size_HW, box, resizer)
 
 
-def _crop_box(
-    picture: Picture, size_HW: tuple[int, int], box: Box, interpolation: str
-) -> np.ndarray:
-    width_height = size_HW[::-1]
-    if interpolation == "area":
-        cv2 = opencv()
-        part = _cut(np.asarray(picture), box)
-        return cv2.resize(part, width_height, interpolation=cv2.INTER_AREA).reshape(*size_HW, -1)
-    return _edit(picture, box, lambda part: part.resize(width_height, Image.Resampling.BICUBIC))
+def _crop_box(picture: Picture, size_HW: tuple[int, int], box: Box, resizer: str) -> np.ndarray:
+    height, width = size_HW
+    return _edit(picture, box, lambda part: RESIZERS[resizer](part, width, height))
 
 
-@functools.cache
-def opencv() -> Any:
-    """OpenCV, without threads of its own: here, images are spread over threads.
+def resize_pillow(part: Image.Image, width: int, height: int) -> Image.Image:
+    """Pillow's bicubic: the reference."""
+    return part.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def resize_fast(part: Image.Image, width: int, height: int) -> Image.Image:
+    """The same bicubic filter by vector instructions, in a quarter of the time.
+
+    Its coefficients are rounded otherwise: 0.02 of 255 levels from Pillow's pixels, in the mean of
+    photographs. Widths first, as Pillow mostly does: by itself the library begins with heights.
 
     Raises:
-      ImportError: it is not installed.
+      ImportError: cykooz-resizer is not installed.
     """
-    import cv2
+    from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 
-    cv2.setNumThreads(1)
-    return cv2
+    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))
+    wide = Image.new(part.mode, (width, part.height))
+    resized = Image.new(part.mode, (width, height))
+    resizer = Resizer()
+    resizer.resize_pil(part, wide, options)
+    resizer.resize_pil(wide, resized, options)
+    return resized
+
+
+RESIZERS = {"pillow": resize_pillow, "fast": resize_fast}
 
 
 def random_box(
@@ -295,7 +301,12 @@ def _resized_crop(
 
 def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
     """Mirror left and right, or not."""
-    return image_HWC[:, ::-1] if rng.random() < probability else image_HWC
+    if rng.random() >= probability:
+        return image_HWC
+    # Whole pixels, and here: single values take twice as long, and later it would be the one thread
+    # that makes batches which copies them.
+    pixels_HW = np.ascontiguousarray(image_HWC).view(f"V{image_HWC.shape[-1]}")
+    return pixels_HW[:, ::-1].copy().view(np.uint8).reshape(image_HWC.shape)
 
 
 def _size(picture: Picture) -> tuple[int, int]:
