@@ -20,10 +20,13 @@ CPU = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides: fewer page
 
 
 def take_turns(sides: dict[str, list[str]], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of every round of every side; one that fails says why and is not run again."""
+    """The results of every round of every side; one that fails says why and is not run again.
+
+    Every second round goes backwards, so that no side is always the first.
+    """
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
-        for name, command in sides.items():
+        for name, command in list(sides.items())[:: -1 if number % 2 else 1]:
             if results[name] and "error" in results[name][-1]:
                 continue
             results[name].append(run(command))

@@ -169,11 +169,7 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
     )
-    # On a single CPU device XLA would order the program for least memory, not to keep cores busy.
-    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    favour: dict[str, str | bool] = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
-    compiled = step.lower(state_shapes, batch_shapes).compile(favour if alone else None)
-    return Program(compiled, state_shapes, init)
+    return Program(step.lower(state_shapes, batch_shapes).compile(), state_shapes, init)
 
 
 def describe(
