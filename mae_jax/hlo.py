@@ -383,8 +383,10 @@ def _moved(program: Program, of: Computation, op: Op) -> int:
 def _read(program: Program, inner: Computation, number: int, whole: int) -> int:
     """Bytes that a fusion reads of its operand, which has `whole`; also in fusions inside it."""
     parameter = inner.parameter(number)
+    if parameter is None:
+        return 0
     read = 0
-    for user in inner.users(parameter.name) if parameter else []:
+    for user in inner.users(parameter.name):
         called = CALLS.findall(user.rest)
         places = [place for place, name in enumerate(user.operands) if name == parameter.name]
         if user.opcode in ("dynamic-slice", "gather"):
