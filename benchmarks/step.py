@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     ours.options(parser)
     parser.add_argument("--batches", default="16", help="that are tried, of every variant")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     own = ("--rounds", "--variant", "--batch")
     given = [arg for arg in sys.argv[1:] if not arg.startswith(own)]
