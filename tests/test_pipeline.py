@@ -215,6 +215,15 @@ def test_threads_and_processes_give_the_same_batches():
         assert_same(train(source, 7, config(**changed), start_step=2), expected)
 
 
+def test_the_fast_resizer_gives_the_same_batches_in_threads_and_processes():
+    source = Noise(21)
+    expected = train(source, 4, config(resizer="fast", threads=1))
+    for changed in ({"threads": 9}, {"workers": 2}):
+        assert_same(train(source, 4, config(resizer="fast", **changed)), expected)
+    pairs = zip(train(source, 4), expected, strict=True)
+    assert any((exact["image"] != fast["image"]).any() for exact, fast in pairs)
+
+
 WORKING = """
 import multiprocessing
 import sys
