@@ -67,6 +67,9 @@ def main() -> None:
                 f"ours, threads, {count} cores": here,
                 f"ours, processes, {count} cores": [*here, f"--workers={count}"],
                 f"ours, fast, threads, {count} cores": [*here, "--resizer=fast"],
+                f"ours, fast, processes, {count} cores": [
+                    *(*here, "--resizer=fast", f"--workers={count}")
+                ],
                 f"torch DataLoader, Pillow, {count} cores": [
                     *(torch, *script, "torch", *on, f"--workers={count}")
                 ],

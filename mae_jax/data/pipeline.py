@@ -115,7 +115,7 @@ def _check_resizer(name: str) -> None:
             f" {', '.join(transforms.RESIZERS)}"
         )
     try:
-        transforms.RESIZERS[name](Image.new("L", (1, 1)), 1, 1)
+        transforms.RESIZERS[name](Image.new("L", (1, 1)), (0, 0, 1, 1), 1, 1)
     except ImportError as error:
         raise ValueError(
             f"config.data.resizer={name!r}: pip install cykooz-resizer, or leave it at pillow"

@@ -150,7 +150,7 @@ def random_resized_crop(
       resizer: one of RESIZERS.
     """
     box = random_box(*_size(picture)[::-1], scale, ratio, rng)
-    return _crop_box(picture, size_HW, box, resizer)
+    return RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 
 def probe_crop(
@@ -167,21 +167,17 @@ def probe_crop(
       resizer: one of RESIZERS.
     """
     box = probe_box(*_size(picture)[::-1], scale, ratio, rng)
-    return _crop_box(picture, size_HW, box, resizer)
+    return RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 
-def _crop_box(picture: Picture, size_HW: tuple[int, int], box: Box, resizer: str) -> np.ndarray:
-    height, width = size_HW
-    return _edit(picture, box, lambda part: RESIZERS[resizer](part, width, height))
+def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
+    """A part of a picture by Pillow's bicubic filter, the reference: uint8 [height, width, C]."""
+    size = (width, height)
+    return _edit(picture, box, lambda part: part.resize(size, Image.Resampling.BICUBIC))
 
 
-def resize_pillow(part: Image.Image, width: int, height: int) -> Image.Image:
-    """Pillow's bicubic: the reference."""
-    return part.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def resize_fast(part: Image.Image, width: int, height: int) -> Image.Image:
-    """The same bicubic filter by vector instructions, in a quarter of the time.
+def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
+    """The same by the vector instructions of cykooz-resizer, in a quarter of the time.
 
     Its coefficients are rounded otherwise: 0.02 of 255 levels from Pillow's pixels, in the mean of
     photographs. Widths first, as Pillow mostly does: by itself the library begins with heights.
@@ -189,15 +185,21 @@ def resize_fast(part: Image.Image, width: int, height: int) -> Image.Image:
     Raises:
       ImportError: cykooz-resizer is not installed.
     """
-    from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+    import cykooz_resizer as fast
 
-    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))
-    wide = Image.new(part.mode, (width, part.height))
-    resized = Image.new(part.mode, (width, height))
-    resizer = Resizer()
-    resizer.resize_pil(part, wide, options)
-    resizer.resize_pil(wide, resized, options)
-    return resized
+    resizer = fast.Resizer()
+    options = fast.ResizeOptions(fast.ResizeAlg.convolution(fast.FilterType.catmull_rom))
+    part_HWC = np.atleast_3d(_cut(np.asarray(picture), box))
+    colour = part_HWC.shape[-1] == 3
+    kind = fast.PixelType.U8x3 if colour else fast.PixelType.U8
+    resized = []
+    for part in [part_HWC] if colour else np.moveaxis(part_HWC, -1, 0):
+        image = fast.ImageData(*box[2:], kind, part.tobytes())
+        for size in ((width, box[3]), (width, height)):
+            source, image = image, fast.ImageData(*size, kind)
+            resizer.resize(source, image, options)
+        resized.append(np.frombuffer(image.get_buffer(), np.uint8).reshape(height, width, -1))
+    return resized[0] if colour else np.concatenate(resized, -1)
 
 
 RESIZERS = {"pillow": resize_pillow, "fast": resize_fast}
@@ -303,10 +305,10 @@ def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Genera
     """Mirror left and right, or not."""
     if rng.random() >= probability:
         return image_HWC
-    # Whole pixels, and here: single values take twice as long, and later it would be the one thread
-    # that makes batches which copies them.
-    pixels_HW = np.ascontiguousarray(image_HWC).view(f"V{image_HWC.shape[-1]}")
-    return pixels_HW[:, ::-1].copy().view(np.uint8).reshape(image_HWC.shape)
+    height, width = image_HWC.shape[:2]
+    flip = Image.Transpose.FLIP_LEFT_RIGHT
+    # Pillow's, since NumPy needs twice the time and keeps other threads waiting.
+    return _edit(image_HWC, (0, 0, width, height), lambda whole: whole.transpose(flip))
 
 
 def _size(picture: Picture) -> tuple[int, int]:
