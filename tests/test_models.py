@@ -13,7 +13,7 @@ from mae_jax import flops
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import Execution, attend, grid_of
+from mae_jax.models.vit import Execution, Mlp, attend, grid_of
 
 GRIDS = {"B/16": (14, 14), "L/16": (14, 14), "H/14": (16, 16)}
 
@@ -206,6 +206,14 @@ def test_attention_keeps_its_weights_in_the_type_of_the_values():
     kept = jax.tree.leaves(jax.vjp(attend, q, q, q)[1])
     large = [x.dtype for x in kept if x.size >= 2 * 3 * 50 * 50]
     assert large == [jnp.bfloat16]
+
+
+def test_an_mlp_keeps_one_array_as_wide_as_its_hidden_layer():
+    mlp = Mlp(400, Execution(dtype=jnp.bfloat16))
+    x = jnp.ones((2, 5, 100), jnp.bfloat16)
+    variables = mlp.init(jax.random.key(0), x)
+    kept = jax.tree.leaves(jax.vjp(mlp.apply, variables, x)[1])
+    assert [k.dtype for k in kept if k.shape == (2, 5, 400)] == [jnp.bfloat16]
 
 
 def test_logits_of_any_size_give_finite_gradients():

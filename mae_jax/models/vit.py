@@ -50,9 +50,8 @@ def layer_norm(name: str) -> nn.Module:
     return norm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
 def gelu(x: Array) -> Array:
-    """The exact (erf) GELU, in float32; the backward pass computes its inside again from `x`.
+    """The exact (erf) GELU, in float32.
 
     Not `jax.nn.gelu`: that takes erfc, dearer and exact in tails that no float32 sum can see, and
     computes in the type of `x`.
@@ -128,7 +127,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact (erf) GELU between."""
+    """Two layers with an exact (erf) GELU between, which the backward pass computes again.
+
+    Of what is `hidden` wide only the output of the first layer is kept.
+    """
 
     hidden: int
     execution: Execution
@@ -137,8 +139,8 @@ class Mlp(nn.Module):
     def __call__(self, x_BND: Array) -> Array:
         dtype = self.execution.dtype
         h = nn.Dense(self.hidden, dtype=dtype, kernel_init=xavier, name="fc1")(x_BND)
-        h = gelu(h)
-        return nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")(h)
+        fc2 = nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")
+        return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
 
 
 class Block(nn.Module):
