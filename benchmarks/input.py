@@ -82,12 +82,17 @@ def main() -> None:
             }
         results = sides.take_turns(commands, args.rounds)
     rows = []
+    panels: dict[str, dict[str, float]] = {
+        "pre-training, images/s": {},
+        "fine-tuning, images/s": {},
+    }
     for name, found in results.items():
         seconds, count = sides.median(found), int(name.split()[-2])
         if seconds is None:
             rows.append([name, sides.errors(found), *5 * [""]])
             continue
         kind = "fine-tuning, " if "fine-tuning" in name else ""
+        panels[f"{kind or 'pre-training, '}images/s"][name.replace(kind, "")] = 1 / seconds
         peer = sides.median(results[f"torch DataLoader, Pillow, {kind}{count} cores"])
         rows.append(
             [
@@ -104,6 +109,7 @@ def main() -> None:
     head += ["bytes to the device, per image"]
     title = f"512 JPEGs, {size / 1e3:.0f} kB on average; {sides.all_versions(results)}"
     sides.report("input", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
+    sides.bars("input", panels)
 
 
 if __name__ == "__main__":

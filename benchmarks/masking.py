@@ -70,7 +70,7 @@ def main() -> None:
     if args.shuffling:
         print(json.dumps(shuffling(args)))
         return
-    rows, kept = [], {}
+    rows, kept, panels = [], {}, {}
     for variant, batch in zip(args.variant.split(","), args.batches.split(","), strict=True):
         common = [f"--variant={variant}", f"--batch={batch}", f"--dtype={args.dtype}"]
         step = [sys.executable, f"{sides.HERE}/ours.py", *common, f"--steps={args.steps}"]
@@ -86,6 +86,11 @@ def main() -> None:
         masked, full, alone = (sides.median(found) for found in results.values())
         work = [found[0].get("flops") for found in results.values()]
         kept[variant] = results
+        panels[f"{variant}, seconds"] = {
+            "step": masked,
+            "with mask tokens": full,
+            "masking alone": alone,
+        }
         rows.append(
             [
                 variant,
@@ -103,6 +108,7 @@ def main() -> None:
     head += ["times longer", "times the FLOPs", "paper's speed-up"]
     title = f"{args.dtype}; {sides.all_versions(results)}"
     sides.report("masking", f"{title}\n\n{sides.markdown(head, rows)}", {"results": kept})
+    sides.bars("masking", panels)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -99,3 +100,24 @@ def report(name: str, text: str, data: dict[str, Any]) -> None:
     (OUT / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
     (OUT / f"{name}.md").write_text(f"{head}\n\n{text}\n")
     print(f"\n{head}\n\n{text}\n\nin {OUT}")
+
+
+def bars(name: str, panels: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Draws out/NAME.png: a panel for each title, in it a bar for each label of known value."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (5 * len(panels), 0.6 + 0.3 * max(map(len, panels.values())))
+    drawing = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        known = {label: value for label, value in values.items() if value is not None}
+        sides = any(label.startswith("ours") for label in known)
+        colours = ["0.6" if sides and not label.startswith("ours") else "C0" for label in known]
+        drawn = axis.barh(list(known), list(known.values()), color=colours)
+        axis.bar_label(drawn, fmt=lambda value: f"{float(f'{value:.3g}'):,g}", padding=3)
+        axis.set(title=title, xmargin=0.15, xticks=[])
+        axis.invert_yaxis()
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    drawing.savefig(OUT / f"{name}.png", dpi=130)

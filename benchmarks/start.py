@@ -135,6 +135,12 @@ def main() -> None:
     title += f" state {save.get('bytes', 0) / 1e9:.2f} GB; {sides.all_versions(results)}"
     head = ["what", "median", "speed"]
     sides.report("start", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
+    seconds = {name: sides.median(found) for name, found in results.items()}
+    seconds |= {f"save: {key}": sides.median([save], key) for key in ("blocking", "written")}
+    seconds |= {"restore": sides.median([save], "restored")}
+    helps = {name: value for name, value in seconds.items() if name.endswith("--help")}
+    others = {name: value for name, value in seconds.items() if name not in helps}
+    sides.bars("start", {"to a step, to disk and back, s": others, "to the help text, s": helps})
 
 
 if __name__ == "__main__":

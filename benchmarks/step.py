@@ -26,7 +26,7 @@ def main() -> None:
     own = ("--rounds", "--variant", "--batch")
     given = [arg for arg in sys.argv[1:] if not arg.startswith(own)]
     here, torch = sides.HERE, os.environ.get("TORCH_PYTHON", "")
-    kept, rows, verdicts = {}, [], []
+    kept, rows, verdicts, panels = {}, [], [], {}
     for variant in args.variant.split(","):
         rates: dict[str, float] = {}  # images per second of a side, at its best batch
         for batch in args.batches.split(","):
@@ -44,6 +44,7 @@ def main() -> None:
                 rows.append([variant, batch, side, *cells(found, int(batch), results["ours"])])
                 if seconds := sides.median(found):
                     rates[side] = max(rates.get(side, 0), int(batch) / seconds)
+        panels[f"{variant}, images/s"] = rates
         peers = [rate for side, rate in rates.items() if side != "ours"]
         if "ours" in rates and peers:
             verdicts.append(f"{variant}: {rates['ours'] / max(peers):.2f} of HF's best")
@@ -51,6 +52,7 @@ def main() -> None:
     title = f"{args.dtype}; {sides.all_versions(results)}"
     text = "\n\n".join([title, sides.markdown(head, rows), *verdicts])
     sides.report("step", text, {"results": kept})
+    sides.bars("step", panels)
 
 
 def cells(found: list[dict], batch: int, own: list[dict]) -> list[str]:
