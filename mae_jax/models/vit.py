@@ -78,9 +78,8 @@ def attend(q_BNSF: Array, k_BNSF: Array, v_BNSF: Array) -> Array:
 def _attend_forward(q_BNSF: Array, k_BNSF: Array, v_BNSF: Array) -> tuple[Array, tuple]:
     q_BSNF, k_BSNF, v_BSNF = (jnp.swapaxes(x, 1, 2) for x in (q_BNSF, k_BNSF, v_BNSF))
     logit_BSNN = product("bsnf,bsmf->bsnm", q_BSNF, k_BSNF) * q_BSNF.shape[-1] ** -0.5
-    exp_BSNN = jnp.exp(logit_BSNN - logit_BSNN.max(-1, keepdims=True))
-    sum_BSN1 = exp_BSNN.sum(-1, keepdims=True)
-    exp_BSNN = exp_BSNN.astype(v_BSNF.dtype)
+    exp_BSNN = jnp.exp(logit_BSNN - logit_BSNN.max(-1, keepdims=True)).astype(v_BSNF.dtype)
+    sum_BSN1 = exp_BSNN.sum(-1, keepdims=True, dtype=jnp.float32)
     y_BSNF = product("bsnm,bsmf->bsnf", exp_BSNN, v_BSNF) / sum_BSN1
     kept = q_BSNF, k_BSNF, v_BSNF, exp_BSNN, sum_BSN1
     return jnp.swapaxes(y_BSNF, 1, 2).astype(v_BSNF.dtype), kept
