@@ -9,6 +9,7 @@ compared before one is read, because Orbax itself restores a flipped byte silent
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,23 +60,39 @@ class Preempted(SystemExit):
     code = PREEMPTED
 
 
-class Preemption(NamedTuple):
-    """Whether the run is asked to stop."""
+def preemption() -> Callable[[], bool]:
+    """Listens for SIGTERM, from here on.
 
-    requested: Callable[[int], bool]  # of the step: save and stop now? On all hosts alike
+    With `jax.distributed` its service listens, and agrees with all hosts on when to stop: a handler
+    of ours would switch it off.
 
-
-def preemption() -> Preemption:
-    """Listens for SIGTERM, from here on; `requested` must then be called at every step.
-
-    With `jax.distributed` its service listens, and agrees with all hosts on a step: a handler of
-    ours would switch it off.
+    Returns:
+      Save and stop now? On all hosts alike; to be asked once at every step.
     """
     if jax.distributed.is_initialized():
-        return Preemption(multihost_utils.reached_preemption_sync_point)
+        # The service stops all at the call after the furthest one that a host had made when the
+        # signal came. It forgets a signal that came before the first call, so that is made here.
+        calls = itertools.count()
+
+        def requested() -> bool:
+            return multihost_utils.reached_preemption_sync_point(next(calls))
+
+        requested()
+        return requested
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return Preemption(lambda step: asked.is_set())
+    return asked.is_set
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which never asks whether the run is to stop.
+
+    It would ask with a step, also from its own thread when that step's save has ended: an older one
+    than the training loop's, and all hosts would agree to stop at one that the loop has passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpointer:
@@ -110,7 +127,7 @@ class Checkpointer:
         preserved: list = [policies.LatestN(keep)]
         if keep_every:
             preserved.append(policies.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.root,
             # Named, so that an empty step directory does not change how the others are read.
             item_names=("state",),

@@ -281,13 +281,13 @@ def fit(
     evaluators = evals.build(config, task.predict, mesh)
 
     checkpoint.check_workdir(workdir, config)
+    stop_requested = checkpoint.preemption()
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
     state_shapes, init = lay_out(task, tx, config, mesh)
     state, origin = checkpoint.restore_or_init(saver, config, state_shapes, init, task.load)
     start = int(state.step)
     checkpoint.prepare_workdir(workdir, config)
     program = compile_step(task, tx, config, mesh) if start < total else None
-    stop = checkpoint.preemption()
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
@@ -358,7 +358,7 @@ def fit(
                             }
                             results.write(workdir, found, about)
                     say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
-            stopping = stop.requested(step)
+            stopping = stop_requested()
             if (new and (stopping or due(step, save_every))) or (stopping and step == 0):
                 read_metrics()
                 writer.flush()

@@ -45,9 +45,9 @@ SAVE_RESTORE_STOP = """
     step, state = run.restore(single.target(4))
     print("RESTORED", step, run.all_steps(), flush=True)
 
-    stop = checkpoint.preemption()
+    stop_requested = checkpoint.preemption()
     step = 20
-    while not stop.requested(step):
+    while not stop_requested():
         # The processes wait for each other here, as they do for each other's gradients.
         multihost_utils.sync_global_devices("step")
         step += 1
