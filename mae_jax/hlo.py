@@ -20,6 +20,9 @@ FREE = re.compile(
     r"(parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|iota|"
     r"partition-id|replica-id|opt-barrier|send|recv|.*-done|async-.*)$"
 )
+SLICES = ("slice", "dynamic-slice", "gather")  # what reads as much as it gives
+# What gives back, beside its result, what it reads.
+PAIRS = ("copy-start", "all-gather-start", "collective-permute-start")
 
 
 class Array(NamedTuple):
@@ -350,8 +353,12 @@ def _main(op: Op | None) -> int:
 
 def _moved(program: Program, of: Computation, op: Op) -> int:
     called = [name for name in CALLS.findall(op.rest) if name in program.computations]
-    if op.opcode == "dynamic-slice" or op.opcode == "gather":
-        return 2 * _main(op)
+    if op.opcode.removesuffix("-start") in SLICES:
+        # One that is started gives what it slices, the slice, and a context.
+        part = op.arrays()[-2 if op.opcode.endswith("-start") else 0]
+        return part.bytes * (bool(_main(of.ops.get(op.operands[0]))) + (part.space == 0))
+    if op.opcode in PAIRS:
+        return _main(op)
     if op.opcode == "dynamic-update-slice":
         return 2 * _main(of.ops.get(op.operands[1]))
     if op.opcode != "fusion" or not called:
@@ -389,7 +396,7 @@ def _read(program: Program, inner: Computation, number: int, whole: int) -> int:
     for user in inner.users(parameter.name):
         called = CALLS.findall(user.rest)
         places = [place for place, name in enumerate(user.operands) if name == parameter.name]
-        if user.opcode in ("dynamic-slice", "gather"):
+        if user.opcode in SLICES:
             read += sum(array.bytes for array in user.arrays())
         elif user.opcode == "fusion" and places and called[0] in program.computations:
             nested = program.computations[called[0]]

@@ -224,6 +224,29 @@ ENTRY %main (stack: f32[24,64], n: s32[]) -> f32[1,64] {
     assert hlo.traffic(hlo.parse(text)) == (1 + 1 + 24) * 64 * 4
 
 
+def test_memory_traffic_of_what_is_moved_beside_other_work_counts_once():
+    text = """\
+%layer (p: f32[24,64]) -> f32[64] {
+  %p = f32[24,64]{1,0} parameter(0)
+  %cut = f32[1,64]{1,0} slice(%p), slice={[7:8], [0:64]}
+  %flat = f32[64]{0} bitcast(%cut)
+  ROOT %out = f32[64]{0} negate(%flat)
+}
+
+ENTRY %main (stack: f32[24,64]) -> f32[64] {
+  %stack = f32[24,64]{1,0} parameter(0)
+  %one = f32[64]{0} fusion(%stack), kind=kLoop, calls=%layer
+  %part = f32[2,64]{1,0} slice(%stack), slice={[0:2], [0:64]}
+  %begun = ((f32[24,64]{1,0}), f32[4,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:4]}
+  %near = f32[4,64]{1,0:S(1)} slice-done(%begun)
+  %moving = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%one)
+  ROOT %moved = f32[64]{0:S(1)} copy-done(%moving)
+}
+"""
+    # Rows read and written by the fusion, by the slice, and read by what brings them nearer.
+    assert hlo.traffic(hlo.parse(text)) == (2 + 4 + 4 + 1) * 64 * 4
+
+
 # --- estimates ---
 
 
