@@ -254,7 +254,8 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         elif kind not in KINDS:
             continue
         channel = re.search(r"channel_id=(\d+)", op.rest)
-        key = (around, channel[1] if channel else op.name)
+        spread = channel and computation != around  # others may have the channel of what they copy
+        key = (around, channel[1] if channel and spread else op.name)
         if key in seen:
             continue
         seen.add(key)

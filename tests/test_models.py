@@ -13,7 +13,7 @@ from mae_jax import flops
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import Execution, Mlp, attend, grid_of
+from mae_jax.models.vit import Execution, Mlp, Stack, attend, grid_of
 
 GRIDS = {"B/16": (14, 14), "L/16": (14, 14), "H/14": (16, 16)}
 
@@ -214,6 +214,20 @@ def test_an_mlp_keeps_one_array_as_wide_as_its_hidden_layer():
     variables = mlp.init(jax.random.key(0), x)
     kept = jax.tree.leaves(jax.vjp(mlp.apply, variables, x)[1])
     assert [k.dtype for k in kept if k.shape == (2, 5, 400)] == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_remat_computes_the_blocks_again_also_where_no_loop_is_left(unroll):
+    """XLA merges what is computed twice in one computation, unless it is kept from it."""
+
+    def flops(remat: bool) -> float:
+        stack = Stack(2, 2, 4.0, Execution(scan_unroll=unroll, remat=remat))
+        x = jnp.ones((2, 8, 16))
+        variables = stack.init(jax.random.key(0), x)
+        gradients = jax.jit(jax.grad(lambda variables: stack.apply(variables, x).sum()))
+        return gradients.lower(variables).compile().cost_analysis()["flops"]
+
+    assert flops(remat=True) > 1.1 * flops(remat=False)
 
 
 def test_logits_of_any_size_give_finite_gradients():

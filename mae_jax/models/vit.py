@@ -46,7 +46,7 @@ def layer_norm(name: str) -> nn.Module:
 
     The backward pass computes it again: of the float32 arrays inside, only its input is kept.
     """
-    norm = nn.remat(nn.LayerNorm, prevent_cse=False)
+    norm = nn.remat(nn.LayerNorm)
     return norm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
@@ -139,7 +139,7 @@ class Mlp(nn.Module):
         dtype = self.execution.dtype
         h = nn.Dense(self.hidden, dtype=dtype, kernel_init=xavier, name="fc1")(x_BND)
         fc2 = nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")
-        return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
+        return nn.remat(lambda fc2, h: fc2(gelu(h)))(fc2, h)
 
 
 class Block(nn.Module):
@@ -183,7 +183,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x_BND: Array, deterministic: bool = True) -> Array:
         ex = self.execution
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if ex.remat else Block
+        block = nn.remat(Block, static_argnums=(3,)) if ex.remat else Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
