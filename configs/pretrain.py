@@ -48,7 +48,7 @@ def get_config(arg=None):
             # How it is run; changes nothing but speed, memory and rounding.
             dtype="bfloat16",
             residual_dtype="float32",
-            scan_unroll=1,
+            scan_unroll=1,  # blocks per round of their loop; all of them: no loop
             remat=False,
             attention="xla",  # or cudnn, on NVIDIA GPUs
         )

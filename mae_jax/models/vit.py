@@ -21,7 +21,7 @@ class Execution(NamedTuple):
 
     dtype: Any = jnp.float32  # of matrix products; parameters, LayerNorm and softmax stay float32
     residual_dtype: Any = jnp.float32  # of the residual stream
-    scan_unroll: int = 1  # blocks per iteration of the loop over blocks
+    scan_unroll: int = 1  # blocks per iteration of the loop over blocks; `depth` or more: no loop
     remat: bool = False  # recompute each block in the backward pass instead of keeping its inside
     attention: Literal["xla", "cudnn"] | None = None  # of jax.nn.dot_product_attention
     constrain: Callable[[Array], Array] = lambda x: x  # applied to the stream around every block
@@ -46,7 +46,7 @@ def layer_norm(name: str) -> nn.Module:
 
     The backward pass computes it again: of the float32 arrays inside, only its input is kept.
     """
-    norm = nn.remat(nn.LayerNorm)
+    norm = nn.remat(nn.LayerNorm, prevent_cse=False)
     return norm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
@@ -139,7 +139,7 @@ class Mlp(nn.Module):
         dtype = self.execution.dtype
         h = nn.Dense(self.hidden, dtype=dtype, kernel_init=xavier, name="fc1")(x_BND)
         fc2 = nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")
-        return nn.remat(lambda fc2, h: fc2(gelu(h)))(fc2, h)
+        return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
 
 
 class Block(nn.Module):
@@ -183,9 +183,11 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x_BND: Array, deterministic: bool = True) -> Array:
         ex = self.execution
-        block = nn.remat(Block, static_argnums=(3,)) if ex.remat else Block
+        # Without a loop between them, XLA would merge what is computed again with the first time.
+        unrolled = ex.scan_unroll >= self.depth
+        again = nn.remat(Block, prevent_cse=unrolled, static_argnums=(3,))
         blocks = nn.scan(
-            block,
+            again if ex.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast),
