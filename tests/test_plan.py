@@ -88,7 +88,10 @@ to_apply=%sum
   %ring = (bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0}}
   %got = bf16[8,16]{1,0} collective-permute-done(%ring)
-  ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%after, %got)
+  %ring.2 = (bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%got), channel_id=9, source_target_pairs={{0,4},{4,0}}
+  %got.2 = bf16[8,16]{1,0} collective-permute-done(%ring.2)
+  ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%after, %got.2)
 }
 
 ENTRY %main (weight: bf16[8,16], x: f32[32,16]) -> f32[8,16] {
@@ -114,12 +117,13 @@ def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
     assert [(c.kind, c.axes, c.members, c.times, c.computed, c.payload) for c in found] == [
         ("all-gather", ("fsdp",), 4, 1, False, 32 * 16 * 2),
         ("collective-permute", ("data",), 2, 4, False, 4 * 8 * 16 * 2),
+        ("collective-permute", ("data",), 2, 4, False, 4 * 8 * 16 * 2),  # a copy, its channel too
         ("all-reduce", ("slices",), 2, 1, True, 32 * 16 * 4),
         # What a fusion is given is not followed; a sum needs it not: only gradients are summed.
         ("reduce-scatter", ("fsdp",), 4, 1, False, 32 * 16 * 4),
     ]
     # What a ring of four hands on to gather: three of four parts. Twice that to sum for all.
-    assert [c.sent for c in found] == [768, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
+    assert [c.sent for c in found] == [768, 1024, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
 
 
 @pytest.mark.parametrize(
