@@ -20,6 +20,7 @@ GIB, MIB = 2**30, 2**20
 # arXiv 2111.06377, Table 2: 800 epochs on 128 TPU v3 cores, decoder of 8 blocks.
 PAPER_HOURS = {"L/16": 15.4, "H/14": 34.5}
 DATA, REMAT = {"data": -1}, {"model.remat": True}
+DEPTHS = {"B/16": 12, "L/16": 24}
 
 
 def fsdp(size: int) -> dict[str, int]:
@@ -52,6 +53,15 @@ def entries() -> dict[str, dict]:
     for topology in ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"):
         for variant in ("B/16", "L/16", "H/14"):
             add("recipe", variant, 4096, topology, DATA)
+    # All blocks in a row, in place of a loop over them.
+    for variant, topology in (
+        ("B/16", "v5e:16x16"),
+        ("L/16", "v5e:16x16"),
+        ("L/16", "v3:8x8"),
+        ("L/16", "v4:4x4x4"),
+        ("L/16", "v6e:8x8"),
+    ):
+        add("recipe", variant, 4096, topology, DATA, {"model.scan_unroll": DEPTHS[variant]})
     # The largest, on ever more chips of the smallest kind, 8 images per chip and pass.
     for variant, topologies in (
         ("2B/14", {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16}),
@@ -146,7 +156,8 @@ of payload per device and step, read from the compiled program. Compute, memory 
 **estimates**, in milliseconds of a step, by the peaks in mae_jax/flops.py; memory traffic is
 counted op by op, as if nothing stayed on the chip between two ops. The longest of the three gives
 the hours of the roofline. 40 % MFU is an assumption. With FSDP over 64 chips or more the compiler
-gathers weights by all-reduces: there they stand among the gradients."""
+gathers weights by all-reduces: there they stand among the gradients. With scan_unroll=12 or 24 all
+blocks stand in a row; else a loop runs over them, and copies what it keeps for the backward pass."""
 
 
 def document(plans: dict[str, dict]) -> str:
