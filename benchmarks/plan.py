@@ -157,7 +157,7 @@ of payload per device and step, read from the compiled program. Compute, memory 
 counted op by op, as if nothing stayed on the chip between two ops. The longest of the three gives
 the hours of the roofline. 40 % MFU is an assumption. With FSDP over 64 chips or more the compiler
 gathers weights by all-reduces: there they stand among the gradients. With scan_unroll=12 or 24 all
-blocks stand in a row; else a loop runs over them, and copies what it keeps for the backward pass."""
+blocks stand in a row; else a loop runs over them, and copies what it keeps for the way back."""
 
 
 def document(plans: dict[str, dict]) -> str:
