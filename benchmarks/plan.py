@@ -14,13 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from configs.common import model_sizes
+
 HERE = Path(__file__).parent
 KEPT = HERE / "plan.json"
 GIB, MIB = 2**30, 2**20
 # arXiv 2111.06377, Table 2: 800 epochs on 128 TPU v3 cores, decoder of 8 blocks.
 PAPER_HOURS = {"L/16": 15.4, "H/14": 34.5}
 DATA, REMAT = {"data": -1}, {"model.remat": True}
-DEPTHS = {"B/16": 12, "L/16": 24}
 
 
 def fsdp(size: int) -> dict[str, int]:
@@ -61,7 +62,8 @@ def entries() -> dict[str, dict]:
         ("L/16", "v4:4x4x4"),
         ("L/16", "v6e:8x8"),
     ):
-        add("recipe", variant, 4096, topology, DATA, {"model.scan_unroll": DEPTHS[variant]})
+        every = {"model.scan_unroll": model_sizes(variant)["depth"]}
+        add("recipe", variant, 4096, topology, DATA, every)
     # The largest, on ever more chips of the smallest kind, 8 images per chip and pass.
     for variant, topologies in (
         ("2B/14", {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16}),

@@ -253,9 +253,9 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             kind = between[1].lower().replace("_", "-")
         elif kind not in KINDS:
             continue
-        channel = re.search(r"channel_id=(\d+)", op.rest)
-        spread = channel and computation != around  # others may have the channel of what they copy
-        key = (around, channel[1] if channel and spread else op.name)
+        # What is spread over fusions has one channel; in a row, copies share theirs.
+        channel = computation != around and re.search(r"channel_id=(\d+)", op.rest)
+        key = (around, channel[1] if channel else op.name)
         if key in seen:
             continue
         seen.add(key)
@@ -264,7 +264,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         arrays = op.arrays()
         if op.opcode == "send":
             arrays = arrays[:1]  # data, context, token
-        elif op.opcode in ("all-gather-start", "collective-permute-start"):
+        elif op.opcode in PAIRS:
             arrays = arrays[len(op.operands) : 2 * len(op.operands)]  # operands, results, handles
         elif kind == "reduce-scatter":
             arrays = [array for name in op.operands for array in of.ops[name].arrays()]

@@ -185,9 +185,9 @@ class Stack(nn.Module):
         ex = self.execution
         # Without a loop between them, XLA would merge what is computed again with the first time.
         unrolled = ex.scan_unroll >= self.depth
-        again = nn.remat(Block, prevent_cse=unrolled, static_argnums=(3,))
+        block = nn.remat(Block, prevent_cse=unrolled, static_argnums=(3,)) if ex.remat else Block
         blocks = nn.scan(
-            again if ex.remat else Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast),
