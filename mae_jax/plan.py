@@ -73,7 +73,7 @@ def topology(name: str, slices: int = 1) -> Topology:
       ValueError: there is no such topology; the nearest names are given.
     """
     kind, _, shape = name.partition(":")
-    sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"[\dx]*\d", shape) else []
+    sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     whole = kind in SHAPES and len(sides) == SHAPES[kind][0].count("x") + 1
     counted = kind in ("cpu", "gpu", *GPUS) and len(sides) == 1
     if not (whole or counted) or 0 in sides:

@@ -124,7 +124,7 @@ class Model:
                 "these weights have no decoder, so that nothing can be reconstructed: take a file"
                 " with one, such as mae_pretrain_vit_base_full.pth"
             )
-        network = mae.MAE(self._encoder(), self._decoder())
+        network = mae.MAE(self._encoder(), self._decoder(), s.tokens_in_encoder)
         pred_BLP = jnp.asarray(network.apply({"params": params}, self.patches(images), mask))
         levels_BLP = pixels.predicted_levels(
             pred_BLP,
@@ -227,7 +227,7 @@ def open_weights(
     path: str | os.PathLike,
     *,
     part: str = "all",
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     file_image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     heads: int | None = None,
@@ -241,7 +241,8 @@ def open_weights(
 
     Args:
       part: "all" or "encoder".
-      image_size: (height, width) to make a model for; the positions are resized.
+      image_size: (height, width), or the side of a square, to make a model for; the positions,
+        fixed or trained, are resized as the official fine-tuning does it.
       file_image_size: that of the file, where its patches are not in a square.
       channels: of images to make a model for; the patch embedding is adapted. Encoder only.
       heads, decoder_heads, target, mean, std: where the file does not say.
@@ -250,30 +251,41 @@ def open_weights(
     Raises:
       ValueError: it cannot be read, a tensor is missing or does not fit, or one is left over.
     """
-    path = Path(path)
+    place = epath.Path(path)  # a workdir may be in a bucket
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
     if part not in ("all", "encoder"):
         raise ValueError(f"part={part!r} is unknown: choose all or encoder")
     if target not in (None, "pixels", "norm_pixels"):
         raise ValueError(f"target={target!r} is unknown: choose pixels or norm_pixels")
-    if _is_ours(path):
-        spec, params, report, about = _open_ours(path)
+    try:
+        ours = _is_ours(place)
+    except ImportError as error:  # gcsfs or s3fs
+        raise ValueError(f"{place} cannot be opened: {error}") from error
+    if ours:
+        spec, params, report, about = _open_ours(place)
         if part == "encoder":
             spec, params = _encoder_only(spec), {"encoder": params["encoder"]}
+    elif "://" in str(place):
+        raise ValueError(
+            f"{place} is no workdir of this project; other files are read from local disks only:"
+            " copy it first"
+        )
     else:
-        file = read.open_file(path)
-        about = {"origin": f"{path.name} ({file.source})"}
+        file = read.open_file(place)
+        about = {"origin": f"{place.name} ({file.source})"}
         spec, notes = read.infer(
             file,
             heads=heads,
             decoder_heads=decoder_heads,
             image_size=file_image_size,
             target=target,
-            name=path.name,
+            name=place.name,
         )
         left = read.unused(file, spec)
         if left and not allow_unused:
             raise ValueError(
-                f"{path} has {len(left)} tensors that {file.source} has no place for:"
+                f"{place} has {len(left)} tensors that {file.source} has no place for:"
                 f" {', '.join(left[:8])}{', ...' * (len(left) > 8)}. If they are not needed, say"
                 " allow_unused"
             )
@@ -284,7 +296,7 @@ def open_weights(
             notes.append(f"part=encoder: {dropped} tensors of decoder and head left out")
             whole -= dropped
         params, spec = names.to_ours(file.state, spec, file.family)
-        report = [f"{path}: {file.source}", f"matched: {whole} tensors", *file.notes, *notes]
+        report = [f"{place}: {file.source}", f"matched: {whole} tensors", *file.notes, *notes]
         if left:
             report.append(f"unused: {', '.join(left)}")
         absent = [
@@ -329,16 +341,20 @@ def _encoder_only(spec: Spec) -> Spec:
 
 
 def _resized(spec: Spec, params: dict, size: tuple[int, int]) -> tuple[Spec, dict, list[str]]:
-    """For images of another size: fixed positions are computed anew, trained ones resized."""
+    """For images of another size. A fixed table, resized, is no fixed one any more."""
     grid = grid_of(size, spec.patch)
     lines = []
     params = {key: dict(value) for key, value in params.items()}
-    for side in ("encoder", "decoder"):
-        if "pos_embed" in params.get(side, {}):
-            table = jnp.asarray(params[side]["pos_embed"])
+    for side, width in (("encoder", spec.width), ("decoder", spec.decoder_width)):
+        if width:
+            table = params[side].get("pos_embed")
+            table = jnp.asarray(
+                posemb.sincos_2d(width, spec.grid)[None] if table is None else table
+            )
             params[side]["pos_embed"] = np.asarray(posemb.resize(table, spec.grid, grid))
             lines.append(f"resized: {side}/pos_embed, {spec.grid} -> {grid} patches")
-    return spec._replace(grid=grid), params, lines
+    spec = spec._replace(grid=grid, positions=True, decoder_positions=spec.decoder_width > 0)
+    return spec, params, lines
 
 
 def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
@@ -359,12 +375,12 @@ def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
     return spec._replace(channels=channels, mean=mean, std=std), params
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: epath.Path) -> bool:
     return path.is_dir() and any((path / x).is_dir() for x in ("checkpoints", "state"))
 
 
-def _open_ours(path: Path) -> Weights:
-    step = Path(checkpoint.find(path, "init_from"))
+def _open_ours(path: epath.Path) -> Weights:
+    step = checkpoint.find(path, "init_from")
     folders = (step, step.parent, step.parent.parent)
     configs = [folder / "config.json" for folder in folders if (folder / "config.json").exists()]
     if not configs:
@@ -401,7 +417,7 @@ def _open_ours(path: Path) -> Weights:
     return Weights(_spec_of(flat, common), unflatten(flat), report, about)
 
 
-def _read(step: Path) -> dict[str, np.ndarray]:
+def _read(step: epath.Path) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint by their paths, a few at a time.
 
     Of all that Orbax is asked for it holds the decoded chunks beside the result.
@@ -448,6 +464,7 @@ def _spec_of(flat: Mapping[str, np.ndarray], common: Mapping[str, Any]) -> Spec:
         hidden=hidden,
         positions="encoder/pos_embed" in flat,
         decoder_positions="decoder/pos_embed" in flat,
+        tokens_in_encoder="encoder/mask_token" in flat,
         **common,
         **more,
     )

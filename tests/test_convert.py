@@ -200,6 +200,40 @@ def test_half_precision_is_read_as_float32_and_said(tmp_path):
     assert any("float16" in line for line in weights.report)
 
 
+def test_fixed_positions_are_known_in_half_precision(tmp_path):
+    half = {k: x.astype(np.float16) for k, x in STATE.items()}
+    spec = open_weights(official(tmp_path / "a.pth", half), **HEADS).spec
+    assert not (spec.positions or spec.decoder_positions)
+    half["pos_embed"] = half["pos_embed"] + np.float16(0.01)
+    spec = open_weights(official(tmp_path / "b.pth", half), **HEADS).spec
+    assert spec.positions and not spec.decoder_positions
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config", {"hidden_act": "relu"}, "hidden_act is 'relu', and only gelu"),
+        ("config", {"image_size": "32"}, "image_size is '32'"),
+        ("config", {"image_size": [32, 32, 3]}, "image_size is .32, 32, 3."),
+        ("config", {"mask_ratio": "x"}, "mask_ratio is 'x'"),
+        ("preprocessor_config", {"image_mean": 0.5}, "mean is 0.5"),
+        ("preprocessor_config", {"image_std": ["a"]}, "std is .'a'."),
+        ("config", {"mask_ratio": None}, None),
+        ("preprocessor_config", {"image_mean": None, "image_std": None}, None),
+    ],
+)
+def test_what_a_hugging_face_config_says_is_checked(file, change, words, tmp_path):
+    source, out = official(tmp_path / "a.pth"), tmp_path / "hf"
+    convert.main([str(source), str(out), "--to=hf", *FLAGS])
+    wanted, path = open_weights(out), out / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if words is None:
+        assert open_weights(out).spec == wanted.spec
+    else:
+        with pytest.raises(ValueError, match=words):
+            open_weights(out)
+
+
 def test_another_image_size_and_other_channels(tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = {"pos_embed": rng.normal(size=STATE["pos_embed"].shape).astype(np.float32)}
@@ -249,16 +283,18 @@ def test_objects_of_a_pickle_cannot_change_the_program(tmp_path):
 
 
 def test_a_training_checkpoint_tells_its_target(tmp_path):
+    # As timm's and the official scripts write their arguments: with None, and with paths.
+    arguments = argparse.Namespace(norm_pix_loss=False, mean=None, std=None, output=Path("a/b"))
     source = official(tmp_path / "a.pth")
     stream = zipfile.ZipFile(source).read("archive/data.pkl")
-    namespace = b"X\x04\x00\x00\x00argscargparse\nNamespace\n)\x81}X\x0d\x00\x00\x00norm_pix_loss"
-    both = stream[:-1] + namespace + b"\x89sbsX\x09\x00\x00\x00optimizer}s."
+    namespace = b"X\x04\x00\x00\x00args" + pickle.dumps(arguments, 2)[2:-1]
+    both = stream[:-1] + namespace + b"sX\x09\x00\x00\x00optimizer}s."
     with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
         for info in zipfile.ZipFile(source).infolist():
             content = zipfile.ZipFile(source).read(info)
             archive.writestr(info.filename, both if info.filename.endswith("pkl") else content)
     weights = open_weights(tmp_path / "b.pth", **HEADS)
-    assert weights.spec.target == "pixels"
+    assert (weights.spec.target, weights.spec.mean) == ("pixels", (0.485, 0.456, 0.406))
     assert "training checkpoint" in weights.report[0]
 
 
@@ -288,6 +324,7 @@ def damaged(path: Path, kind: str) -> Path:
     else:
         changes = {
             "missing": {"blocks.1.attn.proj.weight": None},
+            "gap": {"blocks.300000.norm1.weight": np.zeros(3, np.float32)},
             "extra": {"blocks.0.attn.rogue": np.zeros(3, np.float32)},
             "off by one": {"blocks.1.norm1.bias": np.zeros(META["embed_dim"] + 1, np.float32)},
             "integers": {"norm.weight": np.zeros(META["embed_dim"], np.int64)},
@@ -314,6 +351,7 @@ def damaged(path: Path, kind: str) -> Path:
         ("bomb", "has compressed parts"),
         ("cut safetensors", "ends 100 bytes after the file"),
         ("missing", "partial load: blocks.1.attn.proj.weight"),
+        ("gap", "blocks has 3 layers, and they are not numbered from 0"),
         ("extra", "no place for: blocks.0.attn.rogue"),
         ("off by one", r"blocks.1.norm1.bias has shape \(65,\) where \(64,\)"),
         ("integers", "norm.weight holds int64"),

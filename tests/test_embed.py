@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,22 @@ def test_what_is_complete_is_not_done_again_and_what_is_other_is_kept(folder, tm
     with pytest.raises(ValueError, match="is there already"):
         run(out, folder, "--feature=mean")
     assert out.read_bytes() == before
+
+
+def test_another_folder_with_the_same_names_is_another_plan(folder, tmp_path, monkeypatch):
+    out, other = tmp_path / "a.npz", tmp_path / "other"
+    shutil.copytree(folder, other)
+    run(out, folder)
+    with pytest.raises(ValueError, match="is there already"):
+        run(out, other)
+    (folder / "list.txt").write_text("cat/0.png\n")
+    for place in (folder, other):
+        monkeypatch.chdir(place)
+        (place / "list.txt").write_text("cat/0.png\n")
+        if place == folder:
+            run(tmp_path / "b.npz", "list.txt")
+    with pytest.raises(ValueError, match="is there already"):
+        run(tmp_path / "b.npz", "list.txt")
 
 
 def test_shards_of_two_hosts_are_disjoint_and_complete(folder, tmp_path):

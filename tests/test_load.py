@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 import mae_jax
 from configs import quickstart
 from mae_jax import checkpoint, pretrained
+from mae_jax.commands import convert
 from mae_jax.interop import pth
-from mae_jax.models import masking
+from mae_jax.models import masking, posemb
 from mae_jax.models.posemb import sincos_2d
 from mae_jax.pretrained import Model
 from mae_jax.tasks.pretrain import make_task
@@ -107,13 +108,25 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
     assert step.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, again, loaded))
 
 
-def test_fixed_positions_of_another_size_are_computed_anew(tmp_path):
+def test_positions_of_another_size_are_resized_fixed_ones_too(tmp_path):
     path = official(tmp_path / "a.pth", "mae_tiny.npz")
-    patch = META["patch"]
+    patch, side = META["patch"], META["img"] // META["patch"]
     model, params = mae_jax.load(path, image_size=(patch * 3, patch * 5), **HEADS)
     assert model.spec.grid == (3, 5)
-    images = np.zeros((1, patch * 3, patch * 5, 3), np.uint8)
-    assert model.encode(params, images).shape[1] == 16
+    for name, width in (("encoder", META["embed_dim"]), ("decoder", META["dec_dim"])):
+        table = jnp.asarray(sincos_2d(width, (side, side)))[None]
+        resized = posemb.resize(table, (side, side), (3, 5))
+        np.testing.assert_array_equal(params[name]["pos_embed"], resized)
+    images = np.random.default_rng(0).integers(0, 256, (1, patch * 3, patch * 5, 3), np.uint8)
+    tokens = model.encode(params, images)
+    assert tokens.shape[1] == 16
+    encoder, decoder = params["encoder"], params["decoder"]
+    other = params | {"encoder": encoder | {"pos_embed": encoder["pos_embed"] + 1}}
+    assert not np.allclose(model.encode(other, images), tokens)
+    other = params | {"decoder": decoder | {"pos_embed": decoder["pos_embed"] + 1}}
+    drawn = [model.reconstruct(p, images, jax.random.key(0)).pred_BLP for p in (params, other)]
+    assert not np.allclose(*drawn)
+    assert mae_jax.load(path, image_size=patch * 3, **HEADS)[0].spec.grid == (3, 3)
     with pytest.raises(ValueError, match="whole number of patches"):
         mae_jax.load(path, image_size=(patch * 3 + 1, patch * 5), **HEADS)
 
@@ -131,6 +144,36 @@ def test_a_file_with_another_than_a_square_of_patches(tmp_path):
     size = (META["patch"] * 2, META["patch"] * 5)
     model, _ = mae_jax.load(tmp_path / "b.pth", file_image_size=size, **HEADS)
     assert model.spec.grid == (2, 5) and model.spec.positions
+
+
+def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):
+    config = ConfigDict(quickstart.get_config())
+    config.masking.tokens_in_encoder = True
+    task = make_task(config)
+    params, _ = task.init(jax.random.key(0))
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(0, {"params": params})
+    saver.close()
+    checkpoint.prepare_workdir(tmp_path, config)
+    model, loaded = mae_jax.load(tmp_path)
+    shape = (2, *config.model.image_size, config.model.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
+    theirs = task.predict["reconstruction"](params, {}, batch)
+    kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
+    exact = Model(model.spec, pretrained.Execution(jnp.dtype(config.model.dtype)))
+    ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
+    np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
+    for to in ("official", "hf"):
+        with pytest.raises(ValueError, match="convert with --part=encoder"):
+            convert.main([str(tmp_path), str(tmp_path / "out"), f"--to={to}"])
+        out = tmp_path / f"encoder_{to}"
+        assert convert.main([str(tmp_path), str(out), f"--to={to}", "--part=encoder"]) == 0
+
+
+def test_a_bucket_is_not_taken_for_a_local_path():
+    with pytest.raises(ValueError, match="gs://nowhere/a.pth cannot be opened.*gcsfs"):
+        mae_jax.load("gs://nowhere/a.pth")
 
 
 def test_what_the_weights_have_not_is_said(tmp_path):

@@ -415,6 +415,8 @@ def test_slices_are_outermost_on_the_data_axis():
         ("v4:4x4", "nearest: v4:"),
         ("v5litepod-16", "its chips are v5e:4x4"),
         ("cpu:none", "cpu:8"),
+        ("v5e:4xx4", "nearest: v5e:4x"),
+        ("v5e:x4x4", "nearest: v5e:4x"),
     ],
 )
 def test_an_unknown_topology_is_answered_with_the_nearest(topology, said):
@@ -436,6 +438,7 @@ def test_without_the_compiler_for_tpus_the_way_to_get_it_is_said(monkeypatch):
         (["--topology=cpu:8", "--mfu=40"], "--mfu=40"),
         (["--topology=cpu:8", "--num_slices=2"], "more than one of TPUs only"),
         (["--topology=cpu:8", "--workdir=here"], "--workdir has no meaning"),
+        (["--topology=cpu:8", "--json=nowhere/plan.json"], "there is no such folder"),
         ([], "--topology=NAME is missing"),
     ],
 )
@@ -452,3 +455,18 @@ def test_a_dataset_that_is_not_there_needs_its_number_of_examples(tmp_path):
         command.without_data(config, None, None)
     command.without_data(config, 1000, 10)
     assert make_task(config).num_examples == 1000
+    config.data.source, config.data.split = "imagenet2012", "train"
+    assert command.without_data(config, None, 21841) == 1281167
+    assert config.data.source == "counted:1281167:21841"
+
+
+def test_the_mesh_of_a_config_file_is_planned_for(tmp_path, capsys):
+    file = tmp_path / "fork.py"
+    file.write_text(
+        "from configs.pretrain import get_config as recipe\n\n\n"
+        "def get_config(arg=None):\n"
+        "    config = recipe(arg)\n    config.mesh.fsdp = 4\n    return config\n"
+    )
+    argv = [f"--config={file}:image_size=32,batch_size=64", *TINY[1:], "--topology=cpu:8"]
+    _, [result], _ = run(argv, tmp_path, capsys)
+    assert result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}

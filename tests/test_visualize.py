@@ -176,12 +176,14 @@ def test_pdf(tmp_path):
         (["a.txt"], "a.txt cannot be read"),
         (["nowhere"], "nowhere"),
         ([], "IMAGES and --out=DIR are wanted"),
+        (["a.png", "--neighbours=."], "has 2 images: name the one"),
     ],
 )
 def test_mistakes_leave_nothing_behind(arguments, words, tmp_path, monkeypatch):
     photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("no image")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         visualize.main([str(WEIGHTS), *arguments, "--out=out"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt", "b.png"]

@@ -12,7 +12,7 @@ mae-jax convert INPUT OUTPUT --to=ours|official|timm|hf [FLAG ...]
 
 INPUT, whose format is found out: an official .pth (encoder, full, visualize, fine-tuned, linear
 probe, training checkpoint), a Hugging Face ViTMAE or ViT directory, a timm .safetensors or .pth, a
-workdir of this project or one of its checkpoints. Nothing in a file is ever run.
+workdir of this project or one of its checkpoints, also in a bucket. Nothing in a file is ever run.
 OUTPUT, by --to:
     ours      a workdir, for --config.init_from=OUTPUT and mae_jax.load
     official  a .pth with the official names
@@ -22,7 +22,7 @@ OUTPUT, by --to:
 FORMATS = ("ours", "official", "timm", "hf")
 
 
-def parse(argv: list[str]) -> tuple[Path, Path, flags.FlagValues]:
+def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     """Input, output and options.
 
     Raises:
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> tuple[Path, Path, flags.FlagValues]:
         raise SystemExit(0)
     if len(rest) != 2 or values.to is None:
         raise ValueError(f"INPUT, OUTPUT and --to are wanted\n{USAGE}")
-    return Path(rest[0]), Path(rest[1]), values
+    return rest[0], Path(rest[1]), values
 
 
 def options(values: flags.FlagValues) -> dict[str, Any]:

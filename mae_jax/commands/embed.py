@@ -390,7 +390,9 @@ def main(argv: list[str]) -> int:
             "batch_size": batch_size,
         }
     first, last = (len(source) * i // hosts for i in (host, host + 1))
-    plan = plan | {"first": first, "last": last}
+    # Names are relative to a folder, which hosts may mount at different places.
+    place = os.path.abspath(os.path.join(getattr(source, "root", ""), names[0]))
+    plan = plan | {"first": first, "last": last, "from": place}
     unfinished = resume(out, plan)
     if unfinished is None:
         print(f"{out} is complete: nothing to do")

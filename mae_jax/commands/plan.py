@@ -26,8 +26,8 @@ Compiles the training step ahead of time and reads the program. Nothing is measu
   --num_classes    of its labels, likewise
   --cache          folder of plans made before (default ~/.cache/mae_jax/plans)
 
-Without --config.mesh.AXIS=N the first mesh that fits is taken: data-parallel, then FSDP over more
-and more chips. The status is 1 if a plan does not fit.
+The mesh is that of the config or of --config.mesh.AXIS=N; where none is given, the first that fits:
+data-parallel, then FSDP over more and more chips. The status is 1 if a plan does not fit.
 """
 # tfds has these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
 PUBLISHED = {"imagenet2012": {"train": (1_281_167, 1000), "validation": (50_000, 1000)}}
@@ -56,6 +56,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ValueError("--topology=NAME is missing, such as --topology=v5e:16x16 or cpu:8")
     if not 0 < values.mfu <= 1:
         raise ValueError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
+    if values.json and not Path(values.json).absolute().parent.is_dir():
+        raise ValueError(f"--json={values.json}: there is no such folder")
     for name in ("workdir", "coordinator", "num_hosts", "host"):
         if values[name].value is not None:
             raise ValueError(f"--{name} has no meaning for a plan, which runs nothing")
@@ -70,7 +72,7 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
     """
     from mae_jax.data import sources
 
-    data = config.data
+    data, given = config.data, classes
     if examples is None:
         try:
             source = sources.open_source(data.source, data.split, data.data_dir)
@@ -83,6 +85,7 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
                     " known: give --num_examples=N, and --num_classes=N if it has labels"
                 ) from error
             examples, classes = published
+        classes = given or classes
     with config.unlocked():
         data.source, data.split = f"counted:{examples}:{classes or 0}", ""
     return examples
@@ -261,7 +264,8 @@ def main(argv: list[str]) -> int:
     from mae_jax import plan
 
     places = [plan.topology(name, values.num_slices) for name in values.topology]
-    given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
+    asked = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
+    given = asked or dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
     make_task = importlib.import_module(f"mae_jax.tasks.{config.task}").make_task
     folder, console = Path(values.cache).expanduser(), Console(stderr=True, highlight=False)

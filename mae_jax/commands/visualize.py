@@ -297,6 +297,11 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
         )
     if values.neighbours:
         _, query = read_images([values.neighbours], values, spec.image_size, spec.channels)
+        if len(query) != 1:
+            raise ValueError(
+                f"--neighbours={values.neighbours} has {len(query)} images: name the one whose"
+                " neighbours are wanted"
+            )
         features = encode(model, params, np.concatenate([query, images]))[:, 0]
         found = nearest_images(features[1:], features[0], 6)
         pictures["neighbours"] = sheet(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -38,6 +39,7 @@ class Spec(NamedTuple):
     pool: str = "cls"  # of a classifier: "avg" or "cls"
     positions: bool = False  # the encoder's position table is a parameter, not sine-cosine
     decoder_positions: bool = False
+    tokens_in_encoder: bool = False  # the encoder has the mask token, see `mae.MAE`
     target: str = "norm_pixels"  # of the decoder
     mask_ratio: float = 0.75
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of the images' channels, at 0..1
@@ -210,10 +212,14 @@ def to_ours(state: Mapping[str, np.ndarray], spec: Spec, family: Family) -> tupl
             f" {_some(missing)}"
         )
     flat: dict[str, np.ndarray] = {}
+    fixed = {"encoder": True, "decoder": True}
     for entry in wanted:
         if entry.names[0] not in state:
             continue  # a fixed position table, which we compute
         x = tensor = _read(state, entry)
+        side, _, last = entry.path.partition("/")
+        if last == "pos_embed":
+            fixed[side] = not (side == "encoder" and spec.classes) and is_sincos(x, spec.grid)
         sizes = {k: v for k, v in entry.sizes.items() if _names(k, entry.theirs)}
         x = rearrange(x, f"{entry.theirs} -> {entry.ours}", **sizes)
         if entry.layer is None:
@@ -229,11 +235,6 @@ def to_ours(state: Mapping[str, np.ndarray], spec: Spec, family: Family) -> tupl
             raise ValueError(
                 f"{path} has values that are not finite: the file's weights are broken"
             )
-    fixed = {}
-    for side in ("encoder", "decoder"):
-        table = flat.get(f"{side}/pos_embed")
-        trained = side == "encoder" and bool(spec.classes)
-        fixed[side] = table is None or (not trained and is_sincos(table, spec.grid))
     for side, is_fixed in fixed.items():
         if is_fixed and f"{side}/pos_embed" in flat:
             del flat[f"{side}/pos_embed"]
@@ -260,7 +261,15 @@ def to_theirs(params: Mapping, spec: Spec, family: Family) -> dict[str, np.ndarr
     """The exact inverse of `to_ours`: float32, in the order of the table; positions written out.
 
     The tensors are views of the parameters, so that no second copy of the network is made.
+
+    Raises:
+      ValueError: a decoder without a mask token, which those families do not know.
     """
+    if spec.tokens_in_encoder and spec.decoder_width:
+        raise ValueError(
+            "these weights are of a run with masking.tokens_in_encoder: their decoder has no mask"
+            " token, which other formats need. Convert with --part=encoder, or --to=ours"
+        )
     flat = flatten(params)
     state = {}
     for entry in entries(spec, family):
@@ -277,11 +286,12 @@ def to_theirs(params: Mapping, spec: Spec, family: Family) -> dict[str, np.ndarr
 
 
 def is_sincos(table_1ND: np.ndarray, grid: tuple[int, int]) -> bool:
-    """Whether a position table is the fixed one, but for rounding."""
+    """Whether a position table is the fixed one, but for rounding to its own type."""
     width = table_1ND.shape[-1]
     if width % 4 or table_1ND.shape[1] != 1 + math.prod(grid):
         return False
-    return bool(np.abs(table_1ND[0].astype(np.float32) - sincos_2d(width, grid)).max() < 1e-5)
+    rounding = max(1e-5, float(jnp.finfo(table_1ND.dtype).eps))
+    return bool(np.abs(table_1ND[0].astype(np.float32) - sincos_2d(width, grid)).max() < rounding)
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """PyTorch's .pth files, without PyTorch and without running anything that is in them.
 
 Such a file is a zip archive: `data.pkl`, a pickle of the structure, and each storage as raw bytes,
-uncompressed. The pickle is read by an unpickler that knows four names, makes objects without
+uncompressed. The pickle is read by an unpickler that knows few names, makes objects without
 behaviour from them, and refuses every other.
 """
 
@@ -135,6 +135,9 @@ class _Reader(pickle.Unpickler):
             ("argparse", "Namespace"): Namespace,
             ("torch._utils", "_rebuild_tensor_v2"): rebuild,
         }
+        # Paths among a run's arguments. Text is what they are made of and all that is kept.
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            self._known["pathlib", name] = lambda *parts: "/".join(map(str, parts))
         self._known |= {("torch", name): dtype for name, dtype in STORAGES.items()}
 
     def find_class(self, module: str, name: str) -> Any:

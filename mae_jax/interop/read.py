@@ -80,8 +80,9 @@ def open_file(path: str | Path) -> File:
             config.get("model_type", ""), "ViT names"
         )
         notes += _epsilon(config)
-        if "image_mean" in image:
-            config |= {"mean": tuple(image["image_mean"]), "std": tuple(image["image_std"])}
+        if activation := {config.get("hidden_act", "gelu")} - {"gelu"}:
+            raise ValueError(f"{path}: hidden_act is {activation.pop()!r}, and only gelu is known")
+        config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
         return File(renamed, "hf", config, source, notes)
     if "cls_token" in state and "patch_embed.proj.weight" in state:
         if "head.1.weight" in state:
@@ -226,7 +227,9 @@ def infer(
 
     def depth(stem: str) -> int:
         found = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(stem)}\.(\d+)\.", key))}
-        return max(found) + 1 if found else 0
+        if found != set(range(len(found))):
+            raise ValueError(f"{stem} has {len(found)} layers, and they are not numbered from 0")
+        return len(found)
 
     embed = "vit.embeddings.patch_embeddings.projection.weight"
     width, channels, *patch = shape("patch_embed.proj.weight", embed, 4)
@@ -261,12 +264,15 @@ def infer(
         )
         target, told = _target(target, config, name)
         notes += told
-        spec = spec._replace(target=target, mask_ratio=float(config.get("mask_ratio", 0.75)))
+        spec = spec._replace(target=target, mask_ratio=_ratio(config.get("mask_ratio")))
     head = "classifier.weight" if hf else "head.weight"
     if head in state:
         pool = "avg" if "fc_norm.weight" in state else "cls"
         spec = spec._replace(classes=shape("head.weight", head, 2)[0], pool=pool)
-    spec = spec._replace(mean=config.get("mean", spec.mean), std=config.get("std", spec.std))
+    spec = spec._replace(
+        mean=_numbers("mean", config.get("mean"), spec.mean),
+        std=_numbers("std", config.get("std"), spec.std),
+    )
     if len(spec.mean) != channels:
         notes.append(f"mean and std of {channels} channels are not known: taken as 0.5 and 0.25")
         spec = spec._replace(mean=(0.5,) * channels, std=(0.25,) * channels)
@@ -281,6 +287,23 @@ def unused(file: File, spec: Spec) -> list[str]:
     """Names of the file that the network has no place for."""
     known = {name for entry in entries(spec, file.family) for name in entry.names}
     return [name for name in file.state if name not in known]
+
+
+def _ratio(given: Any) -> float:
+    if given is None:
+        return Spec._field_defaults["mask_ratio"]
+    if not isinstance(given, float) or not 0 < given < 1:
+        raise ValueError(f"the file's mask_ratio is {given!r}, not a number between 0 and 1")
+    return given
+
+
+def _numbers(what: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    if given is None:  # timm's arguments say None for its own default
+        return default
+    try:
+        return tuple(float(x) for x in given)
+    except (TypeError, ValueError):
+        raise ValueError(f"the file's {what} is {given!r}, not a number for each channel") from None
 
 
 def _heads(what: str, width: int, given: Any, published: Mapping[int, int]) -> int:
@@ -298,7 +321,14 @@ def _grid(state: Mapping, spec: Spec, hf: bool, size: Any) -> tuple[tuple[int, i
     """Rows and columns of patches: as the image size says, else square, else as the positions."""
     key = "vit.embeddings.position_embeddings" if hf else "pos_embed"
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        sides = [size, size] if isinstance(size, int) else size
+        if not (
+            isinstance(sides, list | tuple)
+            and len(sides) == 2
+            and all(isinstance(side, int) for side in sides)
+        ):
+            raise ValueError(f"the file's image_size is {size!r}: give image_size")
+        height, width = sides
         grid = height // spec.patch[0], width // spec.patch[1]
         if key in state and state[key].shape[1] != 1 + math.prod(grid):
             raise ValueError(

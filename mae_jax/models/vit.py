@@ -266,6 +266,11 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
     Raises:
       ValueError: the image is not a whole number of patches.
     """
+    if len(image_size) != 2 or len(patch_size) != 2:
+        raise ValueError(
+            f"image_size={tuple(image_size)} and patch_size={tuple(patch_size)} are written as"
+            " (height, width), such as (224, 224) and (16, 16)"
+        )
     for side, image, patch in zip(("high", "wide"), image_size, patch_size, strict=True):
         if patch < 1 or image < patch or image % patch:
             below = max(image // max(patch, 1), 1) * patch
