@@ -165,7 +165,7 @@ def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
     np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
     for to in ("official", "hf"):
-        with pytest.raises(ValueError, match="convert with --part=encoder"):
+        with pytest.raises(ValueError, match="Convert with --part=encoder"):
             convert.main([str(tmp_path), str(tmp_path / "out"), f"--to={to}"])
         out = tmp_path / f"encoder_{to}"
         assert convert.main([str(tmp_path), str(out), f"--to={to}", "--part=encoder"]) == 0
