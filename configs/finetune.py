@@ -29,7 +29,7 @@ from configs.pretrain import get_config as recipe
 FINETUNE = {
     12: dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1),
     24: dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    32: dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    32: dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3, mix_group=16),
 }
 SCRATCH = {
     12: dict(epochs=300, drop_path=0.1),
@@ -80,7 +80,8 @@ def get_config(arg=None):
         dict(
             mixup=0.8,  # alpha; 0 = none
             cutmix=1.0,
-            group=min(32, batch_size),  # images that are mixed with each other by one draw
+            # images that are mixed with each other by one draw: those of an official GPU
+            group=min(size.get("mix_group", 32), batch_size),
         )
     )
     config.ema = 0.9999 if scratch else 0.0  # share of the averaged weights that stays; 0 = none

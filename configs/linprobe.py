@@ -94,7 +94,8 @@ def get_config(arg=None):
         for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
             value = found["model"][key]
             config.model[key] = tuple(value) if isinstance(value, list) else value
-        config.data.update(mean=tuple(found["data"]["mean"]), std=tuple(found["data"]["std"]))
     else:
         config.model.update(model_sizes(args["variant"] or "B/16"))
+    if found is not None:
+        config.data.update(mean=tuple(found["data"]["mean"]), std=tuple(found["data"]["std"]))
     return config

@@ -8,11 +8,9 @@ docstring is its description.
 import ast
 import difflib
 import importlib
-import linecache
 import os
 import pkgutil
 import sys
-import traceback
 from pathlib import Path
 
 from mae_jax import __version__, commands
@@ -42,14 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(f"{commands.__name__}.{name}").main(rest) or 0
-    except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells report it
-    except ValueError as error:
-        if os.environ.get("MAE_JAX_TRACEBACK") or not _raised_here(error):
+    except (ValueError, KeyboardInterrupt) as error:
+        if (status := commands.explain(name, error)) is None:
             raise
-        print(f"mae-jax {name}: {error}", file=sys.stderr)
-        print("(MAE_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
-        return 2
+        return status
 
 
 def descriptions() -> dict[str, str]:
@@ -62,17 +56,6 @@ def descriptions() -> dict[str, str]:
             lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
             found[module.name] = lines[0] if lines else ""
     return found
-
-
-def _raised_here(error: ValueError) -> bool:
-    """Whether a `raise` of this package made the error: a check, in words for the user.
-
-    One that came out of Python, JAX or another library is a bug, and a bug needs its traceback.
-    """
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    statement = linecache.getline(frame.f_code.co_filename, line).strip()
-    return package == "mae_jax" and statement.startswith("raise ")
 
 
 if __name__ == "__main__":

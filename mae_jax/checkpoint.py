@@ -16,7 +16,9 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+
+from mae_jax import distributed
 
 # A run may go on with other values of these: they change when and where things are computed, shown
 # and kept, and never what is computed, but for rounding.
@@ -85,14 +89,24 @@ def preemption() -> Callable[[], bool]:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which never asks whether the run is to stop.
+    """Orbax's, which never asks whether the run is to stop, and tells of a save that `failed`.
 
     It would ask with a step, also from its own thread when that step's save has ended: an older one
-    than the training loop's, and all hosts would agree to stop at one that the loop has passed.
+    than the training loop's, and all hosts would agree to stop at one that the loop has passed. Of
+    a save that failed on this host alone it would tell nobody: each host would wait for the others.
     """
+
+    failed: Callable[[Exception], None]
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed(error)
+            raise
 
 
 class Checkpointer:
@@ -140,6 +154,7 @@ class Checkpointer:
                 ),
             ),
         )
+        self._manager.failed = self._failed
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing; returns when the state has been copied from the devices.
@@ -174,6 +189,22 @@ class Checkpointer:
         """Waits, and ends the threads."""
         self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Closes, also after an error: the save that goes on is not lost.
+
+        Of several hosts others may not come to it, and this one is about to end.
+        """
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(OSError):
+                self.close()
+        else:
+            self._manager.failed = lambda error: None
 
     def all_steps(self) -> list[int]:
         """The steps that have a checkpoint, rising."""
@@ -223,19 +254,28 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            # Free what the failed save took before telling how much is free.
-            for left in self._unfinished() if jax.process_index() == 0 else ():
-                left.rmtree(missing_ok=True)
-            room = ""
-            with contextlib.suppress(OSError):  # in a bucket, or the directory is gone
-                free = shutil.disk_usage(self.root).free
-                room = f"; it takes up to {_size(self._bytes)}, and {_size(free)} are free there"
-            older = ", ".join(path.name for path in _numbered(self.root)) or "none"
-            reason = (str(error).strip() or repr(error)).splitlines()[0].rpartition(": ")[2]
-            raise OSError(
-                f"checkpoint {self._writing} could not be written to {self.root}: {reason}{room}."
-                f" Earlier checkpoints, intact: {older}"
-            ) from error
+            raise OSError(self._explain(error)) from error
+
+    def _explain(self, error: Exception) -> str:
+        # Free what the failed save took before telling how much is free.
+        for left in self._unfinished() if jax.process_index() == 0 else ():
+            left.rmtree(missing_ok=True)
+        room = ""
+        with contextlib.suppress(OSError):  # in a bucket, or the directory is gone
+            free = shutil.disk_usage(self.root).free
+            room = f"; it takes up to {_size(self._bytes)}, and {_size(free)} are free there"
+        older = ", ".join(path.name for path in _numbered(self.root)) or "none"
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rpartition(": ")[2]
+        return (
+            f"checkpoint {self._writing} could not be written to {self.root}: {reason}{room}."
+            f" Earlier checkpoints, intact: {older}"
+        )
+
+    def _failed(self, error: Exception) -> None:
+        """Called in the background. One of several hosts ends: the others wait for it in Orbax."""
+        if distributed.alone_with(error):
+            print(f"host {jax.process_index()}: {self._explain(error)}", file=sys.stderr)
+            distributed.leave(1)
 
 
 def restore_or_init(
@@ -413,14 +453,11 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Makes the workdir, and refuses that of another run.
 
     Raises:
-      ValueError: it cannot be made, or was made with a config that differs in more than FREE_KEYS.
+      ValueError: it cannot be written to, is not one folder for all hosts, or was made with a
+        config that differs in more than FREE_KEYS.
     """
     root = epath.Path(workdir)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--workdir={workdir} cannot be made: {error}") from error
-
+    _require_shared(root)
     if (root / "config.json").exists():
         old_config = json.loads((root / "config.json").read_text())
         changed = _changes(old_config, json.loads(config.to_json()))
@@ -435,6 +472,29 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
                 + "\n  ".join(refused)
                 + "\nGive the old values, or another --workdir; deleting this one starts it again."
             )
+
+
+def _require_shared(root: epath.Path) -> None:
+    """Makes a folder, in which every host must see what host 0 writes; all refuse alike."""
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
+    probe, reason = root / f".seen_by_all_hosts-{number}", ""
+    if jax.process_index() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            reason = f" ({error})"
+    if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):
+        raise ValueError(f"--workdir={root} cannot be written to{reason}")
+    seen = np.atleast_1d(multihost_utils.process_allgather(np.int32(probe.exists())))
+    if jax.process_index() == 0:
+        probe.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"--workdir={root} is not one folder for all hosts: hosts"
+            f" {np.flatnonzero(seen == 0).tolist()} do not see there what host 0 writes. Give a"
+            " bucket, or a folder of a disk that all share"
+        )
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:

@@ -16,11 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # the hosts' key-value store has no public name
 
+COORDINATOR_SECONDS = 5  # that host 0 outlives its error: who has the same one ends by itself first
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
 # Set for the processes of a job by the program that started them: how many there are.
 STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
@@ -193,6 +194,32 @@ def watchdog(stall_seconds: float) -> Iterator[Callable[[str], None]]:
         yield happened
     finally:
         ended.set()
+
+
+def alone_with(error: BaseException) -> bool:
+    """Whether other hosts may not have this error: there are some, and it is none of JAX's.
+
+    Theirs may be that another host is gone, which the heartbeats are to tell: see launch/host.sh.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, jax.errors.JaxRuntimeError):
+            return False
+        cause = cause.__cause__
+    return jax.process_count() > 1
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, after an error that the other hosts may not have.
+
+    The ordinary way out waits for the others, in barriers of JAX and of a save, while they wait for
+    this host in a collective. Now they notice that it is gone, and end as they do without it.
+    """
+    if global_state.process_id == 0:
+        time.sleep(COORDINATOR_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:

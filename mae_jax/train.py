@@ -286,8 +286,13 @@ def fit(
     state_shapes, init = lay_out(task, tx, config, mesh)
     state, origin = checkpoint.restore_or_init(saver, config, state_shapes, init, task.load)
     start = int(state.step)
-    checkpoint.prepare_workdir(workdir, config)
+    if start > total or (start == total > 0 and config.resume):
+        raise ValueError(
+            f"{origin}, and config.train_for={config.train_for!r} is {total} steps: nothing is left"
+            " to do; give a longer one"
+        )
     program = compile_step(task, tx, config, mesh) if start < total else None
+    checkpoint.prepare_workdir(workdir, config)
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
@@ -296,6 +301,7 @@ def fit(
         return step == total or bool(every and step % every == 0)
 
     with (
+        saver,
         contextlib.closing(metrics.Writer(workdir, start)) as writer,
         metrics.Progress(total, start, config.task) as progress,
     ):
@@ -310,6 +316,8 @@ def fit(
                 return
             (done, values), unread = unread, None
             scalars = {name: float(value) for name, value in values.items()}
+            if not math.isfinite(scalars["train/loss"] + scalars["train/grad_norm"]):
+                saver.wait()  # the message names the last checkpoint
             require_finite(done, scalars, f"step {saver.latest_step()} in {workdir}")
             if done != 1 and not due(done, log_every):
                 return
@@ -359,7 +367,8 @@ def fit(
                             results.write(workdir, found, about)
                     say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
             stopping = stop_requested()
-            if (new and (stopping or due(step, save_every))) or (stopping and step == 0):
+            unsaved = stopping and saver.latest_step() is None
+            if (new and (stopping or due(step, save_every))) or unsaved:
                 read_metrics()
                 writer.flush()
                 with stopwatch.pause():
@@ -381,5 +390,4 @@ def fit(
             read_metrics()
             unread = step + 1, {f"train/{k}": v for k, v in values.items()} | reported
             happened(f"step {step}")
-    saver.close()
     return state

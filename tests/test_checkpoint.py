@@ -392,7 +392,7 @@ def test_another_environment_is_said_once(tmp_path, capsys):
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file/run cannot be made"):
+    with pytest.raises(ValueError, match="file/run cannot be written to"):
         checkpoint.prepare_workdir(tmp_path / "file/run", config())
 
 

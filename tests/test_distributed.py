@@ -3,6 +3,8 @@
 import shutil
 import signal
 import threading
+import time
+from pathlib import Path
 
 import hosts
 import numpy as np
@@ -125,6 +127,60 @@ def test_a_host_with_fewer_examples_or_none_is_refused_by_all(folder):
     for lines in run.said:
         assert "host 1 refuses to start: " in "\n".join(lines)
     assert not (folder / "data").exists()
+
+
+def test_an_error_of_one_host_ends_it_at_once_and_then_the_others(folder):
+    places = [folder / "disk 0", folder / "disk 1"]
+    for host, place in enumerate(places):
+        (place / "photos").mkdir(parents=True)
+        shutil.copytree(hosts.ROOT / "configs", place / "configs")
+        for index in range(64):
+            Image.new("L", (40, 40), index).save(place / "photos" / f"{index}.png")
+        (place / "mae_jax").symlink_to(hosts.ROOT / "mae_jax")
+        if host == 1:
+            for index in range(0, 64, 8):
+                (place / "photos" / f"{index}.png").write_bytes(b"damaged")
+    own = [["--config.data.source=folder:photos", "--config.batch_size=16"]] * 2
+    began = time.monotonic()
+    run = hosts.apart(folder, folder / "error", HOSTS, 1, own_flags=own, places=places)
+    assert run.end() == [-signal.SIGABRT, 2], run.text()
+    assert time.monotonic() - began < 120  # JAX's barrier at the end would take 300 s
+    assert "cannot be read, more than config.data.max_bad_fraction" in "\n".join(run.said[1])
+
+
+FAILING_SAVE = """
+import errno, os, sys
+sys.path.insert(0, os.getcwd())
+from mae_jax import __main__, checkpoint
+
+def full(self):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+checkpoint.Checkpointer._write_digests = full
+sys.exit(__main__.main(["train", *sys.argv[2:]]))
+"""
+
+
+def test_a_save_that_fails_on_one_host_ends_all(folder, monkeypatch):
+    monkeypatch.setattr(hosts, "RECORDING", FAILING_SAVE)
+    began = time.monotonic()
+    run = hosts.apart(folder, folder / "full", HOSTS, 1, seen="unused")
+    assert run.end() == [1, -signal.SIGABRT], run.text()
+    assert time.monotonic() - began < 120
+    assert "host 0: checkpoint 3 could not be written" in "\n".join(run.said[0])
+    assert "No space left on device" in "\n".join(run.said[0])
+
+
+def test_a_workdir_that_is_not_shared_is_refused_by_all(folder):
+    places = [folder / "own 0", folder / "own 1"]
+    for place in places:
+        place.mkdir()
+        for name in ("mae_jax", "configs"):
+            (place / name).symlink_to(hosts.ROOT / name)
+    run = hosts.apart(folder, Path("run"), HOSTS, 1, places=places)
+    assert run.end() == [2, 2], run.text()
+    for lines in run.said:
+        assert "hosts [1] do not see there what host 0 writes" in "\n".join(lines)
 
 
 def test_a_host_without_the_others_says_so_and_ends(folder):

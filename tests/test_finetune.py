@@ -48,14 +48,16 @@ def batch_of(config, seed=0):
 
 
 @pytest.mark.parametrize(
-    "variant, epochs, lr, layer_decay, drop_path",
+    "variant, epochs, lr, layer_decay, drop_path, group",
     [
-        ("B/16", 100, 2e-3, 0.65, 0.1),
-        ("L/16", 50, 4e-3, 0.75, 0.2),
-        ("H/14", 50, 4e-3, 0.75, 0.3),
+        ("B/16", 100, 2e-3, 0.65, 0.1, 32),
+        ("L/16", 50, 4e-3, 0.75, 0.2, 32),
+        ("H/14", 50, 4e-3, 0.75, 0.3, 16),
     ],
 )
-def test_recipes_are_those_of_the_official_repository(variant, epochs, lr, layer_decay, drop_path):
+def test_recipes_are_those_of_the_official_repository(
+    variant, epochs, lr, layer_decay, drop_path, group
+):
     config = finetune.get_config(f"variant={variant}")
     o = config.optim
     assert config.train_for == f"{epochs} epochs"
@@ -63,7 +65,7 @@ def test_recipes_are_those_of_the_official_repository(variant, epochs, lr, layer
     assert (o.layer_decay, config.model.drop_path) == (layer_decay, drop_path)
     assert (o.b1, o.b2, o.weight_decay, o.warmup, o.min_lr) == (0.9, 0.999, 0.05, "5 epochs", 1e-6)
     assert (config.smoothing, config.erase, config.ema, config.model.pool) == (0.1, 0.25, 0, "avg")
-    assert config.mix.to_dict() == {"mixup": 0.8, "cutmix": 1.0, "group": 32}
+    assert config.mix.to_dict() == {"mixup": 0.8, "cutmix": 1.0, "group": group}
     assert config.data.augment == "rand-m9-mstd0.5-inc1"
     assert tuple(config.data.crop_scale) == (0.08, 1.0)
 

@@ -1,13 +1,15 @@
 """The loop: what a run leaves behind, when it stops, and what it refuses."""
 
+import itertools
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 from test_train import tiny_config
 
-from mae_jax import metrics, sharding, train
+from mae_jax import checkpoint, metrics, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.tasks import pretrain
 
@@ -95,6 +97,8 @@ def test_a_missing_checkpoint_interval_or_mask_is_refused_before_anything_is_wri
     [
         ("--config.mask_ratoi=0.9", 'Did you mean "mask_ratio"'),
         ("--config.model.patch_siz=8", 'Did you mean "patch_size"'),
+        ("--config.evals.knn.every=5", "no such key in the config: 'knn'"),
+        ("--config.mask_ratio=nan", "config.mask_ratio is not a number"),
         ("--config.mask_ratio=much", "could not convert string to float"),
         ("--config.seed=1.5", "invalid literal for int"),
         ("--nope=1", "nope"),
@@ -145,6 +149,16 @@ def test_configs_take_arguments_overrides_and_lie_anywhere(tmp_path):
         ({"data.mean": (0.5, 0.5)}, "config.data.mean has 2 numbers for images of 1 channel"),
         ({"data.source": "folder:/nowhere"}, "nowhere"),
         ({"data.crop": "centre"}, "nearest: center"),
+        ({"data.crop": "mae_jax.data.transforms.center_crop"}, "is no function .picture"),
+        ({"target.name": "jax.numpy.mean"}, r"returned shape \(\) for patches of shape"),
+        ({"masking.name": "keep_lowest"}, "is no function .rng, batch, grid, ratio"),
+        ({"model.attention": "flash"}, "config.model.attention='flash'; "),
+        ({"model.dtype": "bf16"}, "model.dtype='bf16': give one of float32, bfloat16"),
+        ({"model.heads": 0}, "model.heads=0 must be at least 1"),
+        ({"model.depth": 0}, "model.depth=0 must be at least 1"),
+        ({"model.mlp_ratio": 0.0}, "leaves nothing inside"),
+        ({"optim.blr": -1.0}, "optim.blr=-1.0 must be at least 0"),
+        ({"optim.b1": 1.5}, "optim.b1=1.5 must be"),
     ],
     ids=str,
 )
@@ -153,3 +167,77 @@ def test_an_impossible_value_is_refused_in_words(changes, words):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=words):
         pretrain.make_task(config)
+
+
+def test_sizes_given_as_one_number_are_refused():
+    config = tiny_config()
+    config.unlock()
+    config.model.image_size = (32,)
+    with pytest.raises(ValueError, match="written as .height, width."):
+        pretrain.make_task(config)
+    with pytest.raises(ValueError, match="cannot import 'mae_jax.tasks.pretrian'"):
+        command.main(["--config=configs/quickstart.py", "--config.task=pretrian", "--workdir=x"])
+
+
+def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch):
+    write = checkpoint.Checkpointer._write_digests
+
+    def slowly(self):
+        time.sleep(2)
+        write(self)
+
+    def explode(config, constrain):
+        task = pretrain.make_task(config, constrain)
+
+        def batches(start, rows):
+            for step, (batch, *rest) in enumerate(task.batches(start, rows)):
+                yield batch | {"last": np.full(len(batch["image"]), step == 3)}, *rest
+
+        def loss(params, extra, batch, rng, train):
+            value, rest = task.loss(params, extra, batch, rng, train)
+            return value * jax.numpy.where(batch["last"].any(), np.nan, 1.0), rest
+
+        inputs = task.inputs | {"last": jax.ShapeDtypeStruct((), bool)}
+        return task._replace(batches=batches, loss=loss, inputs=inputs)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_write_digests", slowly)
+    with pytest.raises(train.NonFiniteError, match="step 4: loss nan.*checkpoint is step 2"):
+        run(tmp_path, config, explode)
+    assert (tmp_path / "checkpoints/2/digests.json").exists()
+
+
+def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch):
+    write = checkpoint.Checkpointer._write_digests
+
+    def slowly(self):
+        time.sleep(2)
+        write(self)
+
+    def break_off(config, constrain):
+        task = pretrain.make_task(config, constrain)
+
+        def batches(start, rows):
+            yield from itertools.islice(task.batches(start, rows), 3)
+            raise MemoryError
+
+        return task._replace(batches=batches)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_write_digests", slowly)
+    with pytest.raises(MemoryError):
+        run(tmp_path, config, break_off)
+    assert (tmp_path / "checkpoints/2/digests.json").exists()
+
+
+def test_asked_to_stop_before_the_first_update_again_and_again(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(checkpoint, "preemption", lambda: lambda: True)
+    for _ in range(2):
+        with pytest.raises(checkpoint.Preempted, match="asked to stop at step 0 of 5"):
+            run(tmp_path, config)
+
+
+def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
+    run(tmp_path / "a", config)
+    config.resume = str(tmp_path / "a")
+    with pytest.raises(ValueError, match="is 5 steps: nothing is left to do; give a longer one"):
+        run(tmp_path / "b", config)
+    assert not (tmp_path / "b/config.json").exists()

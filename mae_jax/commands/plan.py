@@ -257,17 +257,16 @@ def main(argv: list[str]) -> int:
     # Where libtpu is installed and no TPU is, JAX would look for one, long and loudly.
     if any(name.startswith("v") for name in values.topology):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import importlib
-
     from rich.console import Console
 
     from mae_jax import plan
+    from mae_jax.config import resolve
 
     places = [plan.topology(name, values.num_slices) for name in values.topology]
     asked = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
     given = asked or dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
-    make_task = importlib.import_module(f"mae_jax.tasks.{config.task}").make_task
+    make_task = resolve(f"mae_jax.tasks.{config.task}.make_task", None)
     folder, console = Path(values.cache).expanduser(), Console(stderr=True, highlight=False)
     results = []
     # The largest number of simulated devices first: it can be chosen once.

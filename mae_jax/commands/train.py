@@ -1,12 +1,14 @@
 """Train: pre-train on images, from a config file."""
 
-import importlib
 import json
 import os
 import re
 import shlex
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -66,14 +68,25 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
         text = str(error).strip()
         text = text.splitlines()[-1] if "Traceback" in text else text
         raise ValueError(text.removeprefix("ValueError: ")) from None
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         what = " ".join(str(error.args[0]).split())
         raise ValueError(f"{' '.join(given)}: no such key in the config: {what}") from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
+    if wrong := [key for key, value in flat(config) if isinstance(value, float) and value != value]:
+        raise ValueError(f"config.{wrong[0]} is not a number (nan)")
     config.lock()
     workdir = values.workdir or str(Path("workdir") / file.stem)
     return config, workdir
+
+
+def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """'optim.blr' and the like, and their values."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def summary(workdir: str) -> list[str]:
@@ -83,12 +96,13 @@ def summary(workdir: str) -> list[str]:
     from mae_jax import metrics
 
     root = epath.Path(workdir)  # a pathlib.Path would make gs:/ of gs://
-    lines = metrics.read(root / "metrics.jsonl")
+    file = root / "metrics.jsonl"
+    lines = metrics.read(file) if file.exists() else []
     losses = [line for line in lines if "train/loss" in line]
     evaluated = [line for line in lines if "eval/rmse" in line]
     text = [""]
     if losses:
-        metrics.loss_figure(root / "metrics.jsonl", root / "loss.png")
+        metrics.loss_figure(file, root / "loss.png")
         first, last = losses[0], losses[-1]
         text.append(
             f"training loss  {first['train/loss']:.3f} at step {first['step']}"
@@ -172,7 +186,8 @@ def main(argv: list[str]) -> int:
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
 
-    from mae_jax import checkpoint, distributed, sharding, train
+    from mae_jax import checkpoint, commands, distributed, sharding, train
+    from mae_jax.config import resolve
 
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", compilation_cache(workdir))
@@ -184,20 +199,28 @@ def main(argv: list[str]) -> int:
         )
     else:
         distributed.refuse_to_run_alone(os.environ)
-    with distributed.watchdog(config.stall_seconds) as happened:
-        with distributed.agreement("config and code") as facts:
-            facts |= checkpoint.flat({"config": json.loads(config.to_json()), "workdir": workdir})
-            facts |= checkpoint.versions() | {"code of mae_jax": distributed.source_digest()}
-        with distributed.agreement("data") as facts:
-            mesh = sharding.make_mesh(**config.mesh)
-            module = importlib.import_module(f"mae_jax.tasks.{config.task}")
-            task = module.make_task(config, sharding.constrain_batch(mesh))
-            facts["the number of examples"] = task.num_examples
-        try:
+    try:
+        with distributed.watchdog(config.stall_seconds) as happened:
+            with distributed.agreement("config and code") as facts:
+                facts |= checkpoint.flat(
+                    {"config": json.loads(config.to_json()), "workdir": workdir}
+                )
+                facts |= checkpoint.versions() | {"code of mae_jax": distributed.source_digest()}
+            with distributed.agreement("data") as facts:
+                mesh = sharding.make_mesh(**config.mesh)
+                make_task = resolve(f"mae_jax.tasks.{config.task}.make_task", None)
+                task = make_task(config, sharding.constrain_batch(mesh))
+                facts["the number of examples"] = task.num_examples
             train.fit(config, workdir, task, mesh, happened)
-        except train.NonFiniteError as error:
-            print(f"mae-jax train: {error}", file=sys.stderr)
-            return 1
+    except train.NonFiniteError as error:  # on all hosts alike
+        print(f"mae-jax train: {error}", file=sys.stderr)
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if not distributed.alone_with(error):
+            raise
+        if (status := commands.explain("train", error)) is None:
+            traceback.print_exc()
+        distributed.leave(1 if status is None else status)
     if jax.process_index() == 0:
         print("\n".join(summary(workdir)))
     return 0

@@ -7,6 +7,7 @@ after any resume, with nothing saved.
 """
 
 import dataclasses
+import inspect
 import math
 import multiprocessing
 import os
@@ -101,7 +102,15 @@ def make_crop(data: ConfigDict) -> Crop:
     if data.crop == "center":
         return lambda picture, size, rng: transforms.center_crop(picture, size)
     if "." in data.crop:
-        return resolve(data.crop, None)
+        own = resolve(data.crop, None)
+        try:
+            inspect.signature(own).bind("picture", "size", "rng")
+        except TypeError as error:
+            raise ValueError(
+                f"config.data.crop={data.crop!r} is no function (picture, (height, width), rng)"
+                f" -> uint8 [H, W, C] ({error})"
+            ) from error
+        return own
     raise ValueError(
         f"config.data.crop={data.crop!r} is no crop{nearest(data.crop, list(CROPS))}; or give a"
         " dotted path to a function (picture, (height, width), rng) -> uint8 [H, W, C]"

@@ -1,13 +1,12 @@
 """Evaluators: each turns a training state into scalars and pictures, and may keep `results`."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import nearest
+from mae_jax.config import nearest, resolve
 
 TYPES = ("accuracy", "fewshot", "knn", "probe", "reconstruct", "robustness")
 
@@ -25,6 +24,5 @@ def build(config: ConfigDict, predict: Mapping[str, Any], mesh: Mesh) -> dict[st
                 f"config.evals.{name}.type={cfg.type!r} is unknown{nearest(cfg.type, list(TYPES))}"
             )
         path = cfg.type if "." in cfg.type else f"{__name__}.{cfg.type}"
-        module = importlib.import_module(path)
-        evaluators[name] = module.Evaluator(cfg, config, predict, mesh)
+        evaluators[name] = resolve(f"{path}.Evaluator", None)(cfg, config, predict, mesh)
     return evaluators

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mae_jax.models.vit import Encoder, Execution, Stack, layer_norm
+from mae_jax.models.vit import Encoder, Execution, Stack, conv_default, layer_norm
 
 HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; REFERENCE section 3
 SCRATCH_STD = 0.02  # of everything when training from scratch; facebookresearch/mae#28
@@ -95,15 +95,17 @@ def scratch_init(params: Any, rng: Array) -> Any:
     """Fresh parameters as for supervised training from scratch.
 
     Normal with deviation 0.02 for all linear weights, the position table and the cls token; the
-    patch embedding, a convolution in the official code, stays as it is. REFERENCE section 3.
+    patch embedding, a convolution in the official code, as PyTorch starts convolutions. REFERENCE
+    section 3.
     """
 
     def draw(path: tuple, leaf: Array) -> Array:
         names = [key.key for key in path]
-        linear = names[-1] == "kernel" and names[-2] != "patch_embed"
-        if not linear and names[-1] not in ("pos_embed", "cls_token"):
-            return leaf
         key = jax.random.fold_in(rng, place[path])
+        if names[-2:] == ["patch_embed", "kernel"]:
+            return conv_default(len(leaf))(key, leaf.shape, leaf.dtype)
+        if names[-1] not in ("kernel", "pos_embed", "cls_token"):
+            return leaf
         return SCRATCH_STD * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]

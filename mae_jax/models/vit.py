@@ -31,8 +31,8 @@ class Execution(NamedTuple):
 xavier = nn.initializers.xavier_uniform()
 
 
-def conv_bias(fan_in: int) -> Callable:
-    """PyTorch's default for the bias of a convolution, which MAE keeps: U(+-1/sqrt(fan_in))."""
+def conv_default(fan_in: int) -> Callable:
+    """PyTorch's start of a convolution, U(+-1/sqrt(fan_in)): of its bias, which MAE keeps."""
     bound = fan_in**-0.5
 
     def init(rng, shape, dtype=jnp.float32):
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
             self.width,
             dtype=self.execution.dtype,
             kernel_init=xavier,
-            bias_init=conv_bias(values),
+            bias_init=conv_default(values),
             name="patch_embed",
         )(patches_BKP)
         if hidden_BL is not None:

@@ -17,7 +17,7 @@ from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import classifier
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import grid_of
-from mae_jax.tasks.encoder import check_normalization, execution, load_encoder, normalize
+from mae_jax.tasks.encoder import check_model, execution, load_encoder, normalize
 from mae_jax.train import Task
 
 DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; REFERENCE section 3
@@ -38,7 +38,7 @@ def check(config: ConfigDict) -> None:
 
     m, o, mix, data = config.model, config.optim, config.mix, config.data
     pipeline.check(data)
-    check_normalization(config)
+    check_model(config)
     if data.augment and m.channels not in (1, 3):
         refuse("data.augment", data.augment, f"is for 1 or 3 channels, not {m.channels}: set it ''")
     if config.start not in STARTS:

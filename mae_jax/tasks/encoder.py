@@ -13,10 +13,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint
+from mae_jax.config import nearest
 from mae_jax.models import patch_embed, posemb
 from mae_jax.models.vit import Execution, grid_of
 
 PART = ("params", "encoder")  # of a checkpoint
+ATTENTION = ("xla", "cudnn")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def normalize(images_BHWC: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -25,8 +28,32 @@ def normalize(images_BHWC: Array, mean: tuple[float, ...], std: tuple[float, ...
     return (scaled_BHWC - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def check_normalization(config: ConfigDict) -> None:
-    """Raises ValueError unless each channel has a mean and a standard deviation."""
+def check_model(config: ConfigDict) -> None:
+    """Check config.model, the rates of config.optim, and that each channel has a mean and std.
+
+    Raises:
+      ValueError: a value that cannot work.
+    """
+    m, o = config.model, config.optim
+    for name in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
+                 "channels", "scan_unroll"):  # fmt: skip
+        if m.get(name, 1) < 1:
+            raise ValueError(f"config.model.{name}={m[name]} must be at least 1")
+    if m.mlp_ratio * min(m.width, m.get("decoder_width", m.width)) < 1:
+        raise ValueError(f"config.model.mlp_ratio={m.mlp_ratio} leaves nothing inside the MLPs")
+    if m.attention not in ATTENTION:
+        raise ValueError(
+            f"config.model.attention={m.attention!r}{nearest(m.attention, list(ATTENTION))}"
+        )
+    for name in ("dtype", "residual_dtype"):
+        if m[name] not in DTYPES:
+            raise ValueError(f"config.model.{name}={m[name]!r}: give one of {', '.join(DTYPES)}")
+    for name in ("blr", "min_lr", "weight_decay"):
+        if not 0 <= o.get(name, 0) < math.inf:
+            raise ValueError(f"config.optim.{name}={o[name]} must be at least 0")
+    for name in ("b1", "b2", "momentum"):
+        if not 0 <= o.get(name, 0) < 1:
+            raise ValueError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")
     for name in ("mean", "std"):
         given, channels = len(config.data[name]), config.model.channels
         if given != channels:

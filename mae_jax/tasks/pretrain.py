@@ -19,7 +19,7 @@ from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import grid_of
-from mae_jax.tasks.encoder import check_normalization, execution, normalize
+from mae_jax.tasks.encoder import check_model, execution, normalize
 from mae_jax.train import Task
 
 
@@ -35,7 +35,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     num_patches = math.prod(grid)
     values = math.prod(patch) * m.channels
     kept = masking.num_kept(num_patches, config.mask_ratio)
-    check_normalization(config)
+    check_model(config)
     pipeline.check(data)
     # An online probe: a linear head on the cls token, trained beside the model.
     online, source = None, sources.open_source(data.source, data.split, data.data_dir)
@@ -46,13 +46,26 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     score_patches = resolve(config.masking.name, masking)
     make_target = resolve(config.target.name, targets)
     tokens_in_encoder = config.masking.get("tokens_in_encoder", False)
-    scores = jax.eval_shape(
-        partial(score_patches, batch=2, grid=grid, ratio=config.mask_ratio), jax.random.key(0)
-    )
+    score = partial(score_patches, batch=2, grid=grid, ratio=config.mask_ratio)
+    try:
+        scores = jax.eval_shape(score, jax.random.key(0))
+    except TypeError as error:
+        raise ValueError(
+            f"masking {config.masking.name!r} is no function (rng, batch, grid, ratio) -> scores"
+            f" ({error})"
+        ) from error
     if scores.shape != (2, num_patches):
         raise ValueError(
             f"masking {config.masking.name!r} returned scores of shape {scores.shape} for 2 images"
             f" of {num_patches} patches: it must return (batch, patches)"
+        )
+
+    like = jax.ShapeDtypeStruct((2, num_patches, values), jnp.float32)
+    target = jax.eval_shape(make_target, like)
+    if target.shape != like.shape:
+        raise ValueError(
+            f"target {config.target.name!r} returned shape {target.shape} for patches of shape"
+            f" {like.shape}: it must return the same shape"
         )
 
     def build(constrain: Callable[[Array], Array]) -> mae.MAE:

@@ -18,7 +18,7 @@ from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import probe
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import Encoder, grid_of
-from mae_jax.tasks.encoder import check_normalization, execution, load_encoder, normalize
+from mae_jax.tasks.encoder import check_model, execution, load_encoder, normalize
 from mae_jax.train import Task
 
 FEATURES = ("pretrained", "random", "pixels")
@@ -82,7 +82,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
       ValueError: a value of the config that cannot work, or a source without labels.
     """
     check(config)
-    check_normalization(config)
+    check_model(config)
     pipeline.check(config.data)
     m, p, o, data = config.model, config.probe, config.optim, config.data
     patch = tuple(m.patch_size)
