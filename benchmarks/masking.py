@@ -1,6 +1,6 @@
 """What masking costs, and what it saves.
 
-    bash benchmarks/run.sh masking [--variant=B/16,L/16,H/14] [--batch=16,4,4] [--rounds=1] ...
+    bash benchmarks/run.sh masking [--variant=B/16,L/16,H/14] [--batches=16,4,4] [--rounds=1] ...
 
 The share of a step that the shuffle, both gathers and the unshuffle take, forward and backward,
 timed alone on arrays of the step's shapes; and the step against one whose encoder sees mask tokens

@@ -157,7 +157,7 @@ class Checkpointer:
         self._manager.failed = self._failed
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing; returns when the state has been copied from the devices.
+        """Starts writing; returns when the state is copied, or safe from the next update.
 
         Raises:
           ValueError: there is a checkpoint of this step.
@@ -449,12 +449,17 @@ def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = 
         return found
 
 
-def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+def check_workdir(
+    workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
+) -> None:
     """Makes the workdir, and refuses that of another run.
+
+    Args:
+      examples: how many the dataset has; None = not known.
 
     Raises:
       ValueError: it cannot be written to, is not one folder for all hosts, or was made with a
-        config that differs in more than FREE_KEYS.
+        config that differs in more than FREE_KEYS, or with another number of examples.
     """
     root = epath.Path(workdir)
     _require_shared(root)
@@ -472,6 +477,13 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
                 + "\n  ".join(refused)
                 + "\nGive the old values, or another --workdir; deleting this one starts it again."
             )
+    known = _read_json(root / "env.json").get("examples")
+    if known and examples and known != examples:
+        raise ValueError(
+            f"{workdir} was made with a dataset of {known:,} examples, which has {examples:,} now:"
+            " epochs, order and rates would differ. Give the old data or another --workdir, with"
+            " config.init_from if it is to start from this one"
+        )
 
 
 def _require_shared(root: epath.Path) -> None:
@@ -497,26 +509,28 @@ def _require_shared(root: epath.Path) -> None:
         )
 
 
-def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> None:
+def prepare_workdir(
+    workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
+) -> None:
     """Writes config.json and env.json, and prints what changed in the environment.
 
     Raises:
       ValueError: see `check_workdir`.
     """
-    check_workdir(workdir, config)
+    check_workdir(workdir, config, examples)
     root = epath.Path(workdir)
-    new_env = environment()
-    if (root / "env.json").exists():
-        changed = _changes(json.loads((root / "env.json").read_text()), new_env)
-        if changed:
-            _say(
-                f"warning: {workdir} was last used in another environment, results may differ by"
-                f" rounding: {', '.join(changed.values())}"
-            )
+    old_env, new_env = _read_json(root / "env.json"), environment()
+    old_env.pop("examples", None)  # which is checked
+    changed = _changes(old_env, new_env) if old_env else {}
+    if changed:
+        _say(
+            f"warning: {workdir} was last used in another environment, results may differ by"
+            f" rounding: {', '.join(changed.values())}"
+        )
     multihost_utils.sync_global_devices("workdir read")
     if jax.process_index() == 0:
         _write_json(root / "config.json", json.loads(config.to_json()))
-        _write_json(root / "env.json", new_env)
+        _write_json(root / "env.json", new_env | {"examples": examples})
 
 
 def environment() -> dict[str, Any]:
@@ -581,6 +595,10 @@ def _numbered(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints in a directory, newest first."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted((p for p in found if p.name.isdigit()), key=lambda p: -int(p.name))
+
+
+def _read_json(file: epath.Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _write_json(file: epath.Path, content: dict) -> None:

@@ -265,8 +265,10 @@ def fit(
       NonFiniteError: the loss or the gradient norm is not finite.
       checkpoint.Preempted: asked to stop; the state was saved.
     """
-    sharding.check_batch(mesh, config.batch_size, config.grad_accum)
-    per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
+    per_epoch = 1
+    if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
+        sharding.check_batch(mesh, config.batch_size, config.grad_accum)
+        per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
     in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=per_epoch)
     total, log_every = in_steps(config.train_for), in_steps(config.log_every)
     save_every = in_steps(config.checkpoint.every)
@@ -280,7 +282,7 @@ def fit(
     tx, schedule = task.optimizer(total, per_epoch)
     evaluators = evals.build(config, task.predict, mesh)
 
-    checkpoint.check_workdir(workdir, config)
+    checkpoint.check_workdir(workdir, config, task.num_examples)
     stop_requested = checkpoint.preemption()
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
     state_shapes, init = lay_out(task, tx, config, mesh)
@@ -292,7 +294,7 @@ def fit(
             " to do; give a longer one"
         )
     program = compile_step(task, tx, config, mesh) if start < total else None
-    checkpoint.prepare_workdir(workdir, config)
+    checkpoint.prepare_workdir(workdir, config, task.num_examples)
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     rows = sharding.host_rows(mesh, config.batch_size)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -370,6 +371,23 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert "model.width: 8 -> 9" in str(raised.value)
     assert "log_every" not in str(raised.value)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_another_number_of_examples_is_refused(tmp_path):
+    checkpoint.prepare_workdir(tmp_path, config(), 50)
+    checkpoint.prepare_workdir(tmp_path, config(), 50)
+    checkpoint.check_workdir(tmp_path, config())
+    with pytest.raises(ValueError, match="a dataset of 50 examples, which has 1,070 now"):
+        checkpoint.check_workdir(tmp_path, config(), 1070)
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "touch", refuse)
+    with pytest.raises(ValueError, match="cannot be written to.*Permission denied"):
+        checkpoint.check_workdir(tmp_path, config())
 
 
 def test_keys_that_cannot_change_the_result_may_change(tmp_path):

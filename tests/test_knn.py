@@ -31,7 +31,8 @@ def random_bank(batches=3, rows=16, width=5, classes=4):
     x[1, 3] = x[0, 2] = x[2, 9] = x[0, 11]  # ties, which the order in the bank decides
     label = rng.integers(0, classes, (batches, rows)).astype(np.int32)
     counted = rng.random((batches, rows)) < 0.8
-    counted[0, 2] = counted[1, 3] = counted[2, 9] = counted[0, 11] = True
+    for number, place in enumerate([(0, 2), (0, 11), (1, 3), (2, 9)]):
+        label[place], counted[place] = number, True
     return features.Features(x, label, counted)
 
 
@@ -225,7 +226,8 @@ def test_images_that_cannot_be_read_are_left_out_of_queries_and_bank(state, fold
     [
         (dict(ks=(71,)), "ks=.71,.*the bank, which has 70 images"),
         (dict(ks=()), "give numbers from 1"),
-        (dict(split="train[:70]"), "split and bank_split both 'train.:70.'"),
+        (dict(split="train[:70]"), "bank_split='train.:70.' have 70 images in common"),
+        (dict(split="train[60:90]"), "bank_split='train.:70.' have 10 images in common"),
         (dict(temperature=0.0), "temperature=0.0: it must be positive"),
         (dict(batch_size=0), "batch_size=0: it must be at least 1"),
         (dict(shots=(20,)), "20 images of each class are wanted, and class '"),

@@ -105,6 +105,7 @@ def test_erased_boxes_follow_the_published_distributions():
     assert (boxes.top >= 0).all() and (boxes.bottom <= side).all()
     assert (boxes.left >= 0).all() and (boxes.right <= side).all()
     assert (height < side).all() and (width < side).all()
+    assert (boxes.top == 0).any() and (boxes.bottom == side).any()
     # The same rule, one image at a time
     rng = np.random.default_rng(0)
     areas, ratios, places = [], [], []

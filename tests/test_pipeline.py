@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mae_jax.data import pipeline, transforms
+from mae_jax.data import pipeline, sources, transforms
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -266,6 +267,28 @@ def test_signals_to_workers_stop_nothing_and_a_killed_run_leaves_none_behind(tmp
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
+
+
+def test_a_killed_worker_and_what_a_worker_cannot_read_are_said_in_words(tmp_path):
+    stream = pipeline.train_batches(
+        Noise(21), config(workers=2), batch_size=8, image_size=SIZE, channels=3, seed=0
+    )
+    next(stream)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(pipeline.WorkerLost, match="killed, perhaps for its memory: lower config"):
+        for _ in range(100):
+            next(stream)
+
+    for index in range(8):
+        (tmp_path / f"{index}.png").write_text("no image")
+    source = sources.open_source(f"folder:{tmp_path}", "train")
+    for workers in (0, 1):
+        stream = pipeline.train_batches(
+            source, config(workers=workers), batch_size=8, image_size=SIZE, channels=3, seed=0
+        )
+        with pytest.raises(sources.Unreadable, match="100 images .* cannot be read") as raised:
+            next(stream)
+        assert "Traceback" not in str(raised.value)
 
 
 def alive(pid: int) -> bool:

@@ -152,6 +152,20 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(
     assert "b/caf\\xe9.jpg" in records
 
 
+def test_a_strip_that_is_too_long_for_jpeg_is_left_out_and_named(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(encoded())
+    Image.new("RGB", (600, 1)).save(folder / "long.png")
+    Image.new("RGBA", (70_000, 1)).save(folder / "longer.png")
+    Image.new("RGB", (70_000, 1)).save(folder / "stored.png")  # as it is, where it is not resized
+    prepare.prepare_folder(str(folder), "small", data_dir=str(tmp_path), resize=256)
+    assert sorted(by_name("small", tmp_path)) == ["0.jpg"]
+    assert "long.png (600 x 1 pixels: too long a strip" in capsys.readouterr().out
+    prepare.prepare_folder(str(folder), "whole", data_dir=str(tmp_path))
+    assert sorted(by_name("whole", tmp_path)) == ["0.jpg", "long.png", "stored.png"]
+
+
 def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "IMAGES_PER_SHARD", 1)
     folder = tmp_path / "images"

@@ -330,11 +330,26 @@ def test_metrics_are_the_same_on_any_mesh_and_for_any_batch_size(shape, batch_si
     assert evaluate(config, shape) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("select_split", ["", "test", "train[:80%]"])
-def test_a_sweep_that_would_be_chosen_on_the_wrong_images_is_refused(select_split):
+@pytest.mark.parametrize(
+    ("select_split", "words"),
+    [
+        ("", "is chosen on what. train on some images"),
+        ("test", "split='test.*' and select_split='test' have .* images in common"),
+        ("train[:80%]", "data.split='train.:80%.' and select_split='train.:80%.' have"),
+        ("train[79%:]", "data.split='train.:80%.' and select_split='train.79%:.' have"),
+    ],
+)
+def test_a_sweep_that_would_be_chosen_on_the_wrong_images_is_refused(select_split, words):
     config = probe_config()
     config.evals.probe.select_split = select_split
-    with pytest.raises(ValueError, match="neither trained on .* nor measured on"):
+    with pytest.raises(ValueError, match=words):
+        evaluate(config)
+
+
+def test_a_probe_is_not_measured_on_what_it_was_trained_on():
+    config = probe_config()
+    config.evals.probe.split = "train[70%:90%]"
+    with pytest.raises(ValueError, match="data.split='train.:80%.' and split='train.70%:90%.'"):
         evaluate(config)
 
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mae_jax.data import arrayrecord, bundled
+from mae_jax.data import arrayrecord, bundled, sources
 from mae_jax.data.sources import open_source
 
 
@@ -118,6 +118,41 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     (tmp_path / "here/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "here/loop").symlink_to(tmp_path / "here")
     assert names(open_source(f"folder:{tmp_path / 'here'}", "train")) == ["2.png", "linked/1.png"]
+
+
+def test_a_link_to_a_folder_beside_it_hides_neither(tmp_path):
+    for name in ("cats/1.png", "dogs/1.png"):
+        save(tmp_path / name)
+    (tmp_path / "all_dogs").symlink_to(tmp_path / "dogs")
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert source.class_names == ["all_dogs", "cats", "dogs"]
+
+
+@pytest.mark.parametrize("name", ["folder:{}", "pets", "bundled:digits"])
+def test_images_that_two_splits_share_are_counted(stored, name):
+    def shared(one, other):
+        opened = [open_source(name.format(stored), x, str(stored)) for x in (one, other)]
+        return sources.shared(*opened)
+
+    whole = len(open_source(name.format(stored), "train", str(stored)))
+    assert shared("train", "train") == whole
+    assert shared("train", "train[4:]") == whole - 4
+    assert shared("train[:3]", "train[2:]") == 1
+    assert shared("train[:3]", "train[3:]") == 0
+    assert shared("train[:2]+train[4:]", "train[1:5]") == 2
+    other = open_source("bundled:digits", "test", str(stored))
+    assert sources.shared(open_source(name.format(stored), "train", str(stored)), other) == 0
+
+
+def test_a_damaged_shard_is_named(stored):
+    shard = arrayrecord.shard_path(stored / "pets" / "1.0.0", "pets", "train", 0, 2)
+    content = bytearray(shard.read_bytes())
+    content[200:260] = bytes(60)
+    shard.write_bytes(content)
+    source = open_source("pets", "train", str(stored))
+    with pytest.raises(sources.Unreadable, match="of 'train' in .*pets/1.0.0 cannot be read"):
+        for index in range(len(source)):
+            source[index]
 
 
 def test_names_that_are_not_utf8_are_read_and_print(tmp_path):

@@ -188,6 +188,7 @@ def main(argv: list[str]) -> int:
 
     from mae_jax import checkpoint, commands, distributed, sharding, train
     from mae_jax.config import resolve
+    from mae_jax.data import pipeline
 
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", compilation_cache(workdir))
@@ -215,6 +216,11 @@ def main(argv: list[str]) -> int:
     except train.NonFiniteError as error:  # on all hosts alike
         print(f"mae-jax train: {error}", file=sys.stderr)
         return 1
+    except pipeline.WorkerLost as error:
+        print(f"mae-jax train: {error}", file=sys.stderr)
+        if jax.process_count() > 1:
+            distributed.leave(checkpoint.PREEMPTED)
+        return checkpoint.PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
         if not distributed.alone_with(error):
             raise

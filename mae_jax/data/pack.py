@@ -16,6 +16,7 @@ from mae_jax.data.transforms import BadImage, decode
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
 MAX_SHARDS = 1024
 ORIENTATION = 0x0112  # the EXIF tag
+JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,12 @@ def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.
             upright = original.getexif().get(ORIENTATION, 1) == 1
             if plain and upright and "transparency" not in original.info:
                 return data, image
-    else:
-        scale = resize / min(image.size)
+    scale = resize / min(image.size) if resize else 1
+    if max(image.size) * scale > JPEG_SIDE:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels: too long a strip, JPEG ends at {JPEG_SIDE:,}"
+        )
+    if resize:
         width, height = (max(resize, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

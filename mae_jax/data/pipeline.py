@@ -26,7 +26,7 @@ from PIL import Image
 
 from mae_jax.config import nearest, resolve
 from mae_jax.data import augment, transforms
-from mae_jax.data.sources import Source
+from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
 
 CROPS = ("random_resized", "probe", "fixed", "center")
@@ -34,6 +34,11 @@ MAX_DRAWS = 100  # in search of a readable record
 SMALL = 2000  # a source of up to so many records is searched for all that is unreadable
 LISTED = 50  # unreadable records in an error message
 SHARED_MEMORY = Path("/dev/shm")
+
+
+class WorkerLost(RuntimeError):
+    """A process that reads images was killed; started again, the run goes on."""
+
 
 Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
 
@@ -192,7 +197,7 @@ def train_batches(
             except BadImage:
                 bad, index = drawn, int(rng.integers(len(source)))
         else:
-            raise ValueError(
+            raise Unreadable(
                 f"{MAX_DRAWS} images drawn one after another cannot be read, the first being"
                 f" {_describe(source, drawn, channels)}"
             )
@@ -401,6 +406,15 @@ def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
     iterator = iter(dataset)
     try:
         yield from iterator
+    except Unreadable as error:  # of another process, whose traceback says less than its words
+        raise Unreadable(str(error)) from error
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise WorkerLost(
+            "a process that reads images was killed, perhaps for its memory: lower"
+            f" config.data.workers or config.data.prefetch ({error})"
+        ) from error
     finally:
         iterator.close()
 

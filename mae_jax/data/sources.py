@@ -22,8 +22,15 @@ LABEL, IMAGE = "label", "image"
 NAME_FEATURES = ("file_name", "filename", "image_name", "id", "image_id")
 
 
+class Unreadable(ValueError):
+    """Data that cannot be read, and which."""
+
+
 class NotPrepared(ValueError):
     """A dataset that tfds knows and of which nothing is there; the message says what to do."""
+
+
+Ranges = tuple[tuple[str, int, int], ...]
 
 
 class Source(Protocol):
@@ -39,6 +46,9 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> list[str] | None: ...
+
+    @property
+    def ranges(self) -> Ranges: ...  # what it has: (whole split, first, one after the last)
 
     def __len__(self) -> int: ...
 
@@ -68,6 +78,7 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
             np.array([x["label"][i] for x, i in rows], np.int32),
             [f"digit_{x['index'][i]:04d}" for x, i in rows],
             [str(digit) for digit in range(10)],
+            _located(ranges, source),
         )
     if source == "bundled:photos":
         return _open_tfds(bundled.photos(data_dir), split, data_dir)
@@ -96,6 +107,7 @@ class CountedSource:
     examples: int
     num_classes: int | None
     class_names: list[str] | None = None
+    ranges: Ranges = ()
 
     def __len__(self) -> int:
         return self.examples
@@ -115,6 +127,8 @@ class TfdsSource:
     split: str
     name_feature: str | None
     class_names: list[str] | None
+    ranges: Ranges = ()
+    folder: str = ""  # of the shards
 
     @property
     def num_classes(self) -> int | None:
@@ -124,7 +138,13 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.records[index]
+        try:
+            example = self.records[index]
+        except Exception as error:  # ArrayRecord's reader raises several kinds
+            raise Unreadable(
+                f"example {index} of {self.split!r} in {self.folder} cannot be read, its shard is"
+                f" damaged: copy or prepare it again ({error})"
+            ) from error
         name = example[self.name_feature] if self.name_feature else f"{self.split} #{index}"
         if isinstance(name, bytes):
             name = name.decode("utf-8", "backslashreplace")
@@ -152,7 +172,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     features = dict(builder.info.features)
     if not isinstance(features.get(IMAGE), tfds.features.Image):
         raise ValueError(f"{name!r} has no image under 'image'; it has {', '.join(features)}")
-    _ranges(split, {s.name: s.num_examples for s in builder.info.splits.values()}, name)
+    ranges = _ranges(split, {s.name: s.num_examples for s in builder.info.splits.values()}, name)
     records = builder.as_data_source(
         split, decoders={IMAGE: tfds.decode.SkipDecoding()}, file_format="array_record"
     )
@@ -169,6 +189,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
         split,
         next((key for key in NAME_FEATURES if key in features), None),
         list(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
+        _located(ranges, builder.data_path),
+        str(builder.data_path),
     )
 
 
@@ -233,6 +255,20 @@ def _ranges(split: str, lengths: dict[str, int], source: str) -> list[tuple[str,
     return ranges
 
 
+def _located(ranges: list[tuple[str, int, int]], where: Any) -> Ranges:
+    return tuple((f"{where} {split}", lo, hi) for split, lo, hi in ranges)
+
+
+def shared(one: Source, other: Source) -> int:
+    """How many images two sources have in common, as slices of the same splits."""
+    return sum(
+        max(0, min(end, other_end) - max(start, other_start))
+        for split, start, end in one.ranges
+        for other_split, other_start, other_end in other.ranges
+        if split == other_split
+    )
+
+
 # --- arrays in memory ---
 
 
@@ -244,6 +280,7 @@ class ArraySource:
     labels: np.ndarray
     names: list[str]
     class_names: list[str] | None
+    ranges: Ranges = ()
 
     @property
     def num_classes(self) -> int | None:
@@ -271,6 +308,7 @@ class FolderSource:
     files: list[str]  # relative to root, in the order of their bytes; may hold surrogate escapes
     labels: np.ndarray  # int32, -1 = none
     class_names: list[str] | None
+    ranges: Ranges = ()
 
     @property
     def num_classes(self) -> int | None:
@@ -323,6 +361,7 @@ def _open_folder(path: str, split: str) -> FolderSource:
         [files[i] for i in chosen],
         np.array([index[parents[i]] if labelled else -1 for i in chosen], np.int32),
         [printable(name) for name in classes] if labelled else None,
+        _located(ranges, os.path.realpath(root)),
     )
 
 
@@ -330,18 +369,18 @@ def _list_images(root: str) -> tuple[list[str], collections.Counter[str]]:
     """Image files below root, relative to it and sorted; and a count of other files' extensions."""
     files: list[str] = []
     others: collections.Counter[str] = collections.Counter()
-    visited = set()
+    above: dict[str, frozenset] = {os.path.dirname(root): frozenset()}  # itself and its parents
 
     def refuse(error: OSError) -> None:
         name = printable(os.fsdecode(error.filename))
         raise ValueError(f"cannot list {name}: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above: a loop
+        status, parents = os.stat(folder), above[os.path.dirname(folder)]
+        if (status.st_dev, status.st_ino) in parents:  # a link to a folder above: a loop
             subfolders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        above[folder] = parents | {(status.st_dev, status.st_ino)}
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             path = os.path.join(folder, name)

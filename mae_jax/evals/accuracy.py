@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import nearest
 from mae_jax.evals import results
-from mae_jax.evals.features import Extractor, open_labelled
+from mae_jax.evals.features import Extractor, open_labelled, require_disjoint
 
 
 class Evaluator:
@@ -17,13 +17,15 @@ class Evaluator:
 
     Args:
       cfg: `source` ('' = that of the training images), `split`, `batch_size`; optional `predict`,
-        the name of what gives logits, and `prefix` of the names of the results.
+        the name of what gives logits, `prefix` of the names of the results, and
+        `of_training_images`, without which these are refused.
       config: the whole config.
       predict: name -> function (params, extra, batch) -> logits (B, Y).
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source has no labels, or other classes than the training images.
+      ValueError: the source has no labels, other classes than the training images, or some of
+        them.
     """
 
     def __init__(
@@ -44,6 +46,15 @@ class Evaluator:
                 f"{self._origin} has other classes than the training images of {data.source}:"
                 f" {self._source.num_classes} and {trained.num_classes}, or in another order;"
                 " labels of the two cannot be compared"
+            )
+        if not cfg.get("of_training_images", False):
+            require_disjoint(
+                f"accuracy: split={cfg.split!r} and config.data.split={data.split!r}",
+                self._source,
+                trained,
+                "it would be measured on what is trained on. Train on others, such as"
+                " --config.data.split='train[:80%]' with test=train[80%:]; or, where this is meant,"
+                " give the evaluation of_training_images=True",
             )
         self._extractor = Extractor(config, predict[kind], mesh, batch_size=cfg.batch_size)
         self.results: results.Results | None = None  # of the last run, for results.json

@@ -41,6 +41,12 @@ def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
     return source
 
 
+def require_disjoint(what: str, one: sources.Source, other: sources.Source, way_out: str) -> None:
+    """Raises ValueError if two sources have images in common; 'A and B', and what to do."""
+    if count := sources.shared(one, other):
+        raise ValueError(f"{what} have {count:,} images in common: {way_out}")
+
+
 def require_labels(label_B: np.ndarray, classes: int) -> None:
     """Raises ValueError if a label is not one of the classes."""
     wrong = label_B[(label_B < 0) | (label_B >= classes)]
@@ -154,6 +160,10 @@ class Subset:
     @property
     def class_names(self) -> list[str] | None:
         return self.source.class_names
+
+    @property
+    def ranges(self) -> sources.Ranges:
+        return self.source.ranges
 
     def __len__(self) -> int:
         return len(self.indices)

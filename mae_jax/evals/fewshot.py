@@ -7,7 +7,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.evals.features import Extractor, draw_per_class, feature_of, open_labelled
+from mae_jax.evals.features import (
+    Extractor,
+    draw_per_class,
+    feature_of,
+    open_labelled,
+    require_disjoint,
+)
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times the largest squared singular value
 
@@ -77,11 +83,13 @@ class Evaluator:
         name, data_dir = cfg.source or config.data.source, config.data.data_dir
         self._queries = open_labelled(name, cfg.split, data_dir)
         bank = open_labelled(name, cfg.bank_split, data_dir)
-        if cfg.split == cfg.bank_split:
-            raise ValueError(
-                f"few-shot with split and bank_split both {cfg.split!r}: it would be tested on"
-                " what it was fitted to"
-            )
+        require_disjoint(
+            f"few-shot: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
+            self._queries,
+            bank,
+            "it would be tested on what it was fitted to. Give others, such as 'train[80%:]' and"
+            " 'train[:80%]'",
+        )
         if cfg.draws < 1 or not cfg.shots or min(cfg.shots) < 1:
             raise ValueError(
                 f"few-shot with shots={tuple(cfg.shots)} and draws={cfg.draws}: give at least one"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax.evals.features import Extractor, Features, feature_of, open_labelled
+from mae_jax.evals.features import Extractor, Features, feature_of, open_labelled, require_disjoint
 from mae_jax.sharding import BATCH
 
 
@@ -94,7 +94,7 @@ class Evaluator:
 
     Raises:
       ValueError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
-        are the same, or a temperature that is not positive.
+        have images in common, or a temperature that is not positive.
     """
 
     def __init__(
@@ -104,10 +104,12 @@ class Evaluator:
         data_dir = config.data.data_dir
         self._queries = open_labelled(self._name, cfg.split, data_dir)
         self._bank = open_labelled(self._name, cfg.bank_split, data_dir)
-        if cfg.split == cfg.bank_split:
-            raise ValueError(
-                f"k-NN with split and bank_split both {cfg.split!r}: every image would find itself"
-            )
+        require_disjoint(
+            f"k-NN: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
+            self._queries,
+            self._bank,
+            "they would find themselves. Give others, such as 'train[80%:]' and 'train[:80%]'",
+        )
         if cfg.temperature <= 0:
             raise ValueError(f"k-NN with temperature={cfg.temperature}: it must be positive")
         self._cfg = cfg

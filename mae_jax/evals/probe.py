@@ -1,6 +1,7 @@
 """Accuracy of probes trained side by side, and of the one that held-out training images choose."""
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,13 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.sources import Source
 from mae_jax.evals import results
-from mae_jax.evals.features import Extractor, open_labelled
+from mae_jax.evals.features import Extractor, open_labelled, require_disjoint
+
+WAYS = (
+    "train on some images, choose the best rate on others and measure on yet others, such as"
+    " --config.data.split='train[:70%]' --config.evals.probe.select_split='train[70%:80%]' with"
+    " test=train[80%:]; or choose none: config.optim.sweep=()"
+)
 
 
 class Evaluator:
@@ -28,7 +35,7 @@ class Evaluator:
 
     Raises:
       ValueError: the source has no labels, or other classes than the training images; there is
-        nothing to choose the best rate on, or it is a split trained on or measured on.
+        nothing to choose the best rate on, or two of the splits have images in common.
     """
 
     def __init__(
@@ -42,15 +49,17 @@ class Evaluator:
         self._about = {"source": name, "split": cfg.split}
         self._classes, self._select_split = self._splits[""].class_names or [], cfg.select_split
         if len(self._rates) > 1:
-            if cfg.select_split in ("", cfg.split, data.split):
-                raise ValueError(
-                    f"evaluation with select_split={cfg.select_split!r}: the best of"
-                    f" {len(self._rates)} rates is chosen on images that are neither trained on"
-                    f" ({data.split!r}) nor measured on ({cfg.split!r}), such as 'train[99%:]' with"
-                    " config.data.split='train[:99%]'; or set config.optim.sweep=()"
-                )
+            if not cfg.select_split:
+                raise ValueError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
             self._splits["select_"] = open_labelled(data.source, cfg.select_split, data.data_dir)
         trained = open_labelled(data.source, data.split, data.data_dir)
+        used = {"config.data.split": (data.split, trained)}
+        used |= {
+            f"{name}split": (cfg[f"{name}split"], source) for name, source in self._splits.items()
+        }
+        for (name, (split, source)), (other, (other_split, found)) in combinations(used.items(), 2):
+            what = f"evaluation: {name}={split!r} and {other}={other_split!r}"
+            require_disjoint(what, source, found, WAYS)
         if self._splits[""].class_names != trained.class_names:
             raise ValueError(
                 f"{self._origin} has other classes than the training images of {data.source}:"
