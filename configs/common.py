@@ -72,3 +72,18 @@ def pretraining(path):
             found = json.loads((place / "config.json").read_text())
             return found if "model" in found else None  # such as that of transformers
     return None
+
+
+def adopt(config, found, variant):
+    """Takes images and network of the run that is gone on from; `variant` says another network.
+
+    Args:
+      found: what `pretraining` gave. None: the network is `variant`, or B/16.
+    """
+    if found is not None:
+        for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
+            value = found["model"][key]
+            config.model[key] = tuple(value) if isinstance(value, list) else value
+        config.data.update(mean=tuple(found["data"]["mean"]), std=tuple(found["data"]["std"]))
+    if found is None or variant:
+        config.model.update(model_sizes(variant or "B/16"))

@@ -22,7 +22,7 @@ Paper's numbers, not measured here (top-1, 1600 epochs of pre-training): B/16 83
 
 from ml_collections import ConfigDict
 
-from configs.common import model_sizes, parse_arg, pretraining
+from configs.common import adopt, parse_arg, pretraining
 from configs.pretrain import get_config as recipe
 
 # By the depth of B, L and H
@@ -54,17 +54,9 @@ def get_config(arg=None):
     for key in ("decoder_width", "decoder_depth", "decoder_heads"):
         del config.model[key]
 
-    found = pretraining(args["init"])
-    if found is not None and not args["variant"]:
-        for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
-            value = found["model"][key]
-            config.model[key] = tuple(value) if isinstance(value, list) else value
-        if args["image_size"]:
-            config.model.image_size = (args["image_size"],) * 2
-    else:
-        config.model.update(model_sizes(args["variant"] or "B/16"))
-    if found is not None:
-        config.data.update(mean=tuple(found["data"]["mean"]), std=tuple(found["data"]["std"]))
+    adopt(config, pretraining(args["init"]), args["variant"])
+    if args["image_size"]:
+        config.model.image_size = (args["image_size"],) * 2
     published = SCRATCH if scratch else FINETUNE
     size = published[min(published, key=lambda depth: abs(depth - config.model.depth))]
 

@@ -21,7 +21,7 @@ The attentive head is not of the paper, and its settings were not tuned.
 
 from ml_collections import ConfigDict
 
-from configs.common import model_sizes, parse_arg, pretraining
+from configs.common import adopt, parse_arg, pretraining
 from configs.pretrain import get_config as recipe
 
 
@@ -89,13 +89,5 @@ def get_config(arg=None):
     )
     config.checkpoint.update(every="5 epochs", keep_every="")
 
-    found = pretraining(args["init"])
-    if found is not None and not args["variant"]:
-        for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
-            value = found["model"][key]
-            config.model[key] = tuple(value) if isinstance(value, list) else value
-    else:
-        config.model.update(model_sizes(args["variant"] or "B/16"))
-    if found is not None:
-        config.data.update(mean=tuple(found["data"]["mean"]), std=tuple(found["data"]["std"]))
+    adopt(config, pretraining(args["init"]), args["variant"])
     return config

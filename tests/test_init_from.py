@@ -14,7 +14,7 @@ from test_train import mesh_of
 from test_train import tiny_config as pretrain_config
 
 from configs import finetune, linprobe
-from mae_jax import checkpoint, sharding, train
+from mae_jax import checkpoint, evals, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.evals import fewshot
 from mae_jax.models import patch_embed
@@ -221,6 +221,8 @@ def folder_config(source, test) -> ConfigDict:
     config.data.source, config.ema, config.train_for = source, 0.0, "1 steps"
     del config.evals.averaged
     config.evals.accuracy.update(split=test, every="1 steps")
+    with config.evals.accuracy.unlocked():
+        config.evals.accuracy.of_training_images = True
     return config
 
 
@@ -237,10 +239,24 @@ def test_a_class_of_one_image_is_trained_on_and_has_no_accuracy_where_it_has_no_
     assert sorted(str(rows[2]["accuracy"]) for rows in both) in (["0.0", "None"], ["100.0", "None"])
 
 
+def test_accuracy_on_training_images_is_refused_unless_it_is_meant(tmp_path):
+    source = folder_of_classes(tmp_path / "images", {"cat": 20, "dog": 20})
+    config = folder_config(source, "train[80%:]")
+    task, mesh = classify.make_task(config), mesh_of(1, 1, 1)
+    evals.build(config, task.predict, mesh)
+    config.evals.accuracy.of_training_images = False
+    with pytest.raises(ValueError, match="config.data.split='train' have 8 images in common"):
+        evals.build(config, task.predict, mesh)
+    config.data.split = "train[:80%]"
+    evals.build(config, classify.make_task(config).predict, mesh)
+
+
 def test_a_class_of_one_image_is_named_where_there_are_too_few(tmp_path):
     source = folder_of_classes(tmp_path / "images", {"cat": 6, "rare": 1})
     config = folder_config(source, "train[50%:]")
-    few = dict(type="fewshot", every="", source="", split="train[:1]", bank_split="train", shots=2)
+    few = dict(
+        type="fewshot", every="", source="", split="train[:1]", bank_split="train[1:]", shots=2
+    )
     few |= dict(draws=1, feature="pooled", batch_size=8)
     cfg = ConfigDict(few | {"shots": (2,)})
     with pytest.raises(ValueError, match="class 'rare' has 1 .*ask for fewer, or use a larger"):
@@ -250,7 +266,7 @@ def test_a_class_of_one_image_is_named_where_there_are_too_few(tmp_path):
 class Unlabelled:
     """Real images, of which the last has the label that tfds gives the test images of ImageNet."""
 
-    num_classes, class_names = 10, [str(y) for y in range(10)]
+    num_classes, class_names, ranges = 10, [str(y) for y in range(10)], ()
 
     def __init__(self, label):
         self.label = label

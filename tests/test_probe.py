@@ -11,6 +11,7 @@ from PIL import Image
 from test_knn import mesh_of
 from test_train import tiny_config
 
+from configs.finetune import get_config as finetune_config
 from configs.knn import get_config as knn_config
 from configs.linprobe import get_config
 from mae_jax import checkpoint, evals, metrics, optim, sharding, train
@@ -328,6 +329,18 @@ def test_metrics_are_the_same_on_any_mesh_and_for_any_batch_size(shape, batch_si
     expected = evaluate(config)
     config.evals.probe.batch_size = batch_size
     assert evaluate(config, shape) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_variant_beside_a_run_keeps_what_the_run_says_of_its_images(tmp_path):
+    config = tiny_config()
+    config.model.image_size, config.model.mlp_ratio = (40, 48), 3.0
+    checkpoint.prepare_workdir(tmp_path, config)
+    for recipe in (get_config, finetune_config, knn_config):
+        found = recipe(f"init={tmp_path},variant=L/8")
+        assert (found.model.width, found.model.patch_size) == (1024, (8, 8))
+        assert (found.model.image_size, found.model.channels) == ((40, 48), 1)
+        assert (found.model.mlp_ratio, found.data.mean, found.data.std) == (3.0, (0.5,), (0.5,))
+    assert finetune_config(f"init={tmp_path},image_size=32").model.image_size == (32, 32)
 
 
 @pytest.mark.parametrize(
