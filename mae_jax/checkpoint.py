@@ -493,7 +493,7 @@ def _require_shared(root: epath.Path) -> None:
     if jax.process_index() == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            probe.write_text("")
         except OSError as error:
             reason = f" ({error})"
     if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):

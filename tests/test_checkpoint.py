@@ -385,7 +385,7 @@ def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     def refuse(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "touch", refuse)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuse)
     with pytest.raises(ValueError, match="cannot be written to.*Permission denied"):
         checkpoint.check_workdir(tmp_path, config())
 

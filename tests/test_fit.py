@@ -98,7 +98,7 @@ def test_a_missing_checkpoint_interval_or_mask_is_refused_before_anything_is_wri
         ("--config.mask_ratoi=0.9", 'Did you mean "mask_ratio"'),
         ("--config.model.patch_siz=8", 'Did you mean "patch_size"'),
         ("--config.evals.knn.every=5", "no such key in the config: 'knn'"),
-        ("--config.mask_ratio=nan", "config.mask_ratio is not a number"),
+        ("--config.mask_ratio=nan", "mask_ratio is not a number"),
         ("--config.mask_ratio=much", "could not convert string to float"),
         ("--config.seed=1.5", "invalid literal for int"),
         ("--nope=1", "nope"),

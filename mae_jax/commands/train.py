@@ -6,9 +6,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -73,20 +71,11 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
         raise ValueError(f"{' '.join(given)}: no such key in the config: {what}") from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
-    if wrong := [key for key, value in flat(config) if isinstance(value, float) and value != value]:
-        raise ValueError(f"config.{wrong[0]} is not a number (nan)")
+    if found := re.search(r'"(\w+)": NaN', config.to_json()):
+        raise ValueError(f"{' '.join(given)}: {found[1]} is not a number (nan)")
     config.lock()
     workdir = values.workdir or str(Path("workdir") / file.stem)
     return config, workdir
-
-
-def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """'optim.blr' and the like, and their values."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def summary(workdir: str) -> list[str]:

@@ -140,10 +140,12 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             example = self.records[index]
+        except IndexError:
+            raise
         except Exception as error:  # ArrayRecord's reader raises several kinds
             raise Unreadable(
-                f"example {index} of {self.split!r} in {self.folder} cannot be read, its shard is"
-                f" damaged: copy or prepare it again ({error})"
+                f"example {index} of {self.split!r} in {self.folder} cannot be read: if its shard is"
+                f" damaged, copy or prepare it again ({error})"
             ) from error
         name = example[self.name_feature] if self.name_feature else f"{self.split} #{index}"
         if isinstance(name, bytes):
