@@ -144,8 +144,8 @@ class TfdsSource:
             raise
         except Exception as error:  # ArrayRecord's reader raises several kinds
             raise Unreadable(
-                f"example {index} of {self.split!r} in {self.folder} cannot be read: if its shard is"
-                f" damaged, copy or prepare it again ({error})"
+                f"example {index} of {self.split!r} in {self.folder} cannot be read: its shard may"
+                f" be damaged, copy or prepare it again ({error})"
             ) from error
         name = example[self.name_feature] if self.name_feature else f"{self.split} #{index}"
         if isinstance(name, bytes):
