@@ -169,14 +169,16 @@ def test_an_impossible_value_is_refused_in_words(changes, words):
         pretrain.make_task(config)
 
 
-def test_sizes_given_as_one_number_are_refused():
+def test_sizes_given_as_one_number_and_unknown_tasks_are_refused(tmp_path):
     config = tiny_config()
     config.unlock()
     config.model.image_size = (32,)
     with pytest.raises(ValueError, match="written as .height, width."):
         pretrain.make_task(config)
     with pytest.raises(ValueError, match="cannot import 'mae_jax.tasks.pretrian'"):
-        command.main(["--config=configs/quickstart.py", "--config.task=pretrian", "--workdir=x"])
+        command.main(
+            ["--config=configs/quickstart.py", "--config.task=pretrian", f"--workdir={tmp_path}/x"]
+        )
 
 
 def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch):
