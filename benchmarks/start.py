@@ -101,7 +101,7 @@ def saved(args: argparse.Namespace) -> dict:
             jax.block_until_ready(checkpointer.restore(program.state_shapes))
             found["restored"].append(time.perf_counter() - began)
         checkpointer.close()
-    return found
+    return found | {"versions": sides.versions("jax", "flax", "optax")}
 
 
 def main() -> None:

@@ -8,5 +8,20 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Files whose time goes into compiling: they are about what is computed, not about the programs.
+# Parity with the golden numbers and what reads compiled programs have the compiler as users have it.
+COMPILED_FAST = {
+    *("test_classifier", "test_convert", "test_embed", "test_finetune", "test_fit"),
+    *("test_init_from", "test_knn", "test_load", "test_probe", "test_recipes", "test_reconstruct"),
+    *("test_results", "test_robustness", "test_train", "test_visualize"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast(request):
+    quick = request.module.__name__.rpartition(".")[2] in COMPILED_FAST
+    jax.config.update("jax_disable_most_optimizations", quick)
