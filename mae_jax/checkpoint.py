@@ -259,7 +259,8 @@ class Checkpointer:
     def _explain(self, error: Exception) -> str:
         # Free what the failed save took before telling how much is free.
         for left in self._unfinished() if jax.process_index() == 0 else ():
-            left.rmtree(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody still writes to it
+                left.rmtree(missing_ok=True)
         room = ""
         with contextlib.suppress(OSError):  # in a bucket, or the directory is gone
             free = shutil.disk_usage(self.root).free

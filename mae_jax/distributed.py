@@ -205,7 +205,7 @@ def alone_with(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, jax.errors.JaxRuntimeError):
             return False
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     return jax.process_count() > 1
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import hosts
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -268,3 +269,18 @@ def test_watchdog_prints_the_stacks_of_all_threads_when_nothing_ends(capfd):
     assert "nothing ended for 0.2 s after step 7" in printed
     assert printed.count("most recent call first") >= 2
     assert "test_distributed.py" in printed
+
+
+def test_an_error_that_a_lost_host_caused_is_not_taken_for_ones_own(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    assert distributed.alone_with(ValueError("one's own"))
+    for wrap in (lambda error: OSError("explained"), lambda error: None):
+        try:
+            try:
+                raise jax.errors.JaxRuntimeError("Connection closed by peer")
+            except jax.errors.JaxRuntimeError as lost:
+                if (cause := wrap(lost)) is not None:
+                    raise cause from lost
+                raise OSError("while it was explained")  # noqa: B904
+        except OSError as error:
+            assert not distributed.alone_with(error)
