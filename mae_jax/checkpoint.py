@@ -464,8 +464,7 @@ def check_workdir(
     """
     root = epath.Path(workdir)
     _require_shared(root)
-    if (root / "config.json").exists():
-        old_config = json.loads((root / "config.json").read_text())
+    if old_config := _read_json(root / "config.json"):
         changed = _changes(old_config, json.loads(config.to_json()))
         refused = [
             text

@@ -181,13 +181,18 @@ def test_sizes_given_as_one_number_and_unknown_tasks_are_refused(tmp_path):
         )
 
 
-def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch):
+@pytest.fixture
+def slow_saves(monkeypatch):
     write = checkpoint.Checkpointer._write_digests
 
     def slowly(self):
         time.sleep(2)
         write(self)
 
+    monkeypatch.setattr(checkpoint.Checkpointer, "_write_digests", slowly)
+
+
+def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, config, slow_saves):
     def explode(config, constrain):
         task = pretrain.make_task(config, constrain)
 
@@ -202,19 +207,12 @@ def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, co
         inputs = task.inputs | {"last": jax.ShapeDtypeStruct((), bool)}
         return task._replace(batches=batches, loss=loss, inputs=inputs)
 
-    monkeypatch.setattr(checkpoint.Checkpointer, "_write_digests", slowly)
     with pytest.raises(train.NonFiniteError, match="step 4: loss nan.*checkpoint is step 2"):
         run(tmp_path, config, explode)
     assert (tmp_path / "checkpoints/2/digests.json").exists()
 
 
-def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch):
-    write = checkpoint.Checkpointer._write_digests
-
-    def slowly(self):
-        time.sleep(2)
-        write(self)
-
+def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, slow_saves):
     def break_off(config, constrain):
         task = pretrain.make_task(config, constrain)
 
@@ -224,7 +222,6 @@ def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, monkeypatch
 
         return task._replace(batches=batches)
 
-    monkeypatch.setattr(checkpoint.Checkpointer, "_write_digests", slowly)
     with pytest.raises(MemoryError):
         run(tmp_path, config, break_off)
     assert (tmp_path / "checkpoints/2/digests.json").exists()

@@ -84,19 +84,16 @@ def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
         model.encode(params, images[:, :-1])
 
 
-def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
-    config = ConfigDict(quickstart.get_config())
+def saved_and_loaded(config, workdir, step):
+    """Fresh parameters, saved as a run's, and what is loaded; both predict the same."""
     task = make_task(config)
     params, _ = task.init(jax.random.key(0))
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(7, {"params": params})
+    saver = checkpoint.Checkpointer(workdir)
+    saver.save(step, {"params": params})
     saver.close()
-    checkpoint.prepare_workdir(tmp_path, config)
-    model, loaded = mae_jax.load(tmp_path)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
-    assert model.spec.target == config.target.name
-    height, width = config.model.image_size
-    shape = (2, height, width, config.model.channels)
+    checkpoint.prepare_workdir(workdir, config)
+    model, loaded = mae_jax.load(workdir)
+    shape = (2, *config.model.image_size, config.model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
     theirs = task.predict["reconstruction"](params, {}, batch)
@@ -104,6 +101,14 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
     exact = Model(model.spec, pretrained.Execution(jnp.dtype(config.model.dtype)))
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
     np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
+    return params, model, loaded
+
+
+def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
+    config = ConfigDict(quickstart.get_config())
+    params, model, loaded = saved_and_loaded(config, tmp_path, 7)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
+    assert model.spec.target == config.target.name
     step, again = mae_jax.load(tmp_path / "checkpoints" / "7")
     assert step.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, again, loaded))
 
@@ -149,21 +154,7 @@ def test_a_file_with_another_than_a_square_of_patches(tmp_path):
 def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):
     config = ConfigDict(quickstart.get_config())
     config.masking.tokens_in_encoder = True
-    task = make_task(config)
-    params, _ = task.init(jax.random.key(0))
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(0, {"params": params})
-    saver.close()
-    checkpoint.prepare_workdir(tmp_path, config)
-    model, loaded = mae_jax.load(tmp_path)
-    shape = (2, *config.model.image_size, config.model.channels)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
-    theirs = task.predict["reconstruction"](params, {}, batch)
-    kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
-    exact = Model(model.spec, pretrained.Execution(jnp.dtype(config.model.dtype)))
-    ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
-    np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
+    saved_and_loaded(config, tmp_path, 0)
     for to in ("official", "hf"):
         with pytest.raises(ValueError, match="Convert with --part=encoder"):
             convert.main([str(tmp_path), str(tmp_path / "out"), f"--to={to}"])
