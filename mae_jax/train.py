@@ -233,13 +233,13 @@ class Stopwatch:
         return speed, waited
 
 
-def require_finite(step: int, scalars: Mapping[str, float], last_good: str) -> None:
+def require_finite(step: int, scalars: Mapping[str, float], last_good: Callable[[], str]) -> None:
     """Raises NonFiniteError if the loss or the gradient norm of an update is not finite."""
     loss, norm = scalars["train/loss"], scalars["train/grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; the last"
-            f" good checkpoint is {last_good}. A lower config.optim.blr, or"
+            f" good checkpoint is {last_good()}. A lower config.optim.blr, or"
             " config.model.residual_dtype=float32 if it is not, may help."
         )
 
@@ -312,15 +312,17 @@ def fit(
             writer.log(line)
             progress.log(line)
 
+        def last_good() -> str:
+            saver.wait()  # a save that goes on is the last one
+            return f"step {saver.latest_step()} in {workdir}"
+
         def read_metrics() -> None:
             nonlocal unread
             if unread is None:
                 return
             (done, values), unread = unread, None
             scalars = {name: float(value) for name, value in values.items()}
-            if not math.isfinite(scalars["train/loss"] + scalars["train/grad_norm"]):
-                saver.wait()  # the message names the last checkpoint
-            require_finite(done, scalars, f"step {saver.latest_step()} in {workdir}")
+            require_finite(done, scalars, last_good)
             if done != 1 and not due(done, log_every):
                 return
             speed, waited = stopwatch.lap(done)
