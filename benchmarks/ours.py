@@ -40,6 +40,7 @@ def make_config(args: argparse.Namespace):
     config.model.scan_unroll = args.unroll or config.model.depth
     config.model.attention = args.attention
     config.model.remat = args.remat
+    config.mesh.fsdp = args.devices
     config.masking.tokens_in_encoder = args.tokens_in_encoder
     return config
 
@@ -53,6 +54,10 @@ def run(args: argparse.Namespace) -> dict:
     from mae_jax import flops, sharding, train
     from mae_jax.tasks import pretrain
 
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        if jax.default_backend() != "cpu":
+            raise SystemExit("a device per core: for CPUs only")
     config = make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
     task = pretrain.make_task(config, sharding.constrain_batch(mesh))
@@ -90,6 +95,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unroll", type=int, default=0, help="config.model.scan_unroll; 0: all")
     parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"])
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--devices", type=int, default=1, help="of a CPU, with FSDP over them")
     parser.add_argument("--tokens_in_encoder", action="store_true")
 
 

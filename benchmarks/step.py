@@ -3,8 +3,9 @@ r"""The pre-training step: ours against Hugging Face's ViTMAEForPreTraining with
     bash benchmarks/run.sh step [--variant=B/16,...] [--batches=16,...] [--dtype=float32] ...
 
 The same model, batch, precision and device, forward, backward and update; images stay on the
-device. The peer runs eager and compiled by torch.compile. Of several batches the best of each side
-counts. Where one Python has JAX for the GPU, torch and transformers, without run.sh:
+device. The peer runs eager and compiled by torch.compile; ours on a CPU as one device and as a
+device per core, with FSDP over them. The best of each, and of several batches, counts. Where one
+Python has JAX for the GPU, torch and transformers, without run.sh:
 
     TORCH_PYTHON=python3 PYTHONPATH=. python3 benchmarks/step.py --dtype=bfloat16 \
         --variant=B/16,L/16,H/14 --batches=64,128,256
@@ -16,16 +17,20 @@ import sys
 
 from benchmarks import ours, sides
 
+PER_CORE = "ours, a device per core"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     ours.options(parser)
     parser.add_argument("--batches", default="16", help="that are tried, of every variant")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.set_defaults(steps=4)
     args = parser.parse_args()
-    own = ("--rounds", "--variant", "--batch")
-    given = [arg for arg in sys.argv[1:] if not arg.startswith(own)]
+    here_only = ("--rounds", "--variant", "--batch")
+    given = [f"--steps={args.steps}", *(a for a in sys.argv[1:] if not a.startswith(here_only))]
     here, torch = sides.HERE, os.environ.get("TORCH_PYTHON", "")
+    cores = f"--devices={len(os.sched_getaffinity(0))}"
     kept, rows, verdicts, panels = {}, [], [], {}
     for variant in args.variant.split(","):
         rates: dict[str, float] = {}  # images per second of a side, at its best batch
@@ -34,6 +39,7 @@ def main() -> None:
             results = sides.take_turns(
                 {
                     "ours": [sys.executable, f"{here}/ours.py", *what],
+                    PER_CORE: [sys.executable, f"{here}/ours.py", *what, cores],
                     "HF, eager": [torch, f"{here}/huggingface.py", *what],
                     "HF, torch.compile": [torch, f"{here}/huggingface.py", "--compiled", *what],
                 },
@@ -45,9 +51,12 @@ def main() -> None:
                 if seconds := sides.median(found):
                     rates[side] = max(rates.get(side, 0), int(batch) / seconds)
         panels[f"{variant}, images/s"] = rates
-        peers = [rate for side, rate in rates.items() if side != "ours"]
-        if "ours" in rates and peers:
-            verdicts.append(f"{variant}: {rates['ours'] / max(peers):.2f} of HF's best")
+        own, peers = (
+            [rate for side, rate in rates.items() if side.startswith("ours") == is_ours]
+            for is_ours in (True, False)
+        )
+        if own and peers:
+            verdicts.append(f"{variant}: {max(own) / max(peers):.2f} of HF's best")
     head = ["model", "batch", "side", "images/s", "first step after", "peak memory", "MFU"]
     title = f"{args.dtype}; {sides.all_versions(results)}"
     text = "\n\n".join([title, sides.markdown(head, rows), *verdicts])
