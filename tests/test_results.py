@@ -115,6 +115,27 @@ def test_a_figure_is_drawn_for_any_number_of_classes(tmp_path, classes):
     assert len(written["per_class"]) == classes and len(text.splitlines()) < classes + 100
 
 
+@pytest.mark.parametrize("classes", [3, 60])
+def test_names_are_drawn_as_they_are_written(tmp_path, classes):
+    names = [f"$1_$5 {y}" for y in range(classes)]
+    found = outcomes(np.arange(classes), np.roll(np.arange(classes), 1))
+    about = {"source": "folder:$a_$b", "split": "train"}
+    results.write(tmp_path, results.Results("eval", about, names, found), {"step": 7})
+    assert (tmp_path / "results.png").exists()
+
+
+def test_the_tables_are_there_even_if_the_figure_cannot_be_drawn(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(results, "figure", fail)
+    with pytest.raises(RuntimeError, match="no font"):
+        results.write(
+            tmp_path, results.Results("eval", {}, ["a", "b"], outcomes([0], [1])), {"step": 7}
+        )
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 7
+
+
 def logits_of_a_pixel(params, extra, batch):
     pixel_B = batch["image"][:, 16, 16, 0].astype(jnp.float32)
     return jnp.sin(pixel_B[:, None] * (1 + jnp.arange(10)))

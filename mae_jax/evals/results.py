@@ -19,6 +19,7 @@ BINS = 15  # of confidence, of equal width; arXiv 1706.04599 section 5
 CONFUSIONS = 50  # pairs of classes in the table
 WORST = 20  # classes in the figure
 NAME_LENGTH = 20  # characters of a class name in the figure
+PLAIN: dict[str, Any] = {"parse_math": False}  # of texts with names, where $ is a character
 
 
 class Outcomes(NamedTuple):
@@ -190,11 +191,15 @@ def write(workdir: str | os.PathLike, results: Results, state: Mapping[str, Any]
         said = {**state, **results.about, **report(results)}
         kind = re.sub(r"\W+", "_", results.prefix.removeprefix("eval")).strip("_")
         name = f"results_{kind}" if kind else "results"
-        for end, content in (("json", _json(said).encode()), ("png", figure(results, said))):
-            # All of it or nothing: a reader never sees half a file.
-            part = epath.Path(workdir) / f"{name}.{end}.part"
-            part.write_bytes(content)
-            part.replace(epath.Path(workdir) / f"{name}.{end}")
+        _replace(epath.Path(workdir) / f"{name}.json", _json(said).encode())
+        _replace(epath.Path(workdir) / f"{name}.png", figure(results, said))
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    """All of it or nothing: a reader never sees half a file."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def _json(said: Mapping[str, Any]) -> str:
@@ -237,6 +242,7 @@ def figure(results: Results, said: Mapping[str, Any]) -> bytes:
         + (f", step {said['step']:,}" if "step" in said else "")
         + f"\ntop-1 {said['top1']:.2f} %{top5}, loss {loss}",
         fontsize=12,
+        **PLAIN,
     )
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")
@@ -288,7 +294,7 @@ def _draw_classes(figure: Any, results: Results, names: list[str], chosen: np.nd
             ha="right" if inside else "left", color="white" if inside else "black",
         )  # fmt: skip
     bars.set(xlim=(0, 100), xlabel="accuracy, %", title="Class (images): accuracy")
-    bars.set_yticks(place, [f"{names[y]} ({total[y]:,})" for y in chosen], fontsize=8)
+    bars.set_yticks(place, [f"{names[y]} ({total[y]:,})" for y in chosen], fontsize=8, **PLAIN)
     bars.spines[["top", "right"]].set_visible(False)
 
     # Predictions of many classes are too scattered for a matrix: each row then names its own.
@@ -300,11 +306,12 @@ def _draw_classes(figure: Any, results: Results, names: list[str], chosen: np.nd
         for x, (count, text) in enumerate(row):
             if count:
                 dark = "white" if share[y, x] > 0.6 else "black"
-                cells.text(x, y, text, ha="center", va="center", fontsize=7.5, color=dark)
+                cells.text(x, y, text, ha="center", va="center", fontsize=7.5, color=dark, **PLAIN)
     slanted = max(map(len, columns)) > 3 and whole
     cells.set_xticks(
         range(len(columns)), columns, fontsize=8, rotation=40 if slanted else 0,
         ha="right" if slanted else "center", rotation_mode="anchor" if slanted else "default",
+        **PLAIN,
     )  # fmt: skip
     cells.tick_params(axis="y", length=0, labelleft=False)
     which = "" if whole else f" the {len(chosen)} worst of {(total > 0).sum():,} classes"
