@@ -153,8 +153,8 @@ def test_killed_it_goes_on_where_it_stopped_with_the_same_bytes(tmp_path, capsys
     assert not work.exists()
 
 
-def test_an_interruption_by_other_weights_or_options_starts_again(folder, tmp_path, capsys):
-    out = tmp_path / "a.npz"
+def interrupt(out: Path, *arguments) -> None:
+    """Runs until eight images are read, and one part is saved."""
     decode, count = transforms.decode, 0
 
     def fail(*arguments):
@@ -168,8 +168,13 @@ def test_an_interruption_by_other_weights_or_options_starts_again(folder, tmp_pa
         patch.setattr(transforms, "decode", fail)
         patch.setattr(embed, "THREADS", 1)
         with pytest.raises(MemoryError):
-            run(out, folder, "--batch_size=8", "--save_every=1")
+            run(out, *arguments)
     assert not out.exists()
+
+
+def test_an_interruption_by_other_weights_or_options_starts_again(folder, tmp_path, capsys):
+    out = tmp_path / "a.npz"
+    interrupt(out, folder, "--batch_size=8", "--save_every=1")
     found = run(out, folder, "--batch_size=8", "--feature=mean")
     assert "changed since the interruption: starting again" in capsys.readouterr().out
     out.unlink()
@@ -201,6 +206,21 @@ def test_another_folder_with_the_same_names_is_another_plan(folder, tmp_path, mo
             run(tmp_path / "b.npz", "list.txt")
     with pytest.raises(ValueError, match="is there already"):
         run(tmp_path / "b.npz", "list.txt")
+
+
+def test_images_written_again_under_their_names_are_another_plan(folder, tmp_path, capsys):
+    out = tmp_path / "a.npz"
+    options = (folder, "--batch_size=4", "--save_every=1")
+    interrupt(out, *options)
+    shutil.copy(folder / "dog/9.png", folder / "cat/0.png")
+    found = run(out, *options)
+    assert "changed since the interruption: starting again" in capsys.readouterr().out
+    np.testing.assert_allclose(found["features"][0], found["features"][9], atol=1e-5)
+    # As long as it was, and as old to the second.
+    before = os.stat(folder / "cat/0.png")
+    os.utime(folder / "cat/0.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="is there already"):
+        run(out, *options)
 
 
 def test_shards_of_two_hosts_are_disjoint_and_complete(folder, tmp_path):

@@ -288,6 +288,15 @@ def digest(*texts: bytes) -> str:
     return hashlib.blake2b(b"\0".join(texts), digest_size=12).hexdigest()
 
 
+def stamp(file: str) -> bytes:
+    """What changes when a file is written again: its size and time; b"" where there is none."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return b""
+    return f"{found.st_size} {found.st_mtime_ns}".encode()
+
+
 def resume(out: Path, plan: dict) -> tuple[Path, int] | None:
     """The folder of the parts of `out`, and the first image that is not done; None: all is done.
 
@@ -390,9 +399,12 @@ def main(argv: list[str]) -> int:
             "batch_size": batch_size,
         }
     first, last = (len(source) * i // hosts for i in (host, host + 1))
-    # Names are relative to a folder, which hosts may mount at different places.
-    place = os.path.abspath(os.path.join(getattr(source, "root", ""), names[0]))
-    plan = plan | {"first": first, "last": last, "from": place}
+    # Names are relative to a folder, which hosts may mount at different places, or copy.
+    root = getattr(source, "root", "")
+    files = [os.path.join(root, name) for name in getattr(source, "files", [])[first:last]]
+    place = os.path.abspath(os.path.join(root, names[0]))
+    written = digest(*map(stamp, files))
+    plan = plan | {"first": first, "last": last, "from": place, "written": written}
     unfinished = resume(out, plan)
     if unfinished is None:
         print(f"{out} is complete: nothing to do")
