@@ -296,7 +296,6 @@ def fit(
     program = compile_step(task, tx, config, mesh) if start < total else None
     checkpoint.prepare_workdir(workdir, config, task.num_examples)
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
-    rows = sharding.host_rows(mesh, config.batch_size)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
 
     def due(step: int, every: int) -> bool:
@@ -349,7 +348,9 @@ def fit(
                 say(line)
         elif start:
             say(f"finished: {start} of {total} steps were done before; nothing to do")
-        batches = task.batches(start, rows) if start < total else iter(())
+        batches: Iterator = iter(())
+        if start < total:
+            batches = task.batches(start, sharding.host_rows(mesh, config.batch_size))
         stopwatch = Stopwatch(start)
 
         for step in range(start, total + 1):

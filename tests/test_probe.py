@@ -454,6 +454,16 @@ def test_a_run_without_updates_measures_a_checkpoint(pretrained, tmp_path):
     assert re.search(r"% \+- \d+\.\d\d, fitted to 2 of each class", told)
 
 
+def test_a_run_without_updates_takes_any_number_of_devices(tmp_path):
+    """Three do not divide config.batch_size, of which no batch is read."""
+    config = knn_config("source=bundled:digits,bank=train[:200],test=test[:50]")
+    config.features = "pixels"
+    del config.evals.fewshot
+    run(config, tmp_path, (3, 1, 1))
+    (found,) = metrics.read(tmp_path / "metrics.jsonl")
+    assert found["eval/knn1_cls"] > 50
+
+
 def test_the_published_setting_is_the_one_of_the_reference():
     """REFERENCE section 4, letter by letter."""
     config = get_config("init=x,select=0")
