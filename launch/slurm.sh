@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-#SBATCH --signal=B:TERM@180
+#SBATCH --signal=TERM@180
 # GPU nodes under Slurm, one process for each GPU; puts itself back into the queue until it is done.
 #
 #   sbatch [--nodes=4] launch/slurm.sh --config=FILE --workdir=DIR [FLAG ...]
@@ -24,14 +24,8 @@ command -v srun > /dev/null || {
 }
 cd "${SLURM_SUBMIT_DIR:-.}" || exit
 # All see a lost host by its heartbeat; Slurm killing the others would keep them from saying so.
-srun --kill-on-bad-exit=0 --wait=0 bash launch/host.sh --distributed "$@" &
-step=$!
-trap 'kill -TERM "$step" 2> /dev/null' TERM # srun passes it on
-while true; do
-  wait "$step"
-  status=$?
-  kill -0 "$step" 2> /dev/null || break
-done
+srun --kill-on-bad-exit=0 --wait=0 bash launch/host.sh --distributed "$@"
+status=$?
 
 if [ "$status" -eq 75 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-50}" ]; then

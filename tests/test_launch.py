@@ -76,41 +76,44 @@ def test_gpu_presets_are_flags_that_this_xla_knows(preset):
 
 
 SRUN = """#!/bin/bash
-# Stands for srun: two processes with the variables that Slurm sets.
+# Stands for srun: two processes with the variables that Slurm sets, killed when it is told to end.
 while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1
 for i in 0 1; do
   SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
   tasks+=($!)
 done
-trap 'kill -TERM "${tasks[0]}"' TERM
+echo "${tasks[@]}" > "$(dirname "$0")/tasks"
+trap 'kill -KILL "${tasks[@]}"; exit 143' TERM
 for task in "${tasks[@]}"; do
-  while true; do
-    wait "$task"
-    status=$?
-    kill -0 "$task" 2> /dev/null || break
-  done
+  wait "$task"
+  status=$?
   ((status <= worst)) || worst=$status
 done
 exit "$worst"
 """
 
 
+def slurm(folder: Path, *command: str) -> list[str]:
+    """The command that sbatch would run, among stand-ins for what Slurm has."""
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "scontrol: $@"\n')):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    job = (hosts.free_port() % 2**12) + 2**12  # JAX derives the port from it
+    path = f"PATH={folder}:{os.environ['PATH']}"
+    return ["env", path, f"SLURM_JOB_ID={job}", "bash", "launch/slurm.sh", *command]
+
+
 def test_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(tmp_path):
     """The processes find each other as Slurm's, and one of them is told to end."""
-    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "scontrol: $@"\n')):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    job = str((hosts.free_port() % 2**12) + 2**12)  # JAX derives the port from it
+    assert "\n#SBATCH --signal=TERM@180\n" in (LAUNCH / "slurm.sh").read_text()  # to the processes
     workdir = tmp_path / "run"
-    env = [f"PATH={tmp_path}:{os.environ['PATH']}", f"SLURM_JOB_ID={job}"]
-    command = ["env", *env, "bash", "launch/slurm.sh", *hosts.flags(tmp_path, workdir)]
-    run = hosts.Processes([command], 1)
+    run = hosts.Processes([slurm(tmp_path, *hosts.flags(tmp_path, workdir))], 1)
     run.until(lambda: len(hosts.logged(workdir)) > 2)
-    run.processes[0].send_signal(signal.SIGTERM)
+    os.kill(int((tmp_path / "tasks").read_text().split()[0]), signal.SIGTERM)
     assert run.end() == [checkpoint.PREEMPTED], run.text()
     assert "2 host(s)" in run.text()
-    assert f"scontrol: requeue {job}" in run.text()
+    assert "scontrol: requeue" in run.text()
     saved = str(hosts.logged(workdir)[-1]["step"])
     assert (workdir / "checkpoints" / saved).is_dir()
 
