@@ -8,21 +8,24 @@
 # and has saved, or a host was lost. Anything else: an error that starting again does not cure.
 #
 # VENV: the environment (default: .venv in the checkout; without it, python3). XLA_PRESET: a name of
-# launch/xla_flags.sh. NAME: what this host is called in messages.
+# launch/xla_flags.sh. NAME: what this host is called in messages. STATUS_DIR: a folder for a file with the
+# exit status, named by Slurm's number of the process.
 set -uo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${VENV:-$root/.venv}/bin/python
 [ -x "$python" ] || python=python3
 name=${NAME:-$(hostname)${SLURM_PROCID:+, process $SLURM_PROCID}}
+errors=$(mktemp)
+trap 'status=$?
+  [ -z "${STATUS_DIR:-}" ] || echo "$status" > "$STATUS_DIR/$SLURM_PROCID"
+  rm -f "$errors"' EXIT
 if [ -n "${XLA_PRESET:-}" ]; then
   # shellcheck source=launch/xla_flags.sh
   source "$root/launch/xla_flags.sh"
   xla_preset "$XLA_PRESET" || exit 2
 fi
 
-errors=$(mktemp)
-trap 'rm -f "$errors"' EXIT
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 "$python" -m mae_jax train "$@" 2> >(tee "$errors" >&2) &
 process=$!

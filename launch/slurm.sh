@@ -23,9 +23,22 @@ command -v srun > /dev/null || {
   exit 2
 }
 cd "${SLURM_SUBMIT_DIR:-.}" || exit
+export STATUS_DIR=$PWD/slurm-$SLURM_JOB_ID.ended # a file for each process: how it ended
+rm -rf "$STATUS_DIR"
+mkdir "$STATUS_DIR" || exit
 # All see a lost host by its heartbeat; Slurm killing the others would keep them from saying so.
-srun --kill-on-bad-exit=0 --wait=0 bash launch/host.sh --distributed "$@"
+srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=0 \
+  bash launch/host.sh --distributed "$@"
 status=$?
+# srun's status is the highest of all: an error (1, 2) hides behind the 75 of those that it ended.
+if error=$(grep -v -E -m1 '^(0|75)$' /dev/null "$STATUS_DIR"/*); then
+  error=${error##*/}
+  echo "launch/slurm.sh: process ${error%:*} failed with status ${error#*:}; see its message" >&2
+  status=${error#*:}
+elif [ "$status" -ne 0 ]; then
+  status=75 # what left no file was lost
+fi
+rm -rf "$STATUS_DIR"
 
 if [ "$status" -eq 75 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-50}" ]; then

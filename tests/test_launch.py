@@ -83,6 +83,7 @@ for i in 0 1; do
   SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
   tasks+=($!)
 done
+worst=0
 echo "${tasks[@]}" > "$(dirname "$0")/tasks"
 trap 'kill -KILL "${tasks[@]}"; exit 143' TERM
 for task in "${tasks[@]}"; do
@@ -116,6 +117,26 @@ def test_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(tmp_pat
     assert "scontrol: requeue" in run.text()
     saved = str(hosts.logged(workdir)[-1]["step"])
     assert (workdir / "checkpoints" / saved).is_dir()
+
+
+@pytest.mark.parametrize(
+    "ends, status, words",
+    [
+        ("exit 0", 0, ""),
+        ("exit 75", 75, "requeue"),
+        ("[ $SLURM_PROCID = 1 ] && exit 2; exit 75", 2, "process 1 failed with status 2"),
+        ("[ $SLURM_PROCID = 0 ] && kill -KILL $PPID; exit 75", 75, "requeue"),
+    ],
+)
+def test_slurm_job_is_queued_again_unless_a_process_had_an_error(tmp_path, ends, status, words):
+    (tmp_path / "bin").mkdir()
+    fake_python(tmp_path / "bin/python", ends)
+    command = ["env", f"VENV={tmp_path}", *slurm(tmp_path)]
+    run = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == status, run.stderr
+    assert words in run.stdout + run.stderr
+    assert ("requeue" in run.stdout) == (status == checkpoint.PREEMPTED)
+    assert not list(LAUNCH.parent.glob("slurm-*.ended"))
 
 
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
