@@ -27,7 +27,7 @@ if [ -n "${XLA_PRESET:-}" ]; then
 fi
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-"$python" -m mae_jax train "$@" 2> >(tee "$errors" >&2) &
+"$python" -m mae_jax train "$@" 2> >(trap '' TERM HUP INT && exec tee "$errors" >&2) &
 process=$!
 trap 'kill -TERM "$process"' TERM INT
 while true; do

@@ -67,6 +67,18 @@ def test_host_with_an_unknown_preset_is_told_which_there_are(tmp_path):
     assert "XLA_PRESET=fast: there are gpu-overlap, gpu-fsdp" in run.stderr
 
 
+def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word(tmp_path):
+    (tmp_path / "bin").mkdir()
+    saves = "trap 'sleep 0.5; echo saved >&2; exit 75' TERM; echo ready >&2; sleep 60 & wait"
+    fake_python(tmp_path / "bin/python", saves)
+    command = ["env", f"VENV={tmp_path}", "bash", LAUNCH / "host.sh"]
+    host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert host.stderr.readline() == "ready\n"
+    os.killpg(host.pid, signal.SIGTERM)
+    assert host.communicate(timeout=30)[1] == "saved\n"
+    assert host.returncode == checkpoint.PREEMPTED
+
+
 @pytest.mark.parametrize("preset", ["gpu-overlap", "gpu-fsdp", "gpu-deterministic"])
 def test_gpu_presets_are_flags_that_this_xla_knows(preset):
     """XLA aborts at an unknown flag, whatever the device. TPU flags are libtpu's to check."""
