@@ -1,5 +1,6 @@
 """Errors of reconstructions are right on any mesh, and nothing hidden leaks into them."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax import sharding
+from mae_jax.commands.train import summary
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import open_source
 from mae_jax.evals import figures, pixels
@@ -246,6 +248,7 @@ def test_scalars_are_those_computed_image_by_image(folder):
         for name, guess in guesses.items():
             squares[name].append(np.square(guess - levels)[hidden])
     assert scalars.pop("eval/images") == 11
+    assert scalars.pop("eval/trained_on") == 1
     assert scalars.pop("eval/loss") == pytest.approx(np.mean(loss), rel=1e-5)
     assert scalars == {
         f"eval/rmse{name}": pytest.approx(np.sqrt(np.mean(x)), rel=1e-5)
@@ -291,6 +294,28 @@ def test_fewer_images_can_be_asked_for(folder):
         evaluate(config_of(folder, images=0))
 
 
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ("train[:5]", " held-out images"),
+        ("train", " training images"),
+        ("train[:8]", " images, some of them training images"),
+    ],
+)
+def test_training_images_are_called_so(trained, words, folder, tmp_path, monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        figures, "reconstructions", lambda *images, patch, caption: captions.append(caption)
+    )
+    config = config_of(folder, split="train[5:]")
+    config.data.split = trained
+    scalars, _ = evaluate(config)
+    assert f"({words.strip()})" in captions[0]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3} | scalars) + "\n")
+    told = "\n".join(summary(str(tmp_path)))
+    assert f"on {scalars['eval/images']:.0f}{words} (root mean square" in told
+
+
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
     for i in range(4):
         Image.fromarray(natural(16, 16, 3, i)).save(tmp_path / f"{i}.png")
@@ -317,7 +342,7 @@ def test_a_perfect_model_is_perfect_in_pixels_but_not_through_estimated_statisti
 
 def test_a_target_that_is_not_of_pixels_gets_its_loss_alone(folder):
     scalars, pictures = evaluate(config_of(folder, "my_fork.targets.hog"))
-    assert scalars.keys() == {"eval/loss", "eval/images"}
+    assert scalars.keys() == {"eval/loss", "eval/images", "eval/trained_on"}
     assert pictures == {}
 
 

@@ -83,6 +83,7 @@ def summary(workdir: str) -> list[str]:
     from etils import epath
 
     from mae_jax import metrics
+    from mae_jax.evals.reconstruct import kind
 
     root = epath.Path(workdir)  # a pathlib.Path would make gs:/ of gs://
     file = root / "metrics.jsonl"
@@ -101,8 +102,8 @@ def summary(workdir: str) -> list[str]:
     if evaluated:
         values = evaluated[-1]
         text.append(
-            f"error of hidden pixels on {values['eval/images']:.0f} held-out images"
-            " (root mean square, of 255 levels):"
+            f"error of hidden pixels on {values['eval/images']:.0f}"
+            f" {kind(values.get('eval/trained_on', 0))} (root mean square, of 255 levels):"
         )
         text += [
             f"  {words:50}{values[f'eval/{key}']:6.2f}"

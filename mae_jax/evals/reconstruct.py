@@ -1,4 +1,4 @@
-"""Reconstruction of held-out images: loss, error in pixel levels, pictures.
+"""Reconstruction of images, held out or not: loss, error in pixel levels, pictures.
 
 Masks depend on nothing but the masking strategy and the index of an image in its source: they are
 the same at every evaluation, in every run, and for any batch size and number of devices.
@@ -27,6 +27,13 @@ from mae_jax.models.vit import grid_of
 
 MASK_SEED = 0
 PICTURES = 6  # rows of the figure
+
+
+def kind(trained_on: float) -> str:
+    """What images are called of whose split that share is trained on."""
+    if not trained_on:
+        return "held-out images"
+    return "training images" if trained_on >= 1 else "images, some of them training images"
 
 
 class Evaluator:
@@ -59,6 +66,9 @@ class Evaluator:
         name = cfg.source or config.data.source
         self._source = sources.open_source(name, cfg.split, config.data.data_dir)
         self._origin = f"{name}, {cfg.split}"
+        data = config.data
+        trained = sources.open_source(data.source, data.split, data.data_dir)
+        self._trained_on = sources.shared(self._source, trained) / len(self._source)
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         batch_size = min(cfg.batch_size, cfg.images, len(self._source))
         self._batch_size = -(-batch_size // ways) * ways
@@ -77,7 +87,8 @@ class Evaluator:
         eval/loss: the training loss on these images. eval/rmse: root mean squared error, in levels,
         of all hidden pixels and channels of all images together; eval/rmse_mean_colour and
         eval/rmse_interpolation: the same of the predictors of evals/pixels.py. eval/images: their
-        number. If the target is not made of pixels there are the loss and the number alone.
+        number. eval/trained_on: the share of their split that is trained on. If the target is not
+        made of pixels there are no errors in levels.
 
         Raises:
           ValueError: none of the images can be read.
@@ -114,7 +125,8 @@ class Evaluator:
                     "eval/rmse_interpolation": interpolation,
                 }
             scalars |= {"eval/rmse": math.sqrt(squared / count), **self._trivial}
-        return scalars | {"eval/images": float(images)}, pictures
+        scalars |= {"eval/images": float(images), "eval/trained_on": self._trained_on}
+        return scalars, pictures
 
     def _batches(self) -> Iterator[tuple[dict, np.ndarray, dict]]:
         """(this host's rows, which rows of the global batch count, the global arrays)."""
@@ -201,7 +213,7 @@ class Evaluator:
 
     def _caption(self, step: int) -> str:
         return (
-            f"Step {step:,}. {self._origin}: {self._config.mask_ratio:.0%} of the patches are"
+            f"Step {step:,}. {self._origin} ({kind(self._trained_on)}): {self._config.mask_ratio:.0%} of the patches are"
             " hidden. The visible ones carry no loss, so that their predictions (third column) mean"
             f" little. {pixels.CAPTIONS[self._target]}"
         )
