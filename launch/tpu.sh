@@ -57,7 +57,11 @@ state() {
 create() {
   [ -n "${TYPE:-}" ] || fail "set TYPE to an accelerator type, such as TYPE=v5litepod-16."
   local now tier=() name=("--node-id=$TPU") runtime
-  now=$(state)
+  while now=$(state) && [ "$now" = DELETING ]; do
+    say "$TPU: $now"
+    sleep "$poll"
+  done
+  [ -n "$now" ] || exit 1
   case $now in
     NONE) ;;
     FAILED | SUSPENDED | SUSPENDING)
@@ -168,7 +172,10 @@ ready() {
   [ "$now" != ACTIVE ] || return 0
   create
   until now=$(state) && [ "$now" = ACTIVE ]; do
-    case $now in FAILED | SUSPENDED) create ;; esac
+    case $now in
+      FAILED | SUSPENDED) create ;;
+      DELETING | NONE) fail "$TPU was deleted, and is not waited for any longer." ;;
+    esac
     [ "$now" = "$before" ] || say "$TPU: $now"
     before=$now
     sleep "$poll"
@@ -176,9 +183,12 @@ ready() {
   setup
 }
 
-# Sets outcome to finished, stopped, error or again, when all workers have ended or the slice is gone.
+# gone STATE: sets outcome for a slice that is not ACTIVE. Only a user deletes it.
+gone() { case $1 in DELETING | NONE) outcome=deleted ;; *) outcome=again ;; esac; }
+
+# Sets outcome to finished, stopped, error, deleted or again, when all workers have ended or the slice is gone.
 watch_run() {
-  local failures=0 all
+  local failures=0 all now
   while true; do
     if everywhere 'cd mae_jax && bash launch/worker.sh status'; then
       failures=0
@@ -194,12 +204,19 @@ watch_run() {
         fi
         return
       fi
-    elif [ "$(state)" != ACTIVE ]; then
-      outcome=again
-      return
-    elif ((++failures == 5)); then
-      fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
-        "watched; 'status' looks again, and 'run' with the same flags watches on."
+    else
+      now=$(state)
+      case $now in
+        ACTIVE)
+          ((++failures < 5)) ||
+            fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
+              "watched; 'status' looks again, and 'run' with the same flags watches on."
+          ;;
+        *)
+          gone "$now"
+          return
+          ;;
+      esac
     fi
     sleep "$poll"
   done
@@ -210,7 +227,7 @@ run() {
     *" --workdir=gs://"*) ;;
     *) fail "--workdir=gs://BUCKET/RUN is needed: what is on a worker's disk dies with the slice." ;;
   esac
-  local restarts=0 start
+  local restarts=0 start now
   start="cd mae_jax && ${XLA_PRESET:+XLA_PRESET=$XLA_PRESET }$(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
   if [ "$dry" = yes ]; then
     everywhere "$start"
@@ -220,11 +237,13 @@ run() {
     ready
     if everywhere "$start"; then
       watch_run
-    elif [ "$(state)" = ACTIVE ]; then
-      everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
-      fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
     else
-      outcome=again
+      now=$(state)
+      if [ "$now" = ACTIVE ]; then
+        everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
+        fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
+      fi
+      gone "$now"
     fi
     case $outcome in
       finished)
@@ -235,6 +254,7 @@ run() {
         say "stopped, and saved; 'run' with the same flags goes on. $TPU still costs, until 'delete'."
         return 75
         ;;
+      deleted) fail "$TPU was deleted; the run goes on when 'run' is called again." ;;
       error) fail "the run ended with the error above; see 'logs'. $TPU still costs, until 'delete'." ;;
     esac
     ((++restarts <= ${MAX_RESTARTS:-50})) || fail "gave up after $((restarts - 1)) restarts; see 'logs'."

@@ -9,6 +9,7 @@ from pathlib import Path
 import hosts
 import pytest
 import yaml
+from test_tpu import RUN, World
 
 from mae_jax import checkpoint
 
@@ -149,6 +150,39 @@ def test_slurm_job_is_queued_again_unless_a_process_had_an_error(tmp_path, ends,
     assert words in run.stdout + run.stderr
     assert ("requeue" in run.stdout) == (status == checkpoint.PREEMPTED)
     assert not list(LAUNCH.parent.glob("slurm-*.ended"))
+
+
+@pytest.fixture
+def slice_of_two(tmp_path):
+    world = World(tmp_path)
+    world.active()
+    return world
+
+
+@pytest.mark.parametrize(
+    "when, end",
+    [
+        ("", "echo DELETING > $WORLD/state"),
+        ("sleep 1", "echo DELETING > $WORLD/state"),
+        ("sleep 1", "rm -f $WORLD/state"),
+    ],
+)
+def test_a_slice_that_is_deleted_under_a_run_ends_it_and_is_not_made_again(slice_of_two, when, end):
+    program = f'#!/bin/sh\n{when}\n{end}\necho 99 > "$WORLD/fail 1"\nsleep 5'
+    slice_of_two.write("venv/bin/python", program)
+    if not when:
+        slice_of_two.write("fail 1", "99")
+    done = slice_of_two.tpu(*RUN)
+    assert done.returncode == 1
+    assert "pod was deleted" in done.stderr
+    assert "queued-resources create" not in slice_of_two.kinds()
+
+
+def test_create_waits_until_the_last_slice_is_deleted(tmp_path):
+    world = World(tmp_path)
+    world.write("state", "DELETING DELETING SUSPENDED")
+    assert world.tpu("create").returncode == 0
+    assert world.kinds() == ["queued-resources delete", "queued-resources create"]
 
 
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
