@@ -509,4 +509,6 @@ def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) ->
     if spec.decoder_width:
         keys = ("decoder_width", "decoder_depth", "decoder_heads")
         config["model"] |= {key: getattr(spec, key) for key in keys}  # type: ignore[operator]
+    if spec.classes:
+        config["model"] |= {"pool": spec.pool}  # type: ignore[operator]
     (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")

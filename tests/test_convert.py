@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import finetune, pretrain
+from configs import finetune, pretrain, robustness
 from mae_jax import checkpoint
 from mae_jax.commands import convert
 from mae_jax.interop import names, pth, safetensors
@@ -191,6 +191,21 @@ def test_the_head_of_a_linear_probe_is_folded(tmp_path):
     logits = normal @ probe["head.1.weight"].T + probe["head.1.bias"]
     head = weights.params["head"]
     np.testing.assert_allclose(x @ head["kernel"] + head["bias"], logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "pool"), [("norm", "cls"), ("fc_norm", "avg")])
+def test_robustness_is_measured_with_the_pooling_that_was_converted(norm, pool, tmp_path):
+    state = {
+        k.replace("norm.", f"{norm}.") if k.startswith("norm.") else k: x
+        for k, x in STATE.items()
+        if "decoder" not in k and k != "mask_token"
+    }
+    state["head.weight"] = np.ones((5, META["embed_dim"]), np.float32)
+    state["head.bias"] = np.zeros(5, np.float32)
+    source, out = official(tmp_path / "a.pth", state), tmp_path / "out"
+    assert convert.main([str(source), str(out), "--to=ours", f"--heads={META['heads']}"]) == 0
+    config = robustness.get_config(f"init={out}")
+    assert (config.model.pool, open_weights(out).spec.pool) == (pool, pool)
 
 
 def test_half_precision_is_read_as_float32_and_said(tmp_path):
