@@ -17,6 +17,7 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 poll=${POLL:-30}
 slices=${SLICES:-1}
+looks=1
 dry=no
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -41,17 +42,24 @@ change() {
 }
 
 # The state of the queued resource, such as ACTIVE or WAITING_FOR_RESOURCES; NONE if there is none.
+# Asked up to $looks times.
 state() {
+  local try
   if [ "$dry" = yes ]; then
     echo NONE
-  elif ask queued-resources describe "$TPU" '--format=value(state.state)' 2> "$work/error"; then
-    :
-  elif grep -q NOT_FOUND "$work/error"; then
-    echo NONE
-  else
-    cat "$work/error" >&2
-    fail "gcloud could not tell the state of $TPU; its message is above."
+    return
   fi
+  for ((try = 1; ; try++)); do
+    if ask queued-resources describe "$TPU" '--format=value(state.state)' 2> "$work/error"; then
+      return
+    elif grep -q NOT_FOUND "$work/error"; then
+      echo NONE
+      return
+    fi
+    cat "$work/error" >&2
+    [ "$try" -lt "$looks" ] || fail "gcloud could not tell the state of $TPU; its message is above."
+    sleep "$poll"
+  done
 }
 
 create() {
@@ -169,9 +177,10 @@ setup() {
 ready() {
   local now before=''
   now=$(state)
+  looks=5 # gcloud works: from here on, the network may be gone for a while
   [ "$now" != ACTIVE ] || return 0
   create
-  until now=$(state) && [ "$now" = ACTIVE ]; do
+  while now=$(state) || exit; [ "$now" != ACTIVE ]; do
     case $now in
       FAILED | SUSPENDED) create ;;
       DELETING | NONE) fail "$TPU was deleted, and is not waited for any longer." ;;

@@ -185,6 +185,29 @@ def test_create_waits_until_the_last_slice_is_deleted(tmp_path):
     assert world.kinds() == ["queued-resources delete", "queued-resources create"]
 
 
+def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two):
+    """Neither a worker nor the state of the slice is to be had, some times."""
+    gcloud = (slice_of_two.folder / "gcloud").read_text()
+    slice_of_two.write("gcloud.real", gcloud)
+    slice_of_two.write(
+        "gcloud",
+        """#!/bin/bash
+gone=$(cat "$WORLD/gone" 2> /dev/null || echo 0)
+if [[ $gone -gt 0 && $* == *queued-resources* ]]; then
+  echo $((gone - 1)) > "$WORLD/gone"
+  echo "ERROR: no network" >&2
+  exit 1
+fi
+exec "$WORLD/gcloud.real" "$@"
+""",
+    )
+    program = '#!/bin/sh\nsleep 1\necho 4 > "$WORLD/gone"\necho 3 > "$WORLD/fail 1"\nsleep 4'
+    slice_of_two.write("venv/bin/python", program)
+    done = slice_of_two.tpu(*RUN)
+    assert done.returncode == 0, done.stderr
+    assert "no network" in done.stderr
+
+
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
 def test_jobset_has_what_a_tpu_slice_on_kubernetes_needs(name, slices):
     jobset = yaml.safe_load((LAUNCH / f"gke/{name}.yaml").read_text())
