@@ -490,7 +490,7 @@ def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) ->
     finally:
         logger.setLevel(level)
     (step / checkpoint.DIGESTS).write_text(json.dumps(checkpoint.digests(epath.Path(step))))
-    config = {
+    config: dict[str, Any] = {
         "task": "classify" if spec.classes else "pretrain",
         "converted_from": origin,
         "mask_ratio": spec.mask_ratio,
@@ -508,7 +508,7 @@ def save(directory: str | os.PathLike, spec: Spec, params: dict, origin: str) ->
     }
     if spec.decoder_width:
         keys = ("decoder_width", "decoder_depth", "decoder_heads")
-        config["model"] |= {key: getattr(spec, key) for key in keys}  # type: ignore[operator]
+        config["model"] |= {key: getattr(spec, key) for key in keys}
     if spec.classes:
-        config["model"] |= {"pool": spec.pool}  # type: ignore[operator]
+        config["model"]["pool"] = spec.pool
     (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -213,7 +213,8 @@ class Evaluator:
 
     def _caption(self, step: int) -> str:
         return (
-            f"Step {step:,}. {self._origin} ({kind(self._trained_on)}): {self._config.mask_ratio:.0%} of the patches are"
-            " hidden. The visible ones carry no loss, so that their predictions (third column) mean"
-            f" little. {pixels.CAPTIONS[self._target]}"
+            f"Step {step:,}. {self._origin} ({kind(self._trained_on)}):"
+            f" {self._config.mask_ratio:.0%} of the patches are hidden. The visible ones carry no"
+            " loss, so that their predictions (third column) mean little."
+            f" {pixels.CAPTIONS[self._target]}"
         )
