@@ -248,11 +248,15 @@ run() {
       watch_run
     else
       now=$(state)
-      if [ "$now" = ACTIVE ]; then
+      if [ "$now" = ACTIVE ] && [ "$restarts" -gt 0 ]; then # not for long: it is being preempted
+        outcome=again
+        sleep "$poll"
+      elif [ "$now" = ACTIVE ]; then
         everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
         fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
+      else
+        gone "$now"
       fi
-      gone "$now"
     fi
     case $outcome in
       finished)

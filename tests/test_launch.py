@@ -185,15 +185,14 @@ def test_create_waits_until_the_last_slice_is_deleted(tmp_path):
     assert world.kinds() == ["queued-resources delete", "queued-resources create"]
 
 
-def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two):
-    """Neither a worker nor the state of the slice is to be had, some times."""
-    gcloud = (slice_of_two.folder / "gcloud").read_text()
-    slice_of_two.write("gcloud.real", gcloud)
-    slice_of_two.write(
+def fail_calls(world: World, pattern: str) -> None:
+    """Calls of gcloud that match fail as often as the file `gone` says."""
+    world.write("gcloud.real", (world.folder / "gcloud").read_text())
+    world.write(
         "gcloud",
-        """#!/bin/bash
+        f"""#!/bin/bash
 gone=$(cat "$WORLD/gone" 2> /dev/null || echo 0)
-if [[ $gone -gt 0 && $* == *queued-resources* ]]; then
+if [[ $gone -gt 0 && $* == {pattern} ]]; then
   echo $((gone - 1)) > "$WORLD/gone"
   echo "ERROR: no network" >&2
   exit 1
@@ -201,11 +200,28 @@ fi
 exec "$WORLD/gcloud.real" "$@"
 """,
     )
-    program = '#!/bin/sh\nsleep 1\necho 4 > "$WORLD/gone"\necho 3 > "$WORLD/fail 1"\nsleep 4'
+
+
+def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two):
+    """Neither a worker nor the state of the slice is to be had, some times."""
+    fail_calls(slice_of_two, "*queued-resources*")
+    gone = 'echo 4 > "$WORLD/gone"; echo 3 > "$WORLD/fail 1"'
+    program = f"#!/bin/sh\ncase $HOME in *1) {gone} ;; esac\nsleep 3"
     slice_of_two.write("venv/bin/python", program)
     done = slice_of_two.tpu(*RUN)
     assert done.returncode == 0, done.stderr
     assert "no network" in done.stderr
+
+
+def test_a_restart_that_meets_workers_on_their_way_down_is_tried_again(slice_of_two):
+    fail_calls(slice_of_two, '*worker=1*"worker.sh start"*')
+    program = '#!/bin/sh\n[ ! -e "$HOME/once" ] || exit 0\ntouch "$HOME/once"'
+    last = 'case $HOME in *1) echo 3 > "$WORLD/gone" ;; esac\nexit 75'
+    slice_of_two.write("venv/bin/python", f"{program}\n{last}")
+    done = slice_of_two.tpu(*RUN)
+    assert done.returncode == 0, done.stderr
+    assert "worker 1 of pod failed three times: ERROR: no network" in done.stderr
+    assert "restart 2" in done.stderr
 
 
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
