@@ -73,6 +73,7 @@ create() {
   case $now in
     NONE) ;;
     FAILED | SUSPENDED | SUSPENDING)
+      [ "$now" != FAILED ] || ask queued-resources describe "$TPU" '--format=yaml(state)' >&2 || true
       say "$TPU is $now: it is deleted and asked for again."
       delete
       ;;
@@ -173,6 +174,12 @@ setup() {
   answers
 }
 
+# Of `run`, whose restarts it counts.
+count_restart() {
+  ((++restarts <= ${MAX_RESTARTS:-50})) ||
+    fail "gave up after $((restarts - 1)) restarts; what is above, or 'logs', says why."
+}
+
 # Returns when the slice is ACTIVE and set up.
 ready() {
   local now before=''
@@ -182,7 +189,10 @@ ready() {
   create
   while now=$(state) || exit; [ "$now" != ACTIVE ]; do
     case $now in
-      FAILED | SUSPENDED) create ;;
+      FAILED | SUSPENDED)
+        count_restart
+        create
+        ;;
       DELETING | NONE) fail "$TPU was deleted, and is not waited for any longer." ;;
     esac
     [ "$now" = "$before" ] || say "$TPU: $now"
@@ -270,7 +280,7 @@ run() {
       deleted) fail "$TPU was deleted; the run goes on when 'run' is called again." ;;
       error) fail "the run ended with the error above; see 'logs'. $TPU still costs, until 'delete'." ;;
     esac
-    ((++restarts <= ${MAX_RESTARTS:-50})) || fail "gave up after $((restarts - 1)) restarts; see 'logs'."
+    count_restart
     say "a worker was lost or preempted ($(state)); restart $restarts, from the last checkpoint."
   done
 }

@@ -224,6 +224,19 @@ def test_a_restart_that_meets_workers_on_their_way_down_is_tried_again(slice_of_
     assert "restart 2" in done.stderr
 
 
+def test_a_slice_that_always_fails_is_given_up_and_says_why(tmp_path):
+    world = World(tmp_path)
+    gcloud = (tmp_path / "gcloud").read_text()
+    comes = '"WAITING_FOR_RESOURCES PROVISIONING ACTIVE"'
+    assert comes in gcloud
+    world.write("gcloud", gcloud.replace(comes, '"PROVISIONING FAILED"'))
+    done = world.tpu(*RUN, MAX_RESTARTS="2")
+    assert done.returncode == 1
+    assert "gave up after 2 restarts" in done.stderr
+    assert world.kinds().count("queued-resources create") == 3
+    assert sum("--format=yaml(state)" in call for call in world.calls()) == 2
+
+
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
 def test_jobset_has_what_a_tpu_slice_on_kubernetes_needs(name, slices):
     jobset = yaml.safe_load((LAUNCH / f"gke/{name}.yaml").read_text())
