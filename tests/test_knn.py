@@ -241,6 +241,27 @@ def test_what_cannot_work_is_refused(state, changes, message):
         evaluate(state, config_of(**changes))
 
 
+def test_measures_that_would_overwrite_each_other_are_refused_and_take_another_prefix():
+    config = config_of()
+    for name in ("knn", "fewshot"):
+        config.evals[f"{name}_mean"] = dict(config.evals[name], feature="mean")
+    evals.require_distinct(config.evals)
+    config.evals.other = dict(config.evals.knn, split="test[50:]", ks=(5, 20))
+    with pytest.raises(
+        ValueError, match="knn and config.evals.other .* eval/knn5_cls: .*other.prefix='eval_other'"
+    ):
+        evals.require_distinct(config.evals)
+    config.evals.other.prefix = "eval_other"
+    evals.require_distinct(config.evals)
+
+
+def test_names_begin_with_the_prefix(state):
+    config = config_of()
+    for cfg in config.evals.values():
+        cfg.prefix = "eval_x"
+    assert {name.split("/")[0] for name in evaluate(state, config)} == {"eval_x"}
+
+
 def test_a_source_without_labels_is_refused(state, folder):
     Image.new("L", (8, 8)).save(folder / "loose.png")
     config = config_of(source=f"folder:{folder}", split="train[:30%]", bank_split="train[30%:]")

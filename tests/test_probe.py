@@ -508,6 +508,24 @@ def test_an_online_probe_learns_and_leaves_the_gradients_of_the_model_alone():
     assert logits.shape == (config.batch_size, 10)
 
 
+def test_an_online_probe_is_measured_beside_the_reconstruction_under_another_name(tmp_path):
+    config = tiny_config(online_probe=True)
+    config.evals.reconstruct.update(split="test[:16]", every="", images=16, batch_size=16)
+    config.evals.accuracy = dict(
+        type="accuracy", every="", source="", split="test[:40]", batch_size=16
+    )
+    task, mesh = pretrain.make_task(config), mesh_of(1, 1, 1)
+    with pytest.raises(
+        ValueError, match="both report eval/images and eval/loss.*evals.accuracy.prefix='eval_acc"
+    ):
+        evals.build(config, task.predict, mesh)
+    config.train_for, config.evals.accuracy.prefix = "1 steps", "eval_accuracy"
+    train.fit(config, tmp_path, task, mesh)
+    told = "\n".join(summary(str(tmp_path)))
+    assert re.search(r"top-1 accuracy \S+ %, of 40 images \(eval_accuracy\)", told)
+    assert "error of hidden pixels on 16 held-out images" in told
+
+
 def test_an_online_probe_needs_labels(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "loose.png")
     config = tiny_config(online_probe=True)

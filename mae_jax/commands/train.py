@@ -134,9 +134,12 @@ def accuracies(lines: list[dict]) -> list[str]:
     """The last top-1 accuracies of a metrics.jsonl, in words; probes, k-NN and few-shot."""
     last = {name: value for line in lines for name, value in line.items()}
     text = []
-    if "eval/top1" in last:
+    for key in [name for name in last if name.endswith("/top1")]:
+        prefix = key.removesuffix("/top1")
+        row = [line for line in lines if key in line][-1]
         text.append(
-            f"top-1 accuracy {last['eval/top1']:.2f} %, of {last['eval/images']:.0f} images"
+            f"top-1 accuracy {row[key]:.2f} %, of {row[f'{prefix}/images']:.0f} images"
+            + (f" ({prefix})" if prefix != "eval" else "")
         )
     if "eval/best_top1" in last:
         text.append(

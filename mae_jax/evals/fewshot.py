@@ -67,7 +67,8 @@ class Evaluator:
     Args:
       cfg: `source` ('' = that of the training images), `split`, `bank_split` (where the few are
         drawn from), `shots` (images per class, one or several numbers), `draws` (how often they are
-        drawn: with seeds 0, 1, ...), `feature` (cls or mean), `batch_size`.
+        drawn: with seeds 0, 1, ...), `feature` (cls or mean), `batch_size`; optional `prefix` of
+        the names of the results.
       config: the whole config.
       predict: its "features" is used.
       mesh: where the state lives.
@@ -126,7 +127,7 @@ class Evaluator:
                     *self._extractor.table(state, few), self._queries.num_classes or 0
                 )
                 accuracies.append(100 * float((ridge.predict(x_ND) == label_N).mean()))
-            name = f"eval/fewshot{shots}_{self._cfg.feature}"
+            name = f"{self._cfg.get('prefix', 'eval')}/fewshot{shots}_{self._cfg.feature}"
             scalars[name] = float(np.mean(accuracies))
             if len(draws) > 1:
                 scalars[f"{name}_std"] = float(np.std(accuracies, ddof=1))

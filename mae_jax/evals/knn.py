@@ -87,7 +87,8 @@ class Evaluator:
 
     Args:
       cfg: `source` ('' = that of the training images), `split` (the queries), `bank_split`, `ks`
-        (numbers of neighbours), `temperature` (0.07), `feature` (cls or mean), `batch_size`.
+        (numbers of neighbours), `temperature` (0.07), `feature` (cls or mean), `batch_size`;
+        optional `prefix` of the names of the results.
       config: the whole config.
       predict: its "features" is used.
       mesh: where the state lives.
@@ -159,5 +160,8 @@ class Evaluator:
                 right[k] += int((voted == label_B)[counted_B].sum())
         if not images:
             raise ValueError(f"k-NN: no image of {self._name}, {self._cfg.split} can be read")
-        scalars = {f"eval/knn{k}_{self._cfg.feature}": 100 * right[k] / images for k in right}
+        scalars = {
+            f"{self._cfg.get('prefix', 'eval')}/knn{k}_{self._cfg.feature}": 100 * right[k] / images
+            for k in right
+        }
         return scalars, {}

@@ -28,7 +28,7 @@ class Evaluator:
 
     Args:
       cfg: `source` ('' = that of the training images), `split`, `select_split` ('' without a
-        sweep), `batch_size`.
+        sweep), `batch_size`; optional `prefix` of the names of the results.
       config: the whole config.
       predict: its "logits" is used, which gives (B, R, Y) for R rates.
       mesh: where the state lives.
@@ -45,6 +45,7 @@ class Evaluator:
         name = cfg.source or data.source
         self._rates = (config.optim.blr, *config.optim.sweep)
         self._splits = {"": open_labelled(name, cfg.split, data.data_dir)}
+        self._prefix = cfg.get("prefix", "eval")
         self._origin = f"{name}, {cfg.split}"
         self._about = {"source": name, "split": cfg.split}
         self._classes, self._select_split = self._splits[""].class_names or [], cfg.select_split
@@ -95,9 +96,9 @@ class Evaluator:
             scalars |= {"best_top1": top1[best], "best_top5": top5[best]}
             about = self._about | {"blr": self._rates[best], "chosen_on": self._select_split}
         one = results.Outcomes(*(x[:, best] for x in found))
-        self.results = results.Results("eval", about, self._classes, one)
+        self.results = results.Results(self._prefix, about, self._classes, one)
         scalars["images"] = len(one.label_N)
-        return {f"eval/{name}": float(value) for name, value in scalars.items()}, {}
+        return {f"{self._prefix}/{name}": float(value) for name, value in scalars.items()}, {}
 
     def _classify(self, state: Any, source: Source) -> results.Outcomes:
         """Outcomes (N, R) of a source."""
