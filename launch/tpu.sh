@@ -214,10 +214,10 @@ watch_run() {
       all=$(answers)
       if ! grep -q ': running' <<< "$all"; then
         outcome=again
-        if grep -q ': stopped' <<< "$all"; then
-          outcome=stopped
-        elif grep -E ': ended' <<< "$all" | grep -v -E ' (0|75)$' >&2; then
+        if grep -E ': (ended|stopped)' <<< "$all" | grep -v -E ' (0|75)$' >&2; then
           outcome=error
+        elif grep -q ': stopped' <<< "$all"; then
+          outcome=stopped
         elif ! grep -v -q ': ended 0$' <<< "$all"; then
           outcome=finished
         fi
@@ -255,6 +255,7 @@ run() {
   while true; do
     ready
     if everywhere "$start"; then
+      answers | grep ': running already' >&2 || true # and so with the flags of its start
       watch_run
     else
       now=$(state)

@@ -237,6 +237,27 @@ def test_a_slice_that_always_fails_is_given_up_and_says_why(tmp_path):
     assert sum("--format=yaml(state)" in call for call in world.calls()) == 2
 
 
+def test_a_run_whose_save_fails_at_stop_is_not_called_saved(slice_of_two):
+    stop = 'touch "$HOME/mae_jax_run/stopped"; exit 1'  # as worker.sh stop; then the save fails
+    slice_of_two.write("venv/bin/python", f"#!/bin/sh\nsleep 1\n{stop}")
+    done = slice_of_two.tpu(*RUN)
+    assert done.returncode == 1
+    assert "pod worker 0: stopped 1" in done.stderr
+    assert "saved" not in done.stderr
+
+
+def test_a_run_that_is_watched_a_second_time_says_that_it_runs_already(slice_of_two):
+    slice_of_two.write("venv/bin/python", "#!/bin/sh\nsleep 4")
+    started = ["bash", "mae_jax/launch/worker.sh", "start"]
+    env = os.environ | {"VENV": str(slice_of_two.folder / "venv")}
+    home = slice_of_two.folder / "home pod 1"
+    subprocess.run(started, cwd=home, env=env | {"HOME": str(home)}, check=True)
+    done = slice_of_two.tpu(*RUN)
+    assert done.returncode == 0, done.stderr
+    assert "pod worker 1: running already" in done.stderr
+    assert "pod worker 0: running already" not in done.stderr
+
+
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
 def test_jobset_has_what_a_tpu_slice_on_kubernetes_needs(name, slices):
     jobset = yaml.safe_load((LAUNCH / f"gke/{name}.yaml").read_text())
