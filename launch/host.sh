@@ -5,7 +5,7 @@
 #   bash launch/host.sh --config=FILE --workdir=DIR --coordinator=HOST:PORT --num_hosts=N --host=I
 #
 # 0 finished. 75 start all hosts again, they go on from the last checkpoint: the run was asked to stop
-# and has saved, or a host was lost. Anything else: an error that starting again does not cure.
+# and has saved, or a host was lost or never came. Anything else: an error that starting again does not cure.
 #
 # VENV: the environment (default: .venv in the checkout; without it, python3). XLA_PRESET: a name of
 # launch/xla_flags.sh. NAME: what this host is called in messages. STATUS_DIR: a folder for a file with the

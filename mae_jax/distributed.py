@@ -22,6 +22,7 @@ import jax
 from jax._src.distributed import global_state  # the hosts' key-value store has no public name
 
 COORDINATOR_SECONDS = 5  # that host 0 outlives its error: who has the same one ends by itself first
+TRY_AGAIN = 75  # checkpoint.PREEMPTED, of a module that needs this one
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
 # Set for the processes of a job by the program that started them: how many there are.
 STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
@@ -37,7 +38,8 @@ def join(
 ) -> None:
     """Makes this process one of the hosts; without an address, of the cluster that JAX finds.
 
-    A host that waited for the others in vain says so and ends the process with status 2.
+    A host that waited for the others in vain says so and ends the process: with status 75 in
+    a cluster, whose launcher starts all again, and with 2 where a user gave the address.
 
     Args:
       coordinator: HOST:PORT of host 0, as the others reach it.
@@ -243,6 +245,7 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> None:
     """Says why the others did not come, and ends the process."""
+    status = TRY_AGAIN if coordinator is None else 2
     coordinator = coordinator or getattr(global_state, "coordinator_address", None)
     host = global_state.process_id
     all_hosts = "all" if num_hosts is None else f"all {num_hosts}"
@@ -264,4 +267,4 @@ def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> 
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)
+    os._exit(status)
