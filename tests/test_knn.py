@@ -65,6 +65,46 @@ def test_votes_are_weighted_by_similarity():
     assert knn.vote(np.array([[0.5, 0.5]]), np.array([[2, 1]]), 3, 0.07) == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1)], ids=str)
+def test_features_that_are_not_finite_have_no_vote_and_as_queries_are_wrong(shape):
+    """A model that sees nothing but an image's mean, and no number in those that are bright."""
+    config = config_of(ks=(1,), batch_size=16)
+    del config.evals.fewshot
+
+    def features_of(bound):
+        def compute(params, extra, batch):
+            mean_B = batch["image"].astype(jnp.float32).mean((1, 2, 3))
+            corner_B = batch["image"][:, 8, 12, 0].astype(jnp.float32)
+            x_BD = jnp.stack([mean_B, corner_B], 1)
+            return {"cls": jnp.where((mean_B > bound)[:, None], jnp.nan, x_BD)}
+
+        return compute
+
+    def run(bound):
+        predict = {"features": features_of(bound)}
+        (evaluator,) = evals.build(config, predict, mesh_of(*shape)).values()
+        return evaluator.run(SimpleNamespace(params={}, extra={}))[0]["eval/knn1_cls"]
+
+    def table(split):
+        extractor = features.Extractor(
+            config,
+            features.feature_of({"features": features_of(85)}, "cls"),
+            mesh_of(1, 1, 1),
+            batch_size=16,
+        )
+        return extractor.table(
+            SimpleNamespace(params={}, extra={}), open_source("bundled:digits", split)
+        )
+
+    (x, label), (bank_x, bank_label) = table("test[:50]"), table("train[:70]")
+    finite, bank_finite = np.isfinite(x).all(1), np.isfinite(bank_x).all(1)
+    assert 0 < finite.sum() < 50 and 0 < bank_finite.sum() < 70
+    _, near = brute_force(x[finite], features.Features(bank_x, bank_label, bank_finite), 1)
+    assert run(85) == 100 * (near[:, 0] == label[finite]).sum() / 50
+    with pytest.raises(ValueError, match="has 0 images .*features of 70 more are not finite"):
+        run(-1)
+
+
 # --- few-shot ---
 
 

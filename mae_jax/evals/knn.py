@@ -2,7 +2,9 @@
 
 The vote of a neighbour weighs exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978).
 Exact: every query is compared with the whole bank, in float32; of equally near neighbours the one
-that comes first in the bank counts. The bank stays where it was computed, split over the mesh.
+that comes first in the bank counts. An image of the bank whose features are not finite has no
+vote, and a query like that counts as wrong. The bank stays where it was computed, split over the
+mesh.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,11 +77,15 @@ def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Arr
 def vote(
     similarity_Bk: np.ndarray, label_Bk: np.ndarray, classes: int, temperature: float
 ) -> np.ndarray:
-    """The class (B,) with the largest sum of weights; of equal ones the lowest."""
-    weights = np.exp((similarity_Bk.astype(np.float64) - 1) / temperature)
+    """The class (B,) with the largest sum of weights, of equal ones the lowest; -1 = none.
+
+    None is that of a query whose similarities are not finite.
+    """
+    with np.errstate(invalid="ignore"):
+        weights = np.exp((similarity_Bk.astype(np.float64) - 1) / temperature)
     total = np.zeros((len(label_Bk), classes))
     np.add.at(total, (np.arange(len(label_Bk))[:, None], label_Bk), weights)
-    return total.argmax(1)
+    return np.where(np.isfinite(similarity_Bk).all(1), total.argmax(1), -1)
 
 
 class Evaluator:
@@ -118,14 +124,16 @@ class Evaluator:
         self._extractor = Extractor(
             config, feature_of(predict, cfg.feature), mesh, batch_size=cfg.batch_size
         )
+        self._finite = jax.jit(lambda bank: bank.counted & jnp.isfinite(bank.x).all(-1))
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 
-    def _check_ks(self, bank: int) -> None:
+    def _check_ks(self, bank: int, lost: int = 0) -> None:
         ks = self._cfg.ks
         if not ks or min(ks) < 1 or max(ks) > bank:
             raise ValueError(
                 f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
                 f" {bank:,} images ({self._name}, {self._cfg.bank_split})"
+                + (f"; the features of {lost:,} more are not finite" if lost else "")
             )
 
     def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -137,8 +145,10 @@ class Evaluator:
         """
         classes = self._queries.num_classes or 0
         bank = self._extractor.bank(state, self._bank)
-        label, counted = self._extractor.fetch((bank.label, bank.counted))
-        self._check_ks(int(counted.sum()))
+        finite = self._finite(bank)
+        label, counted, voting = self._extractor.fetch((bank.label, bank.counted, finite))
+        self._check_ks(int(voting.sum()), int((counted & ~voting).sum()))
+        bank = bank._replace(counted=finite)
         known = np.unique(label[counted])
         right, images = dict.fromkeys(self._cfg.ks, 0), 0
         for batch in self._extractor.batches(state, self._queries):
