@@ -63,6 +63,7 @@ def test_votes_are_weighted_by_similarity():
     assert knn.vote(similarity, label, 3, temperature=0.07) == 2  # exp(0.4 / 0.07) > 3
     assert knn.vote(similarity, label, 3, temperature=10.0) == 1
     assert knn.vote(np.array([[0.5, 0.5]]), np.array([[2, 1]]), 3, 0.07) == 1
+    assert knn.vote(similarity - 0.8, label, 3, temperature=1e-4) == 2  # exp(-9000) is 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1)], ids=str)

@@ -82,7 +82,8 @@ def vote(
     None is that of a query whose similarities are not finite.
     """
     with np.errstate(invalid="ignore"):
-        weights = np.exp((similarity_Bk.astype(np.float64) - 1) / temperature)
+        below_Bk = similarity_Bk.astype(np.float64) - similarity_Bk.max(1, keepdims=True)
+        weights = np.exp(below_Bk / temperature)
     total = np.zeros((len(label_Bk), classes))
     np.add.at(total, (np.arange(len(label_Bk))[:, None], label_Bk), weights)
     return np.where(np.isfinite(similarity_Bk).all(1), total.argmax(1), -1)
