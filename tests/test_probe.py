@@ -1,5 +1,6 @@
 """Linear and attentive probes: the head by hand, the encoder untouched, a whole run."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from mae_jax.commands.train import summary
 from mae_jax.data import pipeline, transforms
 from mae_jax.evals.probe import Evaluator
 from mae_jax.models import probe
+from mae_jax.models.posemb import sincos_2d
 from mae_jax.tasks import pretrain
 from mae_jax.tasks import probe as task_module
 
@@ -308,6 +310,20 @@ def test_accuracies_of_each_head_are_those_counted_by_hand():
     assert found["eval/loss"] == pytest.approx(loss.mean(), rel=1e-6)
 
 
+def test_among_few_classes_there_is_no_top5(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("L", (8, 8), i).save(tmp_path / name / f"{i}.png")
+    config = probe_config(
+        **{"data.source": f"folder:{tmp_path}", "data.split": "train[:50%]"},
+        **{"evals.probe.split": "train[70%:]", "evals.probe.select_split": "train[50%:70%]"},
+    )
+    found = evaluate(config)
+    assert {"eval/top1", "eval/best_top1"} <= found.keys()
+    assert not any("top5" in name for name in found)
+
+
 def test_the_best_rate_is_chosen_on_training_images_and_not_on_those_measured():
     config = probe_config()
     fives = [f"test[{i}:{i + 1}]" for i in range(40)]
@@ -383,6 +399,15 @@ def pretrained(tmp_path_factory):
     return workdir, jax.device_get(state.params["encoder"])
 
 
+def assert_encoder_is(state, expected):
+    """Array by array, and with its positions, which were fixed and not saved."""
+    found = jax.device_get(state.extra["encoder"])
+    positions = found.pop("pos_embed")[0]
+    side = math.isqrt(len(positions) - 1)
+    np.testing.assert_array_equal(positions, sincos_2d(positions.shape[-1], (side, side)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def run(config, workdir, shape=(1, 1, 1)):
     mesh = mesh_of(*shape)
     task = task_module.make_task(config, sharding.constrain_batch(mesh))
@@ -404,9 +429,7 @@ def test_a_probe_starts_from_a_run_and_reports_both_rates(pretrained, tmp_path):
     config = config_after(pretrained)
     assert (config.model.width, config.model.patch_size, config.data.mean) == (32, (8, 8), (0.5,))
     state = run(config, tmp_path / "probe")
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.device_get(state.extra["encoder"]), pretrained[1]
-    )
+    assert_encoder_is(state, pretrained[1])
     last = metrics.read(tmp_path / "probe" / "metrics.jsonl")[-1]
     assert last["step"] == int(state.step) == 1150 // 64
     assert {"eval/top1", "eval/best_top1", "eval/best_blr", "eval/select_top1_blr0.3"} <= set(last)
@@ -443,9 +466,7 @@ def test_a_run_without_updates_measures_a_checkpoint(pretrained, tmp_path):
     config.evals.fewshot.update(shots=(2,), draws=2)
     workdir = tmp_path / "knn"
     state = run(config, workdir)
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.device_get(state.extra["encoder"]), pretrained[1]
-    )
+    assert_encoder_is(state, pretrained[1])
     measured = {name for line in metrics.read(workdir / "metrics.jsonl") for name in line}
     names = {"eval/knn1_cls", "eval/knn20_cls", "eval/fewshot2_cls", "eval/fewshot2_cls_std"}
     assert names <= measured

@@ -75,14 +75,17 @@ class Evaluator:
         eval/top1, eval/top5, eval/loss: of the rate of the config. With a sweep also
         eval/select_top1_blr{RATE}: of each rate, on `select_split`; eval/best_blr: the rate for
         which that is highest (equal ones: whose loss is lower), and eval/best_top1,
-        eval/best_top5: its accuracies. eval/images: how many were classified.
+        eval/best_top5: its accuracies. top5 with more than five classes. eval/images: how many were
+        classified.
 
         Raises:
           ValueError: no image can be read.
         """
         found = self._classify(state, self._splits[""])
         top1, top5, loss = _means(found)
-        scalars = {"top1": top1[0], "top5": top5[0], "loss": loss[0]}
+        scalars = {"top1": top1[0], "loss": loss[0]}
+        if many := len(self._classes) > 5:
+            scalars["top5"] = top5[0]
         best, about = 0, self._about | {"blr": self._rates[0]}
         if "select_" in self._splits:
             chosen, _, chosen_loss = _means(self._classify(state, self._splits["select_"]))
@@ -93,7 +96,7 @@ class Evaluator:
                 for rate, value in zip(self._rates, chosen, strict=True)
             }
             scalars |= {"best_blr": self._rates[best]}
-            scalars |= {"best_top1": top1[best], "best_top5": top5[best]}
+            scalars |= {"best_top1": top1[best]} | ({"best_top5": top5[best]} if many else {})
             about = self._about | {"blr": self._rates[best], "chosen_on": self._select_split}
         one = results.Outcomes(*(x[:, best] for x in found))
         self.results = results.Results(self._prefix, about, self._classes, one)
