@@ -268,6 +268,7 @@ def test_a_dataset_gives_names_and_labels(tmp_path):
         (["images", "--out=a.npz", "--num_hosts=11", "--host=0"], "divided among 11 hosts"),
         (["images", "images/cat/1.png", "--out=a.npz"], "not several of these"),
         (["images/cat/3.png", "--out=a.npz"], "none of the 1 images can be read"),
+        (["images/cat/3.png"] * 2 + ["--out=a.npz"], "none of the 2 images can be read"),
         (["empty.txt", "--out=a.npz"], "no image is listed"),
         (["nowhere.jpg", "--out=a.npz"], "data source 'nowhere.jpg' is none of"),
     ],

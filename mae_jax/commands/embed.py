@@ -330,27 +330,28 @@ def save(work: Path, first: int, batches: list[Rows]) -> int:
     return last
 
 
-def finish(out: Path, work: Path, plan: dict) -> dict[str, str]:
-    """Makes `out` of its parts; returns the images that could not be read.
+def finish(out: Path, work: Path, plan: dict) -> tuple[int, dict[str, str]]:
+    """Makes `out` of its parts; returns how many images could not be read, and their names.
 
     Raises:
       ValueError: none could be read.
     """
     parts = sorted(work.glob("*.npz"))
-    bad = {
-        str(name): str(error)
+    unreadable = [
+        (str(name), str(error))
         for part in parts
         for name, error in zip(column(part, "name"), column(part, "error"), strict=True)
         if error
-    }
-    if len(bad) == plan["images"]:
+    ]
+    count, bad = len(unreadable), dict(unreadable)  # an image may be listed twice
+    if count == plan["images"]:
         shutil.rmtree(work)
-        raise ValueError(f"none of the {len(bad):,} images can be read: {few(bad)}")
+        raise ValueError(f"none of the {count:,} images can be read: {few(bad)}")
     WRITERS[out.suffix](work / "whole", parts)
     Path(f"{out}.json").write_text(json.dumps({"plan": plan, "bad": bad}, indent=1))
     (work / "whole").replace(out)
     shutil.rmtree(work)
-    return bad
+    return count, bad
 
 
 def main(argv: list[str]) -> int:
@@ -430,18 +431,18 @@ def main(argv: list[str]) -> int:
         for rows in embed(call, source, done, last, batch_size, shape):
             batches.append(rows)
             advance(len(rows.name))
-            count = sum(len(batch.name) for batch in batches)
-            ends.append((done + count, time.monotonic()))
+            held = sum(len(batch.name) for batch in batches)
+            ends.append((done + held, time.monotonic()))
             num_bytes = sum(batch.features.nbytes for batch in batches)
-            if count >= values.save_every or num_bytes >= PART_BYTES or done + count == last:
+            if held >= values.save_every or num_bytes >= PART_BYTES or done + held == last:
                 done, batches = save(work, done, batches), []
 
-    bad = finish(out, work, plan)
+    count, bad = finish(out, work, plan)
     print(f"{out}: {values.feature} of {last - first:,} images")
     if len(ends) > 1:  # without the first batch, which compiles
         images, seconds = (b - a for a, b in zip(ends[0], ends[-1], strict=True))
         print(f"{images / seconds:,.1f} images/s, reading included, in batches of {batch_size}")
     if bad:
-        print(f"{len(bad):,} could not be read and have no features: {few(bad)}")
+        print(f"{count:,} could not be read and have no features: {few(bad)}")
         print(f"(all of them are listed in {out}.json)")
     return 0
