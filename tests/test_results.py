@@ -115,6 +115,24 @@ def test_a_figure_is_drawn_for_any_number_of_classes(tmp_path, classes):
     assert len(written["per_class"]) == classes and len(text.splitlines()) < classes + 100
 
 
+@pytest.mark.parametrize("known, columns", [(15, 15), (1000, 4)])
+def test_of_few_classes_among_many_each_row_names_its_own_errors(monkeypatch, known, columns):
+    drawn = []
+    for name in ("_matrix", "_listing"):
+        draw = getattr(results, name)
+        monkeypatch.setattr(
+            results, name, lambda *a, draw=draw: drawn.append(draw(*a)) or drawn[-1]
+        )
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 15, 600)
+    predicted = np.where(rng.random(600) < 0.4, label, rng.integers(0, known, 600))
+    names = [f"class {y}" for y in range(known)]
+    found = results.Results("eval", {"source": "s"}, names, outcomes(label, predicted))
+    results.figure(found, results.report(found) | found.about)
+    ((shown, rows),) = drawn
+    assert len(shown) == columns and len(rows) == 15
+
+
 @pytest.mark.parametrize("classes", [3, 60])
 def test_names_are_drawn_as_they_are_written(tmp_path, classes):
     names = [f"$1_$5 {y}" for y in range(classes)]

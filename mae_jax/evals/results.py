@@ -298,8 +298,9 @@ def _draw_classes(figure: Any, results: Results, names: list[str], chosen: np.nd
     bars.spines[["top", "right"]].set_visible(False)
 
     # Predictions of many classes are too scattered for a matrix: each row then names its own.
-    whole = len(chosen) == (total > 0).sum()
-    columns, table = (_matrix if whole else _listing)(confusion(found, chosen), chosen, names)
+    whole, confused = len(chosen) == (total > 0).sum(), confusion(found, chosen)
+    few = whole and len({*chosen}.union(*confused) - {-1}) <= WORST
+    columns, table = (_matrix if few else _listing)(confused, chosen, names)
     share = np.array([[count for count, _ in row] for row in table]) / total[chosen][:, None]
     cells.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(table):
@@ -307,15 +308,15 @@ def _draw_classes(figure: Any, results: Results, names: list[str], chosen: np.nd
             if count:
                 dark = "white" if share[y, x] > 0.6 else "black"
                 cells.text(x, y, text, ha="center", va="center", fontsize=7.5, color=dark, **PLAIN)
-    slanted = max(map(len, columns)) > 3 and whole
+    slanted = max(map(len, columns)) > 3 and few
     cells.set_xticks(
         range(len(columns)), columns, fontsize=8, rotation=40 if slanted else 0,
         ha="right" if slanted else "center", rotation_mode="anchor" if slanted else "default",
         **PLAIN,
     )  # fmt: skip
     cells.tick_params(axis="y", length=0, labelleft=False)
-    which = "" if whole else f" the {len(chosen)} worst of {(total > 0).sum():,} classes"
-    cells.set(title=f"What{which} were wrongly taken for" if which else "Taken for")
+    which = f"the {len(chosen)}" + ("" if whole else f" worst of {(total > 0).sum():,}")
+    cells.set(title="Taken for" if few else f"What {which} classes were wrongly taken for")
     cells.spines[:].set_visible(False)
     cells.set_ylim(len(chosen) - 0.5, -0.5)
 
