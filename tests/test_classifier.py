@@ -14,6 +14,7 @@ from mae_jax import optim
 from mae_jax.models import classifier, posemb
 from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import Block, Execution
+from mae_jax.tasks import classify
 
 DATA = Path(__file__).parent / "data"
 POOLS = ("avg", "cls")
@@ -325,6 +326,8 @@ def test_the_frozen_part_costs_no_backward_pass():
     measured = {n: flops(partial_loss(network, patches, n)) / forward for n in (0, 0.5, 1, 2)}
     for trained, blocks in ((0, 0), (0.5, 2 / 3), (1, 1), (2, 2)):
         assert measured[trained] < 1 + 2 * blocks / 4 + 0.01, measured
+    for trained, passes in measured.items():
+        assert classify.passes(trained, 4, 4.0) == pytest.approx(passes, abs=0.05)
     assert measured[0] < measured[0.5] < measured[1] < measured[2]
     whole = flops(partial_loss(network, patches, None)) / forward
     # Gradients that are computed and then masked would exceed every one of these bounds.

@@ -180,8 +180,10 @@ def test_averaged_weights_follow_the_weights(states):
 
 def test_a_partial_fine_tuning_moves_what_it_trains_and_nothing_else():
     config = tiny_config()
+    assert classify.make_task(config).passes == 3
     config.trained_blocks, config.ema = 1.0, 0.0
     task = classify.make_task(config)
+    assert task.passes == 2  # forward, and twice that for one block of two
     tx, _ = task.optimizer(10, 100)
     state = train.init_state(task, tx, 0)
     state = state.replace(params=jax.tree.map(lambda x: x + 0.1, state.params))

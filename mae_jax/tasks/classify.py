@@ -77,6 +77,18 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def passes(trained_blocks: float, depth: int, mlp_ratio: float) -> float:
+    """What an update costs, in forward passes: no backward pass goes into frozen blocks.
+
+    Args:
+      trained_blocks: of `depth`, from the last; -1 = all, 0.5 = the MLP of the last.
+    """
+    if not 0 <= trained_blocks < depth:
+        return 3.0
+    blocks = 2 * mlp_ratio / (4 + 2 * mlp_ratio) if trained_blocks == 0.5 else trained_blocks
+    return 1 + 2 * blocks / depth
+
+
 def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> Task:
     """The classifier of a config such as configs/finetune.py.
 
@@ -218,6 +230,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
         batches=batches,
         flops_per_example=flops.encoder(math.prod(grid), values, m.width, m.depth, m.mlp_ratio)
         + 2.0 * m.width * classes,
+        passes=passes(trained, m.depth, m.mlp_ratio),
         load=load,
         follow=follow,
     )
