@@ -1,8 +1,10 @@
 """Sources list what people expect, in an order that never changes, and refuse the rest in words."""
 
 import io
+import itertools
 import os
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +144,17 @@ def test_images_that_two_splits_share_are_counted(stored, name):
     assert shared("train[:2]+train[4:]", "train[1:5]") == 2
     other = open_source("bundled:digits", "test", str(stored))
     assert sources.shared(open_source(name.format(stored), "train", str(stored)), other) == 0
+
+
+def test_the_slices_of_a_folder_that_the_readme_gives_a_probe_are_disjoint(tmp_path):
+    for value in range(30):
+        save(tmp_path / f"{value}.png", value)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    test = re.search(r"test=(train\[\S+?\])", readme)[1]
+    found = re.search(r"data\.split='(\S+)' --config\.evals\.probe\.select_split='(\S+)'", readme)
+    slices = [open_source(f"folder:{tmp_path}", split) for split in (test, *found.groups())]
+    assert not any(sources.shared(a, b) for a, b in itertools.combinations(slices, 2))
+    assert sum(map(len, slices)) == 30
 
 
 def test_a_damaged_shard_is_named(stored):
