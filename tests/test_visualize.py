@@ -80,6 +80,9 @@ def test_a_drawn_mask_hides_what_is_dark(tmp_path):
     Image.fromarray(drawing * 0).save(tmp_path / "black.png")
     with pytest.raises(ValueError, match="hides 16 of 16 patches"):
         visualize.drawn_mask(str(tmp_path / "black.png"), (4, 4))
+    Image.fromarray(np.where(drawing, 40000, 16000).astype(np.uint16)).save(tmp_path / "16.png")
+    of_16_bits = visualize.drawn_mask(str(tmp_path / "16.png"), (4, 4)).reshape(4, 4)
+    np.testing.assert_array_equal(of_16_bits, hidden)
     photo(tmp_path / "a.png")
     assert "sheet" in run(tmp_path, WEIGHTS, tmp_path / "a.png", f"--mask={tmp_path / 'mask.png'}")
 
@@ -143,6 +146,14 @@ def test_similar_patches_have_similar_colours():
     colours = visualize.principal_colours(features, (4, 4))[0]
     assert (colours[:2] == colours[0, 0]).all() and (colours[2:] == colours[3, 3]).all()
     assert (colours[0, 0] != colours[3, 3]).any()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_patches_than_colours_are_drawn(count):
+    features = np.eye(2, 8)[None, :count]
+    colours = visualize.principal_colours(features, (1, count))
+    assert colours.shape == (1, 1, count, 3)
+    assert len(np.unique(colours.reshape(count, 3), axis=0)) == count
 
 
 def test_other_than_square_and_other_than_rgb(tmp_path):

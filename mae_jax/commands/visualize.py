@@ -106,18 +106,17 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
     Raises:
       ValueError: it is no picture, or hides no patch or all of them.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from mae_jax.data import transforms
 
     try:
-        with Image.open(file) as picture:
-            flat = Image.new("L", picture.size, 255)
-            layers = picture.convert("RGBA")
-            flat.paste(layers.convert("L"), mask=layers.getchannel("A"))
-            small = flat.resize(grid[::-1], Image.Resampling.BOX)
-    except (OSError, UnidentifiedImageError) as error:
+        flat = Image.fromarray(np.asarray(transforms.decode(Path(file).read_bytes(), 1)))
+    except (OSError, transforms.BadImage) as error:
         raise ValueError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"
         ) from None
+    small = flat.resize(grid[::-1], Image.Resampling.BOX)
     hidden = np.asarray(small).reshape(-1) < 128
     if hidden.all() or not hidden.any():
         raise ValueError(
@@ -189,6 +188,7 @@ def principal_colours(features_BLD: np.ndarray, grid: tuple[int, int]) -> np.nda
     flat = flat - flat.mean(0)
     _, _, directions = np.linalg.svd(flat, full_matrices=False)
     parts = flat @ directions[:3].T
+    parts = np.pad(parts, ((0, 0), (0, 3 - parts.shape[1])))  # of fewer than three tokens
     low, high = np.percentile(parts, [1, 99], axis=0)
     scaled = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
     return (scaled * 255).astype(np.uint8).reshape(len(features_BLD), *grid, 3)
