@@ -1,11 +1,13 @@
 """Unreadable images are replaced, counted, named once, and stop a run if they are many."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
-from test_pipeline import Noise, config, indices, train
+from test_pipeline import BATCH, SIZE, Noise, config, indices, train
 
 from mae_jax.data import pipeline, transforms
 from mae_jax.data.sources import open_source
@@ -46,6 +48,29 @@ def test_each_unreadable_image_is_counted_and_named_once():
     assert log.count == 2
     assert len(log.add(np.array([3, 9]))) == 1
     assert log.count == 3
+
+
+def test_the_count_begins_again_with_every_start_and_says_so():
+    source = Noise(21, bad=(4, 5, 20))
+    whole = ConfigDict(
+        dict(
+            data=config(max_bad_fraction=1.0),
+            model=dict(image_size=SIZE, channels=3),
+            batch_size=BATCH,
+            seed=0,
+        )
+    )
+
+    def counts(first: int, last: int) -> list[int]:
+        stream = pipeline.reported_batches(source, whole, first, np.arange(BATCH))
+        return [x["data/bad_images"] for _, x, _ in itertools.islice(stream, last - first)]
+
+    met = [{i for i in batch["bad"] if i >= 0} for batch in train(source, 20)]
+    for first in (0, 10):
+        wanted = [len(set().union(*met[first : step + 1])) for step in range(first, 20)]
+        assert counts(first, 20) == wanted
+    assert counts(0, 20)[-1] == 3 and counts(10, 11)[0] < 3
+    assert "since this start" in pipeline.reported_batches.__doc__
 
 
 def test_too_many_unreadable_images_stop_the_run_and_are_listed_with_reasons():

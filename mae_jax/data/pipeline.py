@@ -225,6 +225,9 @@ def reported_batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float], list[str]]]:
     """`train_batches` of a whole config, each with its scalars and the lines to log.
 
+    data/bad_images counts the unreadable records that this host met since this start: a resumed run
+    begins again at 0, and of several hosts the first writes its own.
+
     Args:
       check_labels: is given the labels of every batch that was read (none are of a synthetic one).
     """
@@ -430,7 +433,7 @@ class BadImageLog:
 
     @property
     def count(self) -> int:
-        """Distinct unreadable records met so far."""
+        """Distinct unreadable records that were added; nothing of an earlier start is known."""
         return len(self._found)
 
     def add(self, bad: np.ndarray) -> list[str]:
