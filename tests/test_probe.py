@@ -453,6 +453,25 @@ def test_an_encoder_that_does_not_fit_is_refused_with_both_shapes(pretrained, ch
         task.load(checkpoint.find(pretrained[0], "init_from"), SimpleNamespace(extra=extra))
 
 
+def test_a_mask_token_is_left_out_and_a_missing_norm_is_said(pretrained, tmp_path):
+    task = task_module.make_task(config_after(pretrained))
+    extra = jax.jit(task.init)(jax.random.key(0))[1]
+
+    def loaded(name, encoder):
+        saver = checkpoint.Checkpointer(tmp_path / name)
+        saver.save(0, {"params": {"encoder": encoder}})
+        saver.close()
+        path = checkpoint.find(tmp_path / name, "init_from")
+        state = train.TrainState(step=0, params={}, opt_state={}, extra=extra)
+        return task.load(path, state)
+
+    token = {"mask_token": np.zeros((1, 1, 32), np.float32)}
+    assert_encoder_is(loaded("tokens", pretrained[1] | token), pretrained[1])
+    averaging = {name: x for name, x in pretrained[1].items() if name != "norm"}
+    with pytest.raises(ValueError, match="its encoder has no final norm, which this task reads"):
+        loaded("classifier", averaging)
+
+
 def test_a_path_that_is_no_checkpoint_is_refused(pretrained, tmp_path):
     config = config_after(pretrained, init_from=str(tmp_path))
     with pytest.raises(ValueError, match=f"config.init_from='{tmp_path}' holds no checkpoint"):

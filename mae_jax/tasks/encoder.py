@@ -81,8 +81,8 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
     The patch embedding is adapted where the config says another patch size or number of channels
     than the checkpoint's, see `patch_embed.adapt`. Trained positions that the checkpoint does not
     hold are the sine-cosine table of its grid; those of another grid are resized. A final norm that
-    the target does not have is left out, as REFERENCE section 3 has it for average pooling.
-    Everything else must be on both sides.
+    the target does not have is left out, as REFERENCE section 3 has it for average pooling, and so
+    is the mask token of `tokens_in_encoder`. Everything else must be on both sides.
 
     Args:
       path: of a checkpoint, such as WORKDIR/checkpoints/STEP.
@@ -120,8 +120,13 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
     positions = wanted.pop("pos_embed", None)
     if positions is not None and "pos_embed" in saved:
         take("pos_embed")
-    if "norm" in saved and "norm" not in wanted:
-        take("norm")
+    if "norm" in wanted and "norm" not in saved:
+        raise ValueError(
+            f"config.init_from: {path} is of a classifier that averages patches: its encoder has no"
+            " final norm, which this task reads. Name the run of pre-training that it started from"
+        )
+    for name in {"norm", "mask_token"} & (set(saved) - set(wanted)):
+        take(name)
     found = checkpoint.restore(path, wanted, PART)
 
     told = []

@@ -101,6 +101,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
             m.depth,
             m.heads,
             m.mlp_ratio,
+            trained_positions=True,  # by the encoder's own training, that is, not here
             final_norm=final_norm,
             execution=execution(m, constrain),
         )
