@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,11 @@ class Model:
                 "these weights have no decoder, so that nothing can be reconstructed: take a file"
                 " with one, such as mae_pretrain_vit_base_full.pth"
             )
+        if s.target not in pixels.CAPTIONS:
+            raise ValueError(
+                f"these weights predict {s.target}, and no pixels: the decoder's output is that of"
+                " mae_jax.models.mae.MAE; if it is levels of its own, load(path, target='pixels')"
+            )
         network = mae.MAE(self._encoder(), self._decoder(), s.tokens_in_encoder)
         pred_BLP = jnp.asarray(network.apply({"params": params}, self.patches(images), mask))
         levels_BLP = pixels.predicted_levels(
@@ -154,9 +160,11 @@ class Model:
         """(B, L, P): patches of the normalised images.
 
         Raises:
-          ValueError: images of another size.
+          ValueError: images of another size, or one without a batch.
         """
         wanted = (*self.spec.image_size, self.spec.channels)
+        if images.shape == wanted:
+            raise ValueError(f"an image of shape {wanted}: give a batch of them, images[None]")
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
                 f"images of shape {images.shape}: this model takes (batch, height, width, channels)"
@@ -207,10 +215,15 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
         this project, or one of its checkpoints.
       **options: as of `open_weights`.
 
+    What the file does not say and had to be assumed is printed to stderr.
+
     Raises:
       ValueError: it cannot be read, or not in full.
     """
     weights = open_weights(path, **options)
+    for line in weights.report:
+        if "taken as" in line:
+            print(f"{path}: {line}", file=sys.stderr)
     return Model(weights.spec), jax.tree.map(jnp.asarray, weights.params)
 
 
@@ -282,6 +295,8 @@ def open_weights(
             target=target,
             name=place.name,
         )
+        if mean and std:
+            notes = [line for line in notes if not line.startswith("mean and std")]
         left = read.unused(file, spec)
         if left and not allow_unused:
             raise ValueError(
@@ -310,16 +325,23 @@ def open_weights(
         for side, kept in (("encoder", spec.positions), ("decoder", spec.decoder_positions)):
             if kept and not spec.classes:
                 report.append(f"positions of the {side} are not the sine-cosine table: kept")
-    if mean or std:
-        spec = spec._replace(mean=tuple(mean or spec.mean), std=tuple(std or spec.std))
+    given = {name: tuple(x) for name, x in (("mean", mean), ("std", std)) if x}
+    recoloured = channels and channels != spec.channels
+    wanted: dict[str, Any] = {
+        name: x for name, x in given.items() if recoloured and len(x) == channels
+    }
+    spec = spec._replace(
+        mean=spec.mean if "mean" in wanted else given.get("mean", spec.mean),
+        std=spec.std if "std" in wanted else given.get("std", spec.std),
+    )
     if target:
         spec = spec._replace(target=target)
     if image_size and tuple(image_size) != spec.image_size:
         spec, params, lines = _resized(spec, params, (image_size[0], image_size[1]))
         report += lines
-    if channels and channels != spec.channels:
+    if channels and recoloured:
         report.append(f"patch_embed: adapted from {spec.channels} to {channels} channels")
-        spec, params = _recoloured(spec, params, channels)
+        spec, params = _recoloured(spec, params, channels, wanted)
     for name in ("mean", "std"):
         if len(getattr(spec, name)) != spec.channels:
             raise ValueError(
@@ -357,22 +379,31 @@ def _resized(spec: Spec, params: dict, size: tuple[int, int]) -> tuple[Spec, dic
     return spec, params, lines
 
 
-def _recoloured(spec: Spec, params: dict, channels: int) -> tuple[Spec, dict]:
-    """For images of other channels: see `patch_embed.recolour`."""
+def _recoloured(spec: Spec, params: dict, channels: int, wanted: dict) -> tuple[Spec, dict]:
+    """For images of other channels, with the mean and std that are wanted, or like the old ones.
+
+    See `patch_embed.adapt`. Where neither side is grey nobody knows what the new channels have to
+    do with the old ones, and weights are repeated in turn, as timm does.
+    """
     if spec.decoder_width:
         raise ValueError(
             f"the decoder predicts {spec.channels} channels, and cannot be adapted to {channels}:"
             " take part=encoder"
         )
     old = spec.channels
-    embed = dict(params["encoder"]["patch_embed"])
-    embed["kernel"] = patch_embed.recolour(embed["kernel"], old, channels)
-    params = params | {"encoder": params["encoder"] | {"patch_embed": embed}}
-    mean, std = (
-        (float(np.mean(x)),) if channels == 1 else tuple(x[i % old] for i in range(channels))
-        for x in (spec.mean, spec.std)
-    )
-    return spec._replace(channels=channels, mean=mean, std=std), params
+    like = {
+        name: (float(np.mean(x)),) if channels == 1 else tuple(x[i % old] for i in range(channels))
+        for name, x in (("mean", spec.mean), ("std", spec.std))
+    }
+    new = spec._replace(channels=channels, **like | wanted)
+    kernel, bias = (params["encoder"]["patch_embed"][x] for x in ("kernel", "bias"))
+    if 1 in (old, channels):
+        before, after = (patch_embed.Pixels(s.patch, s.mean, s.std) for s in (spec, new))
+        kernel, bias = map(np.asarray, patch_embed.adapt(kernel, bias, before, after))
+    else:
+        kernel = patch_embed.recolour(kernel, old, channels)
+    embed = {"kernel": kernel, "bias": bias}
+    return new, params | {"encoder": params["encoder"] | {"patch_embed": embed}}
 
 
 def _is_ours(path: epath.Path) -> bool:

@@ -82,6 +82,19 @@ def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
     assert (out.mask_BL != other.mask_BL).any()
     with pytest.raises(ValueError, match="this model takes"):
         model.encode(params, images[:, :-1])
+    with pytest.raises(ValueError, match=r"give a batch of them, images\[None\]"):
+        model.encode(params, images[0])
+    edges = Model(model.spec._replace(target="my_fork.targets.edges"))
+    with pytest.raises(ValueError, match="predict my_fork.targets.edges, and no pixels"):
+        edges.reconstruct(params, images, jax.random.key(0))
+
+
+def test_what_had_to_be_assumed_is_said(tmp_path, capsys):
+    path = official(tmp_path / "a.pth", "mae_tiny.npz")
+    mae_jax.load(path, **HEADS)
+    assert "taken as norm_pixels, give target=pixels if not" in capsys.readouterr().err
+    mae_jax.load(path, target="pixels", **HEADS)
+    assert not capsys.readouterr().err
 
 
 def saved_and_loaded(config, workdir, step):

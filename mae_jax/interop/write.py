@@ -56,12 +56,18 @@ def hf(path: Path, spec: Spec, params: Mapping, about: Mapping[str, str]) -> Non
     well; with a head, a ViTForImageClassification.
 
     Raises:
-      ValueError: a head on averaged patches, which transformers' ViT has not.
+      ValueError: a head on averaged patches, which transformers' ViT has not; a decoder of anything
+        but pixels.
     """
     if spec.classes and spec.pool == "avg":
         raise ValueError(
             "transformers' ViTForImageClassification reads the cls token; this classifier averages"
             " patches (global_pool) and cannot be written for it: convert --to=timm or official"
+        )
+    if spec.decoder_width and spec.target not in ("pixels", "norm_pixels"):
+        raise ValueError(
+            f"the decoder predicts {spec.target}, transformers' ViTMAE only pixels: convert with"
+            " --part=encoder"
         )
     state = to_theirs(params, spec, "hf")
     if not (spec.decoder_width or spec.classes):
