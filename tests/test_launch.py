@@ -170,7 +170,7 @@ def slice_of_two(tmp_path):
 @pytest.mark.parametrize(
     "when, end",
     [
-        ("", "echo DELETING > $WORLD/state"),
+        ("", ""),
         ("sleep 1", "echo DELETING > $WORLD/state"),
         ("sleep 1", "rm -f $WORLD/state"),
     ],
@@ -180,6 +180,7 @@ def test_a_slice_that_is_deleted_under_a_run_ends_it_and_is_not_made_again(slice
     slice_of_two.write("venv/bin/python", program)
     if not when:
         slice_of_two.write("fail 1", "99")
+        slice_of_two.write("state", "ACTIVE DELETING")
     done = slice_of_two.tpu(*RUN)
     assert done.returncode == 1
     assert "pod was deleted" in done.stderr
@@ -214,7 +215,7 @@ def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two)
     """Neither a worker nor the state of the slice is to be had, some times."""
     fail_calls(slice_of_two, "*queued-resources*")
     gone = 'echo 4 > "$WORLD/gone"; echo 3 > "$WORLD/fail 1"'
-    program = f"#!/bin/sh\ncase $HOME in *1) {gone} ;; esac\nsleep 3"
+    program = f"#!/bin/sh\ncase $HOME in *1) {gone} ;; esac\nsleep 1"
     slice_of_two.write("venv/bin/python", program)
     done = slice_of_two.tpu(*RUN)
     assert done.returncode == 0, done.stderr
@@ -255,9 +256,10 @@ def test_a_run_whose_save_fails_at_stop_is_not_called_saved(slice_of_two):
 
 
 def test_a_run_that_is_watched_a_second_time_says_that_it_runs_already(slice_of_two):
-    slice_of_two.write("venv/bin/python", "#!/bin/sh\nsleep 4")
+    until = 'until [ -e "$WORLD/home pod 0/began" ]; do sleep 0.1; done'  # the second start
+    slice_of_two.write("venv/bin/python", f'#!/bin/sh\ntouch "$HOME/began"\n{until}\nsleep 3')
     started = ["bash", "mae_jax/launch/worker.sh", "start"]
-    env = os.environ | {"VENV": str(slice_of_two.folder / "venv")}
+    env = os.environ | {"VENV": str(slice_of_two.folder / "venv"), "WORLD": slice_of_two.folder}
     home = slice_of_two.folder / "home pod 1"
     subprocess.run(started, cwd=home, env=env | {"HOME": str(home)}, check=True)
     done = slice_of_two.tpu(*RUN)
