@@ -198,7 +198,14 @@ def describe(
         f"batch: {config.batch_size} in {config.grad_accum} pass(es); {per_epoch} steps per epoch"
         f" of {task.num_examples:,} examples; {total:,} steps"
     )
-    lines.append(f"learning rate: peak {peak_lr(config.optim.blr, config.batch_size):.3g}")
+    peak = peak_lr(config.optim.blr, config.batch_size)
+    lines.append(f"learning rate: peak {peak:.3g}")
+    warmup = steps(config.optim.warmup, config.batch_size, per_epoch) if total else 0
+    if total < warmup:
+        lines[-1] += (
+            f", which this run does not reach: it ends at {peak * total / warmup:.3g}, since"
+            f" config.optim.warmup={config.optim.warmup!r} is longer than it"
+        )
     return lines
 
 

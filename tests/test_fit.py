@@ -3,13 +3,14 @@
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from test_train import tiny_config
 
-from mae_jax import checkpoint, metrics, sharding, train
+from mae_jax import checkpoint, metrics, optim, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.tasks import pretrain
 
@@ -240,3 +241,15 @@ def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
     with pytest.raises(ValueError, match="is 5 steps: nothing is left to do; give a longer one"):
         run(tmp_path / "b", config)
     assert not (tmp_path / "b/config.json").exists()
+
+
+def test_a_warmup_longer_than_the_run_is_said():
+    config = tiny_config()
+    config.optim.warmup = "40 steps"
+    task, mesh = pretrain.make_task(config), sharding.make_mesh(**config.mesh)
+    step = SimpleNamespace(memory_analysis=lambda: None)
+    program = SimpleNamespace(step=step, state_shapes=SimpleNamespace(params={}))
+    peak = optim.peak_lr(config.optim.blr, config.batch_size)
+    short, long = (train.describe(task, program, config, mesh, n, 5)[-1] for n in (10, 40))
+    assert f"it ends at {peak / 4:.3g}, since config.optim.warmup='40 steps' is longer" in short
+    assert long == f"learning rate: peak {peak:.3g}"
