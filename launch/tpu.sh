@@ -62,9 +62,26 @@ state() {
   done
 }
 
-create() {
+# Sets tier and runtime of the slice that is wanted.
+wanted() {
   [ -n "${TYPE:-}" ] || fail "set TYPE to an accelerator type, such as TYPE=v5litepod-16."
-  local now tier=() name=("--node-id=$TPU") runtime
+  case ${TIER:-spot} in
+    spot) tier=(--spot) ;;
+    on-demand) tier=() ;;
+    *) fail "TIER=$TIER: write spot or on-demand." ;;
+  esac
+  case $TYPE in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
+    *) fail "TYPE=$TYPE: write v6e-N, v5p-N, v5litepod-N, v4-N, v3-N or v2-N." ;;
+  esac
+}
+
+create() {
+  local now name=("--node-id=$TPU")
+  wanted
   while now=$(state) && [ "$now" = DELETING ]; do
     say "$TPU: $now"
     sleep "$poll"
@@ -81,18 +98,6 @@ create() {
       say "$TPU is there already: $now."
       return
       ;;
-  esac
-  case ${TIER:-spot} in
-    spot) tier=(--spot) ;;
-    on-demand) ;;
-    *) fail "TIER=$TIER: write spot or on-demand." ;;
-  esac
-  case $TYPE in
-    v6e-*) runtime=v2-alpha-tpuv6e ;;
-    v5p-*) runtime=v2-alpha-tpuv5 ;;
-    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
-    *) fail "TYPE=$TYPE: write v6e-N, v5p-N, v5litepod-N, v4-N, v3-N or v2-N." ;;
   esac
   [ "$slices" -eq 1 ] || name=("--node-count=$slices" "--node-prefix=$TPU")
   change queued-resources create "$TPU" "${name[@]}" "--accelerator-type=$TYPE" \
@@ -112,15 +117,18 @@ nodes() {
   if [ "$slices" -eq 1 ]; then echo "$TPU"; else seq -f "$TPU-%.0f" 0 $((slices - 1)); fi
 }
 
-# everywhere COMMAND: on every worker of every slice at once, three times where ssh fails. What worker
-# W of NODE said is in $work/said/NODE.W. Fails, naming them, if some could not be reached.
+# everywhere COMMAND, or everywhere --copy FILE: on, or to, every worker of every slice at once, three
+# times where ssh fails. What worker W of NODE said is in $work/said/NODE.W. Fails, naming them, if some
+# could not be reached.
 everywhere() {
-  local node workers worker failed=0
+  local node workers worker failed=0 call
   rm -rf "$work/said"
   mkdir "$work/said"
   for node in $(nodes); do
+    call=(ssh "$node" "--command=$1")
+    [ "$1" != --copy ] || call=(scp "$2" "$node:${2##*/}")
     if [ "$dry" = yes ]; then
-      change tpu-vm ssh "$node" --worker=all "--command=$1"
+      change tpu-vm "${call[@]}" --worker=all
       continue
     fi
     workers=$(ask tpu-vm describe "$node" '--format=value(networkEndpoints.len())') || return 1
@@ -128,7 +136,7 @@ everywhere() {
       touch "$work/said/$node.$worker.failed"
       (
         for try in 1 2 3; do
-          if ask tpu-vm ssh "$node" "--worker=$worker" "--command=$1" \
+          if ask tpu-vm "${call[@]}" "--worker=$worker" \
             > "$work/said/$node.$worker" 2> "$work/said/$node.$worker.errors"; then
             rm "$work/said/$node.$worker.failed" "$work/said/$node.$worker.errors"
             break
@@ -161,13 +169,10 @@ answers() {
 }
 
 setup() {
-  local node
   git -C "$root" ls-files -z --cached --others --exclude-standard |
     tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$work/mae_jax.tar.gz"
-  for node in $(nodes); do
-    change tpu-vm scp "$work/mae_jax.tar.gz" "$node:mae_jax.tar.gz" --worker=all
-  done
-  if ! everywhere 'mkdir -p mae_jax && tar -xzf mae_jax.tar.gz -C mae_jax' ||
+  if ! everywhere --copy "$work/mae_jax.tar.gz" ||
+    ! everywhere 'mkdir -p mae_jax && tar -xzf mae_jax.tar.gz -C mae_jax' ||
     ! everywhere 'cd mae_jax && bash launch/worker.sh setup'; then
     fail "not every worker is set up; run 'setup' again: what is done stays done."
   fi
@@ -246,6 +251,7 @@ run() {
     *" --workdir=gs://"*) ;;
     *) fail "--workdir=gs://BUCKET/RUN is needed: what is on a worker's disk dies with the slice." ;;
   esac
+  wanted # when it is preempted, too
   local restarts=0 start now
   start="cd mae_jax && ${XLA_PRESET:+XLA_PRESET=$XLA_PRESET }$(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
   if [ "$dry" = yes ]; then

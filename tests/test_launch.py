@@ -187,6 +187,14 @@ def test_a_slice_that_is_deleted_under_a_run_ends_it_and_is_not_made_again(slice
     assert "queued-resources create" not in slice_of_two.kinds()
 
 
+@pytest.mark.parametrize("name, value", [("TYPE", ""), ("TIER", "cheap")])
+def test_a_run_that_could_not_ask_for_its_slice_again_does_not_start(slice_of_two, name, value):
+    done = slice_of_two.tpu(*RUN, **{name: value})
+    assert done.returncode == 1
+    assert name in done.stderr
+    assert slice_of_two.calls() == []
+
+
 def test_create_waits_until_the_last_slice_is_deleted(tmp_path):
     world = World(tmp_path)
     world.write("state", "DELETING DELETING SUSPENDED")
@@ -209,6 +217,15 @@ fi
 exec "$WORLD/gcloud.real" "$@"
 """,
     )
+
+
+@pytest.mark.parametrize("times, status", [(2, 0), (3, 1)])
+def test_the_code_is_copied_to_each_worker_in_three_tries(slice_of_two, times, status):
+    fail_calls(slice_of_two, '*"tpu-vm scp"*worker=1*')
+    slice_of_two.write("gone", str(times))
+    done = slice_of_two.tpu("setup")
+    assert done.returncode == status, done.stderr
+    assert ("worker 1 of pod failed three times: ERROR: no network" in done.stderr) == (times == 3)
 
 
 def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two):

@@ -38,10 +38,9 @@ elif kind == "queued-resources delete":
 elif kind == "tpu-vm describe":
     print({workers})
 elif kind == "tpu-vm scp":
-    for worker in range({workers}):
-        home = here / f"home {{words[-1].split(':')[0]}} {{worker}}"
-        home.mkdir(exist_ok=True)
-        (home / "mae_jax.tar.gz").write_bytes(Path(words[4]).read_bytes())
+    home = here / f"home {{words[-1].split(':')[0]}} {{options['worker']}}"
+    home.mkdir(exist_ok=True)
+    (home / "mae_jax.tar.gz").write_bytes(Path(words[4]).read_bytes())
 elif kind == "tpu-vm ssh":
     worker, command = options["worker"], options["command"]
     broken = here / f"fail {{worker}}"
@@ -205,7 +204,8 @@ def test_a_preempted_slice_is_made_set_up_and_started_again_until_the_run_is_don
     assert done.returncode == 0, done.stderr
     assert [world.starts(worker) for worker in range(WORKERS)] == [3, 3]
     changing = [kind for kind in world.kinds() if kind != "tpu-vm ssh"]
-    assert changing == ["queued-resources delete", "queued-resources create", "tpu-vm scp"]
+    made = ["queued-resources delete", "queued-resources create"]
+    assert changing == [*made, *["tpu-vm scp"] * WORKERS]
     assert "restart 2" in done.stderr and "PROVISIONING" in done.stderr
 
 
@@ -252,7 +252,8 @@ def test_stop_ends_the_run_for_good_and_run_goes_on_with_it(world):
     for worker in range(WORKERS):
         world.plan(worker, "wait")
     env = dict(os.environ, PATH=f"{world.folder}:{os.environ['PATH']}", WORLD=str(world.folder))
-    env |= dict(VENV=str(world.folder / "venv"), TPU="pod", ZONE="z", POLL="0.1", RETRY="0.1")
+    env |= dict(VENV=str(world.folder / "venv"), TPU="pod", TYPE="v4-8", ZONE="z")
+    env |= dict(POLL="0.1", RETRY="0.1")
     watched = subprocess.Popen(["bash", TPU_SH, *RUN], env=env, stderr=subprocess.PIPE, text=True)
     while "running" not in world.tpu("status").stdout:
         assert watched.poll() is None
