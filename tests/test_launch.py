@@ -240,7 +240,7 @@ def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two)
 
 
 def test_a_restart_that_meets_workers_on_their_way_down_is_tried_again(slice_of_two):
-    fail_calls(slice_of_two, '*worker=1*"worker.sh start"*')
+    fail_calls(slice_of_two, '*"worker.sh start"*worker=1*')
     program = '#!/bin/sh\n[ ! -e "$HOME/once" ] || exit 0\ntouch "$HOME/once"'
     last = 'case $HOME in *1) echo 3 > "$WORLD/gone" ;; esac\nexit 75'
     slice_of_two.write("venv/bin/python", f"{program}\n{last}")
