@@ -1,4 +1,4 @@
-"""What outlives a process: the workdir, its checkpoints, and the request to stop.
+"""What outlives a process: the workdir and its checkpoints.
 
 A checkpoint is one directory, WORKDIR/checkpoints/STEP, written by Orbax in the background. It has
 the whole state and `digests.json`, the size and SHA-256 of each of its files: made when the files
@@ -9,15 +9,12 @@ compared before one is read, because Orbax itself restores a flipped byte silent
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,37 +52,6 @@ FREE_KEYS = (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 DIGESTS = "digests.json"
 SHOWN = 20  # differences in an error message
-PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
-
-
-class Preempted(SystemExit):
-    """Asked to stop, and the state was saved: ends the process with exit status PREEMPTED."""
-
-    code = PREEMPTED
-
-
-def preemption() -> Callable[[], bool]:
-    """Listens for SIGTERM, from here on.
-
-    With `jax.distributed` its service listens, and agrees with all hosts on when to stop: a handler
-    of ours would switch it off.
-
-    Returns:
-      Save and stop now? On all hosts alike; to be asked once at every step.
-    """
-    if jax.distributed.is_initialized():
-        # The service stops all at the call after the furthest one that a host had made when the
-        # signal came. It forgets a signal that came before the first call, so that is made here.
-        calls = itertools.count()
-
-        def requested() -> bool:
-            return multihost_utils.reached_preemption_sync_point(next(calls))
-
-        requested()
-        return requested
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return asked.is_set
 
 
 class _Manager(ocp.CheckpointManager):

@@ -1,4 +1,4 @@
-"""Several hosts, one run: they find each other, agree on what they run, and tell when it stalls.
+"""Several hosts, one run: they find each other, agree on it and its end, and tell when it stalls.
 
 A host is one process; host 0 is the coordinator. What keeps hosts from being one run ends all of
 them, with a sentence: hosts that went on alone would be N runs that write to one workdir.
@@ -7,8 +7,10 @@ them, with a sentence: hosts that went on alone would be N runs that write to on
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,9 +22,10 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # the hosts' key-value store has no public name
+from jax.experimental import multihost_utils
 
 COORDINATOR_SECONDS = 5  # that host 0 outlives its error: who has the same one ends by itself first
-TRY_AGAIN = 75  # checkpoint.PREEMPTED, of a module that needs this one
+PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
 # Set for the processes of a job by the program that started them: how many there are.
 STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
@@ -163,6 +166,36 @@ def describe_differences(everyone: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+class Preempted(SystemExit):
+    """Asked to stop, and the state was saved: ends the process with exit status PREEMPTED."""
+
+    code = PREEMPTED
+
+
+def preemption() -> Callable[[], bool]:
+    """Listens for SIGTERM, from here on.
+
+    With `jax.distributed` its service listens, and agrees with all hosts on when to stop: a handler
+    of ours would switch it off.
+
+    Returns:
+      Save and stop now? On all hosts alike; to be asked once at every step.
+    """
+    if jax.distributed.is_initialized():
+        # The service stops all at the call after the furthest one that a host had made when the
+        # signal came. It forgets a signal that came before the first call, so that is made here.
+        calls = itertools.count()
+
+        def requested() -> bool:
+            return multihost_utils.reached_preemption_sync_point(next(calls))
+
+        requested()
+        return requested
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked.is_set
+
+
 @contextlib.contextmanager
 def watchdog(stall_seconds: float) -> Iterator[Callable[[str], None]]:
     """Prints the stacks of all threads when nothing happened for a while; 0: never.
@@ -245,7 +278,7 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> None:
     """Says why the others did not come, and ends the process."""
-    status = TRY_AGAIN if coordinator is None else 2
+    status = PREEMPTED if coordinator is None else 2
     coordinator = coordinator or getattr(global_state, "coordinator_address", None)
     host = global_state.process_id
     all_hosts = "all" if num_hosts is None else f"all {num_hosts}"

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, evals, flops, metrics, sharding
+from mae_jax import checkpoint, distributed, evals, flops, metrics, sharding
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
 from mae_jax.evals import results
@@ -270,7 +270,7 @@ def fit(
     Raises:
       ValueError: the config cannot work here, or the workdir belongs to another run.
       NonFiniteError: the loss or the gradient norm is not finite.
-      checkpoint.Preempted: asked to stop; the state was saved.
+      distributed.Preempted: asked to stop; the state was saved.
     """
     per_epoch = 1
     if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
@@ -290,7 +290,7 @@ def fit(
     evaluators = evals.build(config, task.predict, mesh)
 
     checkpoint.check_workdir(workdir, config, task.num_examples)
-    stop_requested = checkpoint.preemption()
+    stop_requested = distributed.preemption()
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
     state_shapes, init = lay_out(task, tx, config, mesh)
     state, origin = checkpoint.restore_or_init(saver, config, state_shapes, init, task.load)
@@ -388,7 +388,7 @@ def fit(
             if stopping:
                 saver.close()
                 say(stopped := f"asked to stop at step {step} of {total}: it is saved")
-                raise checkpoint.Preempted(stopped)
+                raise distributed.Preempted(stopped)
             saver.check()
             if step == total or program is None:
                 break

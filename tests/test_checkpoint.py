@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint
+from mae_jax import checkpoint, distributed
 
 TX = optax.adamw(1e-3)
 
@@ -477,7 +477,7 @@ def test_a_full_disk_surfaces_at_the_next_check_and_older_checkpoints_stay(tmp_p
 def test_sigterm_is_heard_and_does_not_kill():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        stop_requested = checkpoint.preemption()
+        stop_requested = distributed.preemption()
         assert not stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -495,7 +495,7 @@ ASKED_TO_STOP = """
 
     workdir, when = sys.argv[1:]
     distributed.join(f"localhost:{hosts.free_port()}", 1, 0)
-    stop_requested = checkpoint.preemption()
+    stop_requested = distributed.preemption()
     if when == "a save ends":
         run = checkpoint.Checkpointer(workdir)
         assert not stop_requested()
@@ -516,7 +516,7 @@ def test_hosts_that_are_asked_to_stop_stop_at_the_next_step(tmp_path, when):
 
 
 def test_preempted_ends_a_process_with_its_own_exit_status():
-    code = "from mae_jax import checkpoint; raise checkpoint.Preempted('saved step 3')"
+    code = "from mae_jax import distributed; raise distributed.Preempted('saved step 3')"
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=300)
-    assert done.returncode == checkpoint.PREEMPTED == 75
-    assert str(checkpoint.Preempted("saved step 3")) == "saved step 3"
+    assert done.returncode == distributed.PREEMPTED == 75
+    assert str(distributed.Preempted("saved step 3")) == "saved step 3"

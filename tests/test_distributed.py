@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import checkpoint, distributed
+from mae_jax import distributed
 from mae_jax.commands import train
 
 HOSTS, DEVICES = 2, 2
@@ -59,7 +59,7 @@ def test_a_lost_host_ends_all_and_the_run_goes_on_as_if_nothing_had_happened(fol
         before = len(hosts.logged(workdir))
         run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
         hosts.signal_host(workdir, lost, signal.SIGKILL)
-        assert run.end() == [checkpoint.PREEMPTED], run.text()
+        assert run.end() == [distributed.PREEMPTED], run.text()
         assert sentence in run.text()
         assert f"host {lost}: killed (SIGKILL)" in run.text()
         assert "Start all hosts again" in run.text()
@@ -78,7 +78,7 @@ def test_sigterm_to_one_host_stops_all_and_the_run_goes_on_with_half_and_twice_a
         before = len(hosts.logged(workdir))
         run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
         hosts.signal_host(workdir, count - 1, signal.SIGTERM)
-        assert run.end() == [checkpoint.PREEMPTED], run.text()
+        assert run.end() == [distributed.PREEMPTED], run.text()
         assert "it is saved" in run.text()
         last = hosts.logged(workdir)[-1]["step"]
         assert (workdir / "checkpoints" / str(last)).is_dir()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import tiny_config
 
-from mae_jax import checkpoint, metrics, optim, sharding, train
+from mae_jax import checkpoint, distributed, metrics, optim, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.tasks import pretrain
 
@@ -229,9 +229,9 @@ def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, slow_saves)
 
 
 def test_asked_to_stop_before_the_first_update_again_and_again(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(checkpoint, "preemption", lambda: lambda: True)
+    monkeypatch.setattr(distributed, "preemption", lambda: lambda: True)
     for _ in range(2):
-        with pytest.raises(checkpoint.Preempted, match="asked to stop at step 0 of 5"):
+        with pytest.raises(distributed.Preempted, match="asked to stop at step 0 of 5"):
             run(tmp_path, config)
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_tpu import RUN, World
 
-from mae_jax import checkpoint
+from mae_jax import distributed
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -77,7 +77,7 @@ def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word
     assert host.stderr.readline() == "ready\n"
     os.killpg(host.pid, signal.SIGTERM)
     assert host.communicate(timeout=30)[1] == "saved\n"
-    assert host.returncode == checkpoint.PREEMPTED
+    assert host.returncode == distributed.PREEMPTED
 
 
 @pytest.mark.parametrize("preset", ["gpu-overlap", "gpu-fsdp", "gpu-deterministic"])
@@ -125,7 +125,7 @@ def test_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(tmp_pat
     run = hosts.Processes([slurm(tmp_path, *hosts.flags(tmp_path, workdir))], 1)
     run.until(lambda: len(hosts.logged(workdir)) > 2)
     os.kill(int((tmp_path / "tasks").read_text().split()[0]), signal.SIGTERM)
-    assert run.end() == [checkpoint.PREEMPTED], run.text()
+    assert run.end() == [distributed.PREEMPTED], run.text()
     assert "2 host(s)" in run.text()
     assert "scontrol: requeue" in run.text()
     saved = str(hosts.logged(workdir)[-1]["step"])
@@ -148,7 +148,7 @@ def test_slurm_job_is_queued_again_unless_a_process_had_an_error(tmp_path, ends,
     run = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True, check=False)
     assert run.returncode == status, run.stderr
     assert words in run.stdout + run.stderr
-    assert ("requeue" in run.stdout) == (status == checkpoint.PREEMPTED)
+    assert ("requeue" in run.stdout) == (status == distributed.PREEMPTED)
     assert not list(LAUNCH.parent.glob("slurm-*.ended"))
 
 
@@ -156,7 +156,7 @@ def test_slurm_process_that_waits_for_the_others_in_vain_is_to_be_started_again(
     job = slurm(tmp_path, *hosts.flags(tmp_path, tmp_path / "run"), "--config.connect_seconds=3")
     (tmp_path / "srun").write_text(SRUN.replace("for i in 0 1", "for i in 0"))
     run = hosts.Processes([job], 1)
-    assert run.end() == [checkpoint.PREEMPTED], run.text()
+    assert run.end() == [distributed.PREEMPTED], run.text()
     assert "not all hosts came" in run.text() and "scontrol: requeue" in run.text()
 
 
@@ -308,4 +308,4 @@ def test_jobset_has_what_a_tpu_slice_on_kubernetes_needs(name, slices):
     # What a restart cures is restarted; what it does not is not.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert checkpoint.PREEMPTED not in rule["onExitCodes"]["values"]
+    assert distributed.PREEMPTED not in rule["onExitCodes"]["values"]

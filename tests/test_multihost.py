@@ -23,7 +23,7 @@ SAVE_RESTORE_STOP = """
     import numpy as np
     from jax.experimental import multihost_utils
     import test_checkpoint as single
-    from mae_jax import checkpoint
+    from mae_jax import checkpoint, distributed
 
     assert jax.device_count() == 4
     checkpoint.prepare_workdir(workdir, single.config())
@@ -45,7 +45,7 @@ SAVE_RESTORE_STOP = """
     step, state = run.restore(single.target(4))
     print("RESTORED", step, run.all_steps(), flush=True)
 
-    stop_requested = checkpoint.preemption()
+    stop_requested = distributed.preemption()
     step = 20
     while not stop_requested():
         # The processes wait for each other here, as they do for each other's gradients.

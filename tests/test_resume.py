@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mae_jax import checkpoint
+from mae_jax import checkpoint, distributed
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, KILLS = 44, 2, 12
@@ -172,7 +172,7 @@ def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninte
     workdir = folder / "stopped"
     run = Run(folder, workdir)
     run.until_step(7)
-    assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, "\n".join(run.said)
+    assert run.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(run.said)
     saved = int(checkpoint.find(workdir, "test").name)
     assert saved == logged(workdir)[-1]["step"] >= 7
 
@@ -188,7 +188,7 @@ def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):
     for devices in (8, 1, 4):
         run = Run(folder, workdir, devices=devices)
         run.until_step(len(logged(workdir)) + 4)
-        assert run.end(signal.SIGTERM) == checkpoint.PREEMPTED, "\n".join(run.said)
+        assert run.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(run.said)
     assert any("device_count: 1 -> 4" in line for line in run.said)
     ours, theirs = ([x["train/loss"] for x in logged(path)] for path in (workdir, uninterrupted))
     assert len(ours) >= 12

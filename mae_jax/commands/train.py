@@ -212,8 +212,8 @@ def main(argv: list[str]) -> int:
     except pipeline.WorkerLost as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
         if jax.process_count() > 1:
-            distributed.leave(checkpoint.PREEMPTED)
-        return checkpoint.PREEMPTED
+            distributed.leave(distributed.PREEMPTED)
+        return distributed.PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
         if not distributed.alone_with(error):
             raise

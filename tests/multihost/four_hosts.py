@@ -6,7 +6,7 @@ import hosts
 import numpy as np
 import pytest
 
-from mae_jax import checkpoint
+from mae_jax import distributed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_lost_hosts_end_all_and_the_run_goes_on_as_if_nothing_had_happened(folde
         before = len(hosts.logged(workdir))
         run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
         hosts.signal_host(workdir, lost, signal.SIGKILL)
-        assert run.end() == [checkpoint.PREEMPTED], run.text()
+        assert run.end() == [distributed.PREEMPTED], run.text()
         assert sentence in run.text()
         assert run.text().count("Start all hosts again") == 4
     run = hosts.launched(folder, workdir, 4, 2)
@@ -57,7 +57,7 @@ def test_a_run_moves_to_half_as_many_hosts_and_to_twice_as_many(folder, alone):
         before = len(hosts.logged(workdir))
         run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
         hosts.signal_host(workdir, count - 1, signal.SIGTERM)
-        assert run.end() == [checkpoint.PREEMPTED], run.text()
+        assert run.end() == [distributed.PREEMPTED], run.text()
     run = hosts.launched(folder, workdir, 4, 2)
     assert run.end() == [0], run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)

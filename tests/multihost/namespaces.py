@@ -7,7 +7,7 @@ import hosts
 import numpy as np
 import pytest
 
-from mae_jax import checkpoint
+from mae_jax import distributed
 
 BRIDGE = "maebr"
 SPACES = ("maeh0", "maeh1")
@@ -68,7 +68,7 @@ def test_hosts_with_addresses_of_their_own_make_one_run_and_survive_a_cut_cable(
     run = start(tmp_path, workdir)
     run.until(lambda: len(hosts.logged(workdir)) > 4)
     ip("link", "set", "maeh1out", "down")
-    assert run.end() == [checkpoint.PREEMPTED] * 2, run.text()
+    assert run.end() == [distributed.PREEMPTED] * 2, run.text()
     assert "host 0: host 1 was lost" in run.text()
     assert "host 1: host 0, the coordinator, is gone" in run.text()
 
