@@ -9,7 +9,6 @@ from pathlib import Path
 import hosts
 import pytest
 import yaml
-from test_tpu import RUN, World
 
 from mae_jax import distributed
 
@@ -158,131 +157,6 @@ def test_slurm_process_that_waits_for_the_others_in_vain_is_to_be_started_again(
     run = hosts.Processes([job], 1)
     assert run.end() == [distributed.PREEMPTED], run.text()
     assert "not all hosts came" in run.text() and "scontrol: requeue" in run.text()
-
-
-@pytest.fixture
-def slice_of_two(tmp_path):
-    world = World(tmp_path)
-    world.active()
-    return world
-
-
-@pytest.mark.parametrize(
-    "when, end",
-    [
-        ("", ""),
-        ("sleep 1", "echo DELETING > $WORLD/state"),
-        ("sleep 1", "rm -f $WORLD/state"),
-    ],
-)
-def test_a_slice_that_is_deleted_under_a_run_ends_it_and_is_not_made_again(slice_of_two, when, end):
-    program = f'#!/bin/sh\n{when}\n{end}\necho 99 > "$WORLD/fail 1"\nsleep 5'
-    slice_of_two.write("venv/bin/python", program)
-    if not when:
-        slice_of_two.write("fail 1", "99")
-        slice_of_two.write("state", "ACTIVE DELETING")
-    done = slice_of_two.tpu(*RUN)
-    assert done.returncode == 1
-    assert "pod was deleted" in done.stderr
-    assert "queued-resources create" not in slice_of_two.kinds()
-
-
-@pytest.mark.parametrize("name, value", [("TYPE", ""), ("TIER", "cheap")])
-def test_a_run_that_could_not_ask_for_its_slice_again_does_not_start(slice_of_two, name, value):
-    done = slice_of_two.tpu(*RUN, **{name: value})
-    assert done.returncode == 1
-    assert name in done.stderr
-    assert slice_of_two.calls() == []
-
-
-def test_create_waits_until_the_last_slice_is_deleted(tmp_path):
-    world = World(tmp_path)
-    world.write("state", "DELETING DELETING SUSPENDED")
-    assert world.tpu("create").returncode == 0
-    assert world.kinds() == ["queued-resources delete", "queued-resources create"]
-
-
-def fail_calls(world: World, pattern: str) -> None:
-    """Calls of gcloud that match fail as often as the file `gone` says."""
-    world.write("gcloud.real", (world.folder / "gcloud").read_text())
-    world.write(
-        "gcloud",
-        f"""#!/bin/bash
-gone=$(cat "$WORLD/gone" 2> /dev/null || echo 0)
-if [[ $gone -gt 0 && $* == {pattern} ]]; then
-  echo $((gone - 1)) > "$WORLD/gone"
-  echo "ERROR: no network" >&2
-  exit 1
-fi
-exec "$WORLD/gcloud.real" "$@"
-""",
-    )
-
-
-@pytest.mark.parametrize("times, status", [(2, 0), (3, 1)])
-def test_the_code_is_copied_to_each_worker_in_three_tries(slice_of_two, times, status):
-    fail_calls(slice_of_two, '*"tpu-vm scp"*worker=1*')
-    slice_of_two.write("gone", str(times))
-    done = slice_of_two.tpu("setup")
-    assert done.returncode == status, done.stderr
-    assert ("worker 1 of pod failed three times: ERROR: no network" in done.stderr) == (times == 3)
-
-
-def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(slice_of_two):
-    """Neither a worker nor the state of the slice is to be had, some times."""
-    fail_calls(slice_of_two, "*queued-resources*")
-    gone = 'echo 4 > "$WORLD/gone"; echo 3 > "$WORLD/fail 1"'
-    program = f"#!/bin/sh\ncase $HOME in *1) {gone} ;; esac\nsleep 1"
-    slice_of_two.write("venv/bin/python", program)
-    done = slice_of_two.tpu(*RUN)
-    assert done.returncode == 0, done.stderr
-    assert "no network" in done.stderr
-
-
-def test_a_restart_that_meets_workers_on_their_way_down_is_tried_again(slice_of_two):
-    fail_calls(slice_of_two, '*"worker.sh start"*worker=1*')
-    program = '#!/bin/sh\n[ ! -e "$HOME/once" ] || exit 0\ntouch "$HOME/once"'
-    last = 'case $HOME in *1) echo 3 > "$WORLD/gone" ;; esac\nexit 75'
-    slice_of_two.write("venv/bin/python", f"{program}\n{last}")
-    done = slice_of_two.tpu(*RUN)
-    assert done.returncode == 0, done.stderr
-    assert "worker 1 of pod failed three times: ERROR: no network" in done.stderr
-    assert "restart 2" in done.stderr
-
-
-def test_a_slice_that_always_fails_is_given_up_and_says_why(tmp_path):
-    world = World(tmp_path)
-    gcloud = (tmp_path / "gcloud").read_text()
-    comes = '"WAITING_FOR_RESOURCES PROVISIONING ACTIVE"'
-    assert comes in gcloud
-    world.write("gcloud", gcloud.replace(comes, '"PROVISIONING FAILED"'))
-    done = world.tpu(*RUN, MAX_RESTARTS="2")
-    assert done.returncode == 1
-    assert "gave up after 2 restarts" in done.stderr
-    assert world.kinds().count("queued-resources create") == 3
-    assert sum("--format=yaml(state)" in call for call in world.calls()) == 2
-
-
-def test_a_run_whose_save_fails_at_stop_is_not_called_saved(slice_of_two):
-    stop = 'touch "$HOME/mae_jax_run/stopped"; exit 1'  # as worker.sh stop; then the save fails
-    slice_of_two.write("venv/bin/python", f"#!/bin/sh\nsleep 1\n{stop}")
-    done = slice_of_two.tpu(*RUN)
-    assert done.returncode == 1
-    assert "pod worker 0: stopped 1" in done.stderr
-    assert "saved" not in done.stderr
-
-
-def test_a_run_that_is_watched_a_second_time_says_that_it_runs_already(slice_of_two):
-    until = 'until [ -e "$WORLD/home pod 0/began" ]; do sleep 0.1; done'  # the second start
-    slice_of_two.write("venv/bin/python", f'#!/bin/sh\ntouch "$HOME/began"\n{until}\nsleep 3')
-    started = ["bash", "mae_jax/launch/worker.sh", "start"]
-    env = os.environ | {"VENV": str(slice_of_two.folder / "venv"), "WORLD": slice_of_two.folder}
-    home = slice_of_two.folder / "home pod 1"
-    subprocess.run(started, cwd=home, env=env | {"HOME": str(home)}, check=True)
-    done = slice_of_two.tpu(*RUN)
-    assert done.returncode == 0, done.stderr
-    assert "pod worker 1: running already" in done.stderr
-    assert "pod worker 0: running already" not in done.stderr
 
 
 @pytest.mark.parametrize("name, slices", [("single-slice", 1), ("multi-slice", 2)])
