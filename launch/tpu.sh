@@ -230,17 +230,13 @@ watch_run() {
       fi
     else
       now=$(state)
-      case $now in
-        ACTIVE)
-          ((++failures < 5)) ||
-            fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
-              "watched; 'status' looks again, and 'run' with the same flags watches on."
-          ;;
-        *)
-          gone "$now"
-          return
-          ;;
-      esac
+      if [ "$now" != ACTIVE ]; then
+        gone "$now"
+        return
+      fi
+      ((++failures < 5)) ||
+        fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
+          "watched; 'status' looks again, and 'run' with the same flags watches on."
     fi
     sleep "$poll"
   done
@@ -265,14 +261,14 @@ run() {
       watch_run
     else
       now=$(state)
-      if [ "$now" = ACTIVE ] && [ "$restarts" -gt 0 ]; then # not for long: it is being preempted
+      if [ "$now" != ACTIVE ]; then
+        gone "$now"
+      elif [ "$restarts" -gt 0 ]; then # ACTIVE, but not for long: it is being preempted
         outcome=again
         sleep "$poll"
-      elif [ "$now" = ACTIVE ]; then
+      else
         everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
         fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
-      else
-        gone "$now"
       fi
     fi
     case $outcome in
