@@ -17,8 +17,6 @@ import sys
 
 from benchmarks import ours, sides
 
-PER_CORE = "ours, a device per core"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,7 +37,7 @@ def main() -> None:
             results = sides.take_turns(
                 {
                     "ours": [sys.executable, f"{here}/ours.py", *what],
-                    PER_CORE: [sys.executable, f"{here}/ours.py", *what, cores],
+                    "ours, a device per core": [sys.executable, f"{here}/ours.py", *what, cores],
                     "HF, eager": [torch, f"{here}/huggingface.py", *what],
                     "HF, torch.compile": [torch, f"{here}/huggingface.py", "--compiled", *what],
                 },
@@ -51,10 +49,8 @@ def main() -> None:
                 if seconds := sides.median(found):
                     rates[side] = max(rates.get(side, 0), int(batch) / seconds)
         panels[f"{variant}, images/s"] = rates
-        own, peers = (
-            [rate for side, rate in rates.items() if side.startswith("ours") == is_ours]
-            for is_ours in (True, False)
-        )
+        own = [rate for side, rate in rates.items() if side.startswith("ours")]
+        peers = [rate for side, rate in rates.items() if not side.startswith("ours")]
         if own and peers:
             verdicts.append(f"{variant}: {max(own) / max(peers):.2f} of HF's best")
     head = ["model", "batch", "side", "images/s", "first step after", "peak memory", "MFU"]

@@ -325,15 +325,10 @@ def open_weights(
         for side, kept in (("encoder", spec.positions), ("decoder", spec.decoder_positions)):
             if kept and not spec.classes:
                 report.append(f"positions of the {side} are not the sine-cosine table: kept")
-    given = {name: tuple(x) for name, x in (("mean", mean), ("std", std)) if x}
+    given: dict[str, Any] = {name: tuple(x) for name, x in (("mean", mean), ("std", std)) if x}
     recoloured = channels and channels != spec.channels
-    wanted: dict[str, Any] = {
-        name: x for name, x in given.items() if recoloured and len(x) == channels
-    }
-    spec = spec._replace(
-        mean=spec.mean if "mean" in wanted else given.get("mean", spec.mean),
-        std=spec.std if "std" in wanted else given.get("std", spec.std),
-    )
+    wanted = {name: x for name, x in given.items() if recoloured and len(x) == channels}
+    spec = spec._replace(**{name: x for name, x in given.items() if name not in wanted})
     if target:
         spec = spec._replace(target=target)
     if image_size and tuple(image_size) != spec.image_size:

@@ -125,8 +125,9 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
             f"config.init_from: {path} is of a classifier that averages patches: its encoder has no"
             " final norm, which this task reads. Name the run of pre-training that it started from"
         )
-    for name in {"norm", "mask_token"} & (set(saved) - set(wanted)):
-        take(name)
+    for name in ("norm", "mask_token"):
+        if name in saved and name not in wanted:
+            take(name)
     found = checkpoint.restore(path, wanted, PART)
 
     told = []
