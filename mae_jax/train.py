@@ -131,7 +131,7 @@ def lay_out(
     Raises:
       ValueError: see `sharding.state_shardings`.
     """
-    init = partial(init_state, task, tx, config.seed)
+    init = jax.jit(partial(init_state, task, tx, config.seed))  # traced once, for both
     shapes = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, shapes)
     state_shapes = jax.tree.map(

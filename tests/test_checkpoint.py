@@ -104,6 +104,28 @@ def test_a_state_comes_back_on_any_number_of_devices(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints")
 
 
+def test_a_save_compiles_nothing(tmp_path):
+    """What all devices hold is written by one of them, not sliced for each, a program a slice."""
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    state = jax.device_put(init(3), NamedSharding(mesh, P()))
+    run, compiled = open_run(tmp_path), []
+
+    def heard(event: str, seconds: float, **_) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        jax.jit(lambda x: x + len(compiled))(1)
+        assert compiled, "compiling is heard of"
+        compiled.clear()
+        run.save(3, state)
+        run.close()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert not compiled
+
+
 def test_what_is_saved_is_the_moment_of_the_save(tmp_path):
     """The buffers are donated to the next update while the save goes on in the background."""
     run = open_run(tmp_path)
