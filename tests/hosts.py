@@ -10,8 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reaches it
+IMAGES = 1437
 
 CONFIG = f'''
 from configs.pretrain import get_config as recipe
@@ -23,7 +27,7 @@ def get_config(arg=None):
         decoder_heads=2, dtype="float32", channels=1,
     )
     config.train_for, config.optim.warmup = "{STEPS} steps", "5 steps"
-    config.data.update(source="bundled:digits", mean=(0.5,), std=(0.5,), threads=2, prefetch=1)
+    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,), threads=2, prefetch=1)
     config.evals = {{}}
     config.checkpoint.update(every="3 steps", keep=2, keep_every="")
     config.log_every = "1 steps"
@@ -71,8 +75,20 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
+def images(folder: Path) -> Path:
+    """A folder of small pictures, which opens at once: the bundled digits import scikit-learn."""
+    made = folder / "images"
+    if not made.exists():
+        made.mkdir()
+        rng = np.random.default_rng(0)
+        for index in range(IMAGES):
+            levels = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+            Image.fromarray(levels).save(made / f"{index}.png")
+    return made
+
+
 def flags(folder: Path, workdir: Path) -> list[str]:
-    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.py").write_text(CONFIG.replace("IMAGES", str(images(folder))))
     return [f"--config={folder / 'tiny.py'}", f"--workdir={workdir}"]
 
 

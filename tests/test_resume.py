@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import hosts
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from mae_jax import checkpoint, distributed
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE_EVERY, KILLS = 44, 2, 12
+STEPS, SAVE_EVERY, KILLS = 44, 4, 12
 
 CONFIG = f'''
 from configs.pretrain import get_config as recipe
@@ -31,7 +32,7 @@ def get_config(arg=None):
         decoder_heads=4, dtype="float32", channels=1,
     )
     config.train_for, config.optim.warmup = "{STEPS} steps", "5 steps"
-    config.data.update(source="bundled:digits", mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
+    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
     config.evals = {{}}
     config.checkpoint.update(every="{SAVE_EVERY} steps", keep=2, keep_every="")
     config.log_every = "1 steps"
@@ -44,7 +45,7 @@ class Run:
 
     def __init__(self, folder: Path, workdir: Path, *flags: str, devices: int = 1):
         config = folder / "tiny.py"
-        config.write_text(CONFIG)
+        config.write_text(CONFIG.replace("IMAGES", str(hosts.images(folder))))
         environment = os.environ | {
             # Compiling takes most of the time: quickly, and once for all runs alike.
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
