@@ -4,7 +4,8 @@
 
 The first step of `mae-jax train` with an empty and with a filled compilation cache, from the start
 of the process until its metrics are on disk; a save, which is written in the background, and how
-much longer the step after it takes: it must not overwrite what is still being written.
+much longer the step after it takes: it must not overwrite what is still being written; and the
+first save of a process whose devices (simulated) all hold the whole state.
 """
 
 import argparse
@@ -66,6 +67,10 @@ def saved(args: argparse.Namespace) -> dict:
     from mae_jax import checkpoint, sharding, train
     from mae_jax.tasks import pretrain
 
+    if args.replicas > 1:
+        jax.config.update("jax_num_cpu_devices", args.replicas)
+        if jax.default_backend() != "cpu":
+            raise SystemExit("devices alike: simulated on CPUs only")
     config = ours.make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
     task = pretrain.make_task(config, sharding.constrain_batch(mesh))
@@ -110,6 +115,7 @@ def main() -> None:
     parser.set_defaults(steps=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--replicas", type=int, default=1, help="devices that hold a whole state")
     args = parser.parse_args()
     sides.OUT.mkdir(exist_ok=True)
     if args.save:
@@ -128,35 +134,32 @@ def main() -> None:
             results.setdefault("first step, cached", []).append(first_step(args, Path(folder)))
     given = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
     save = sides.run([sys.executable, __file__, "--save", *given])
-    rows = []
-    for name, found in results.items():
-        seconds = sides.median(found)
-        rows.append([name, f"{seconds:.2f} s" if seconds else sides.errors(found), ""])
-    if "error" in save:
-        rows.append(["save", save["error"], ""])
-    else:
-        for name, key, fast in (
-            ("save: until it returns", "blocking", False),
-            ("the step after a save", "after", False),
-            ("a step, to compare", "seconds", False),
-            ("save: written and committed", "written", True),
-            ("restore, with its digests checked", "restored", True),
-        ):
-            seconds = sides.median([save], key)
-            assert seconds
-            speed = f"{save['bytes'] / seconds / 1e9:.2f} GB/s" if fast else ""
-            rows.append([name, f"{seconds:.2f} s", speed])
-    results |= {"save": [save]}
+    alike = sides.run([sys.executable, __file__, "--save", "--replicas=4", *given])
+    medians = {name: sides.median(found) for name, found in results.items()}
+    rows = [
+        [name, f"{seconds:.2f} s" if seconds else sides.errors(results[name]), ""]
+        for name, seconds in medians.items()
+    ]
+    for name, key, fast in (
+        ("save: until it returns", "blocking", False),
+        ("the step after a save", "after", False),
+        ("a step, to compare", "seconds", False),
+        ("save: written and committed", "written", True),
+        ("restore, with its digests checked", "restored", True),
+    ):
+        medians[name] = seconds = sides.median([save], key)
+        speed = f"{save['bytes'] / seconds / 1e9:.2f} GB/s" if fast and seconds else ""
+        rows.append([name, f"{seconds:.2f} s" if seconds else save["error"], speed])
+    for name, which in (("first save of 4 devices alike: until it returns", 0), ("its third", 2)):
+        medians[name] = seconds = alike.get("blocking", {which: None})[which]
+        rows.append([name, f"{seconds:.2f} s" if seconds else alike["error"], ""])
+    results |= {"save": [save], "4 devices alike": [alike]}
     title = f"{args.variant}, batch {args.batch}, {args.dtype}, {os.cpu_count()} cores;"
     title += f" state {save.get('bytes', 0) / 1e9:.2f} GB; {sides.all_versions(results)}"
     head = ["what", "median", "speed"]
     sides.report("start", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
-    seconds = {name: sides.median(found) for name, found in results.items()}
-    seconds |= {"save, returned": sides.median([save], "blocking")}
-    seconds |= {"save, written": sides.median([save], "written")}
-    seconds |= {"restore": sides.median([save], "restored")}
-    helps = {name: value for name, value in seconds.items() if name.endswith("--help")}
-    others = {name: value for name, value in seconds.items() if name not in helps}
+    helps = {name: value for name, value in medians.items() if name.endswith("--help")}
+    others = {name: value for name, value in medians.items() if name not in helps}
     sides.bars("start", {"to a step, to disk and back, s": others, "to the help text, s": helps})
 
 

@@ -49,7 +49,9 @@ if ! "$python" -c '' 2> /dev/null || [ "$(cat "$stamp" 2> /dev/null)" != "$wante
   echo '*' > "$venv/.gitignore"
   "$base" -m venv "$venv"
   pip=("$python" -m pip install --quiet --disable-pip-version-check)
-  "${pip[@]}" --requirement "$root/launch/requirements.lock"
+  "${pip[@]}" --no-compile --requirement "$root/launch/requirements.lock"
+  # What pip would do on one core; what is no Python of this version stays as it is.
+  "$python" -m compileall -qq --workers 0 "$venv/lib" > /dev/null || true
   "${pip[@]}" --no-deps --editable "$root"
   echo "$wanted" > "$stamp"
 fi

@@ -81,8 +81,13 @@ def _writer() -> ocp.PyTreeCheckpointHandler:
     Orbax's own way divides an array among its replicas: a slice to compile for each array and
     device, while training waits for the first save of every start.
     """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    kinds = ocp.type_handlers
+    registry = kinds.create_type_handler_registry(
+        (int, kinds.ScalarHandler()),
+        (float, kinds.ScalarHandler()),
+        (np.ndarray, kinds.NumpyHandler()),
+        (jax.Array, kinds.ArrayHandler(use_replica_parallel=False)),
+    )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
