@@ -45,6 +45,16 @@ def make_config(args: argparse.Namespace):
     return config
 
 
+def simulate(devices: int) -> None:
+    """Makes a CPU several devices."""
+    import jax
+
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+        if jax.default_backend() != "cpu":
+            raise SystemExit("several devices: for CPUs only")
+
+
 def run(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     import jax
@@ -54,10 +64,7 @@ def run(args: argparse.Namespace) -> dict:
     from mae_jax import flops, sharding, train
     from mae_jax.tasks import pretrain
 
-    if args.devices > 1:
-        jax.config.update("jax_num_cpu_devices", args.devices)
-        if jax.default_backend() != "cpu":
-            raise SystemExit("a device per core: for CPUs only")
+    simulate(args.devices)
     config = make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
     task = pretrain.make_task(config, sharding.constrain_batch(mesh))

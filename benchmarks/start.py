@@ -67,10 +67,7 @@ def saved(args: argparse.Namespace) -> dict:
     from mae_jax import checkpoint, sharding, train
     from mae_jax.tasks import pretrain
 
-    if args.replicas > 1:
-        jax.config.update("jax_num_cpu_devices", args.replicas)
-        if jax.default_backend() != "cpu":
-            raise SystemExit("devices alike: simulated on CPUs only")
+    ours.simulate(args.replicas)
     config = ours.make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
     task = pretrain.make_task(config, sharding.constrain_batch(mesh))
@@ -106,6 +103,7 @@ def saved(args: argparse.Namespace) -> dict:
             jax.block_until_ready(checkpointer.restore(program.state_shapes))
             found["restored"].append(time.perf_counter() - began)
         checkpointer.close()
+    found["first"], found["later"] = found["blocking"][:1], found["blocking"][1:]
     return found | {"versions": sides.versions("jax", "flax", "optax")}
 
 
@@ -140,19 +138,18 @@ def main() -> None:
         [name, f"{seconds:.2f} s" if seconds else sides.errors(results[name]), ""]
         for name, seconds in medians.items()
     ]
-    for name, key, fast in (
-        ("save: until it returns", "blocking", False),
-        ("the step after a save", "after", False),
-        ("a step, to compare", "seconds", False),
-        ("save: written and committed", "written", True),
-        ("restore, with its digests checked", "restored", True),
+    for name, side, key, fast in (
+        ("save: until it returns", save, "blocking", False),
+        ("the step after a save", save, "after", False),
+        ("a step, to compare", save, "seconds", False),
+        ("save: written and committed", save, "written", True),
+        ("restore, with its digests checked", save, "restored", True),
+        ("first save of 4 devices alike: until it returns", alike, "first", False),
+        ("a later one", alike, "later", False),
     ):
-        medians[name] = seconds = sides.median([save], key)
-        speed = f"{save['bytes'] / seconds / 1e9:.2f} GB/s" if fast and seconds else ""
-        rows.append([name, f"{seconds:.2f} s" if seconds else save["error"], speed])
-    for name, which in (("first save of 4 devices alike: until it returns", 0), ("its third", 2)):
-        medians[name] = seconds = alike.get("blocking", {which: None})[which]
-        rows.append([name, f"{seconds:.2f} s" if seconds else alike["error"], ""])
+        medians[name] = seconds = sides.median([side], key)
+        speed = f"{side['bytes'] / seconds / 1e9:.2f} GB/s" if fast and seconds else ""
+        rows.append([name, f"{seconds:.2f} s" if seconds else side["error"], speed])
     results |= {"save": [save], "4 devices alike": [alike]}
     title = f"{args.variant}, batch {args.batch}, {args.dtype}, {os.cpu_count()} cores;"
     title += f" state {save.get('bytes', 0) / 1e9:.2f} GB; {sides.all_versions(results)}"
