@@ -69,7 +69,9 @@ def test_host_with_an_unknown_preset_is_told_which_there_are(tmp_path):
 
 def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word(tmp_path):
     (tmp_path / "bin").mkdir()
-    saves = "trap 'sleep 0.5; echo saved >&2; exit 75' TERM; echo ready >&2; sleep 60 & wait"
+    # Short sleeps: one that a signal to the group misses, being just forked, ends by itself.
+    saves = """trap 'sleep 0.5; echo saved >&2; exit 75' TERM
+        echo ready >&2; while :; do sleep 0.1 & wait; done"""
     fake_python(tmp_path / "bin/python", saves)
     command = ["env", f"VENV={tmp_path}", "bash", LAUNCH / "host.sh"]
     host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
