@@ -1,4 +1,4 @@
-"""What outlives a process: the workdir and its checkpoints.
+"""What outlives a process: the checkpoints of a workdir.
 
 A checkpoint is one directory, WORKDIR/checkpoints/STEP, written by Orbax in the background. It has
 the whole state and `digests.json`, the size and SHA-256 of each of its files: made when the files
@@ -8,17 +8,12 @@ compared before one is read, because Orbax itself restores a flipped byte silent
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,28 +24,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_jax import distributed
+from mae_jax.provenance import say, write_json
 
-# A run may go on with other values of these: they change when and where things are computed, shown
-# and kept, and never what is computed, but for rounding.
-FREE_KEYS = (
-    "checkpoint",
-    "evals",
-    "log_every",
-    "mesh",
-    "connect_seconds",
-    "heartbeat_seconds",
-    "stall_seconds",
-    "data.data_dir",
-    "data.max_bad_fraction",
-    "data.prefetch",
-    "data.threads",
-    "data.workers",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 DIGESTS = "digests.json"
+PARAMS, AVERAGED = ("params",), ("extra", "ema")  # keys that lead to a classifier's weights
 SHOWN = 20  # differences in an error message
 
 
@@ -118,7 +95,7 @@ class Checkpointer:
         self._writing = 0
         self._bytes = 0
         for left in self._unfinished():
-            _say(f"checkpoint {left.name.split('.')[0]}: its save was interrupted; removed")
+            say(f"checkpoint {left.name.split('.')[0]}: its save was interrupted; removed")
         policies = ocp.checkpoint_managers
         preserved: list = [policies.LatestN(keep)]
         if keep_every:
@@ -216,7 +193,7 @@ class Checkpointer:
                     if aside.exists():
                         aside.rmtree()
                     (self.root / str(step)).rename(aside)
-                    _say(f"checkpoint {step} was moved to {aside}")
+                    say(f"checkpoint {step} was moved to {aside}")
             multihost_utils.sync_global_devices("damaged checkpoints moved")
             self._manager.reload()
         return steps[chosen], state
@@ -229,7 +206,7 @@ class Checkpointer:
         name = str(self._writing)
         for directory in [*self._unfinished(), self.root / name]:
             if directory.name.split(".")[0] == name and directory.exists():
-                _write_json(directory / DIGESTS, digests(directory))
+                write_json(directory / DIGESTS, digests(directory))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -339,7 +316,7 @@ def newest_intact(checkpoints: list[epath.Path]) -> int:
             " back from a copy, or delete them to start again"
         )
     for reason in reasons:
-        _say(f"{reason}; using checkpoint {checkpoints[chosen].name} instead")
+        say(f"{reason}; using checkpoint {checkpoints[chosen].name} instead")
     return chosen
 
 
@@ -432,134 +409,11 @@ def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = 
         return found
 
 
-def check_workdir(
-    workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
-) -> None:
-    """Makes the workdir, and refuses that of another run.
-
-    Args:
-      examples: how many the dataset has; None = not known.
-
-    Raises:
-      ValueError: it cannot be written to, is not one folder for all hosts, or was made with a
-        config that differs in more than FREE_KEYS, or with another number of examples.
-    """
-    root = epath.Path(workdir)
-    _require_shared(root)
-    if old_config := _read_json(root / "config.json"):
-        changed = _changes(old_config, json.loads(config.to_json()))
-        refused = [
-            text
-            for key, text in changed.items()
-            if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        ]
-        if refused:
-            raise ValueError(
-                f"{workdir} was made with another config:\n  "
-                + "\n  ".join(refused)
-                + "\nGive the old values, or another --workdir; deleting this one starts it again."
-            )
-    known = _read_json(root / "env.json").get("examples")
-    if known and examples and known != examples:
-        raise ValueError(
-            f"{workdir} was made with a dataset of {known:,} examples, which has {examples:,} now:"
-            " epochs, order and rates would differ. Give the old data or another --workdir, with"
-            " config.init_from if it is to start from this one"
-        )
-
-
-def _require_shared(root: epath.Path) -> None:
-    """Makes a folder, in which every host must see what host 0 writes; all refuse alike."""
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
-    probe, reason = root / f".seen_by_all_hosts-{number}", ""
-    if jax.process_index() == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-        except OSError as error:
-            reason = f" ({error})"
-    if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):
-        raise ValueError(f"--workdir={root} cannot be written to{reason}")
-    seen = np.atleast_1d(multihost_utils.process_allgather(np.int32(probe.exists())))
-    if jax.process_index() == 0:
-        probe.unlink()
-    if not seen.all():
-        raise ValueError(
-            f"--workdir={root} is not one folder for all hosts: hosts"
-            f" {np.flatnonzero(seen == 0).tolist()} do not see there what host 0 writes. Give a"
-            " bucket, or a folder of a disk that all share"
-        )
-
-
-def prepare_workdir(
-    workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
-) -> None:
-    """Writes config.json and env.json, and prints what changed in the environment.
-
-    Raises:
-      ValueError: see `check_workdir`.
-    """
-    check_workdir(workdir, config, examples)
-    root = epath.Path(workdir)
-    old_env, new_env = _read_json(root / "env.json"), environment()
-    old_env.pop("examples", None)  # which is checked
-    changed = _changes(old_env, new_env) if old_env else {}
-    if changed:
-        _say(
-            f"warning: {workdir} was last used in another environment, results may differ by"
-            f" rounding: {', '.join(changed.values())}"
-        )
-    multihost_utils.sync_global_devices("workdir read")
-    if jax.process_index() == 0:
-        _write_json(root / "config.json", json.loads(config.to_json()))
-        _write_json(root / "env.json", new_env | {"examples": examples})
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices."""
-    return versions() | {
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-    }
-
-
-def versions() -> dict[str, Any]:
-    """Of the packages, and the commit when this is a checkout."""
-    here = Path(__file__).parents[1]
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("mae-jax", *PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    if (here / ".git").exists():
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            told = subprocess.run(command, capture_output=True, text=True, check=True)
-            found["commit"] = told.stdout.strip()
-    return found
-
-
 def _described(tree: Any) -> dict[str, str]:
     """Path -> type and shape of the arrays of a tree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{[*x.shape]}"
         for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
-def flat(tree: dict) -> dict[str, Any]:
-    """Nested dicts as one, with keys such as 'optim.blr'."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, lambda x: not isinstance(x, dict))[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}
-
-
-def _changes(old: dict, new: dict) -> dict[str, str]:
-    """Key -> 'key: old -> new' where two nested dicts differ."""
-    before, after = flat(old), flat(new)
-    return {
-        key: f"{key}: {before.get(key, 'none')!r} -> {after.get(key, 'none')!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
     }
 
 
@@ -579,21 +433,5 @@ def _numbered(directory: epath.Path) -> list[epath.Path]:
     return sorted((p for p in found if p.name.isdigit()), key=lambda p: -int(p.name))
 
 
-def _read_json(file: epath.Path) -> dict:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _write_json(file: epath.Path, content: dict) -> None:
-    """All of it or nothing: a reader never sees half a file."""
-    part = file.parent / f"{file.name}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)
-
-
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)

@@ -249,6 +249,7 @@ def open_weights(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     allow_unused: bool = False,
+    averaged: bool = False,
 ) -> Weights:
     """Read weights of any format, all of them or nothing.
 
@@ -260,9 +261,11 @@ def open_weights(
       channels: of images to make a model for; the patch embedding is adapted. Encoder only.
       heads, decoder_heads, target, mean, std: where the file does not say.
       allow_unused: go on though the file has tensors that the network has not.
+      averaged: of a run with config.ema, such as one from scratch, the averaged weights.
 
     Raises:
-      ValueError: it cannot be read, a tensor is missing or does not fit, or one is left over.
+      ValueError: it cannot be read, a tensor is missing or does not fit, or one is left over;
+        there are no averaged weights.
     """
     place = epath.Path(path)  # a workdir may be in a bucket
     if isinstance(image_size, int):
@@ -276,9 +279,11 @@ def open_weights(
     except ImportError as error:  # gcsfs or s3fs
         raise ValueError(f"{place} cannot be opened: {error}") from error
     if ours:
-        spec, params, report, about = _open_ours(place)
+        spec, params, report, about = _open_ours(place, averaged)
         if part == "encoder":
             spec, params = _encoder_only(spec), {"encoder": params["encoder"]}
+    elif averaged:
+        raise ValueError(f"averaged weights: only runs of this project have both, and not {place}")
     elif "://" in str(place):
         raise ValueError(
             f"{place} is no workdir of this project; other files are read from local disks only:"
@@ -405,7 +410,7 @@ def _is_ours(path: epath.Path) -> bool:
     return path.is_dir() and any((path / x).is_dir() for x in ("checkpoints", "state"))
 
 
-def _open_ours(path: epath.Path) -> Weights:
+def _open_ours(path: epath.Path, averaged: bool) -> Weights:
     step = checkpoint.find(path, "init_from")
     folders = (step, step.parent, step.parent.parent)
     configs = [folder / "config.json" for folder in folders if (folder / "config.json").exists()]
@@ -429,7 +434,10 @@ def _open_ours(path: epath.Path) -> Weights:
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{configs[0]} is not the config of a run: {error!r}") from None
-    flat = _read(step)
+    choice = bool(checkpoint.shapes(step, checkpoint.AVERAGED))
+    if averaged and not choice:
+        raise ValueError(f"{step} holds no averaged weights: its run had no config.ema")
+    flat = _read(step, checkpoint.AVERAGED if averaged else checkpoint.PARAMS)
     if "encoder/stack/blocks/attn/qkv/kernel" not in flat:
         raise ValueError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     about = {"origin": config.get("converted_from") or f"{path.name}, step {step.name}"}
@@ -440,16 +448,23 @@ def _open_ours(path: epath.Path) -> Weights:
             f" {', '.join(f'{k} {v}' for k, v in config.get('optim', {}).items())}"
         )
     report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
+    if averaged:
+        report.append("the averaged weights (config.ema)")
+    elif choice:
+        report.append(
+            "weights are taken as the last update left them: averaged=True for their mean"
+        )
     return Weights(_spec_of(flat, common), unflatten(flat), report, about)
 
 
-def _read(step: epath.Path) -> dict[str, np.ndarray]:
-    """The parameters of a checkpoint by their paths, a few at a time.
+def _read(step: epath.Path, part: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint, under these keys, by their paths, a few at a time.
 
     Of all that Orbax is asked for it holds the decoded chunks beside the result.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    waiting = flatten(checkpoint.shapes(step, ("params",)))
+    waiting = flatten(checkpoint.shapes(step, part))
+    prefix = "/".join(part) + "/"
     found: dict[str, np.ndarray] = {}
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         while waiting:
@@ -457,13 +472,14 @@ def _read(step: epath.Path) -> dict[str, np.ndarray]:
             while waiting and sum(x.size * x.dtype.itemsize for x in group.values()) < READ_BYTES:
                 name, shape = waiting.popitem()
                 group[name] = shape.update(sharding=here)
-            target = {"params": unflatten(group)}
+            target = unflatten({prefix + name: shape for name, shape in group.items()})
             arguments = ocp.checkpoint_utils.construct_restore_args(target)
             arrays = reader.restore(
                 step / "state",
                 args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True),
             )
-            found |= {name: np.asarray(x) for name, x in flatten(arrays["params"]).items()}
+            for name, x in flatten(arrays).items():
+                found[name.removeprefix(prefix)] = np.asarray(x)
     return found
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, distributed, evals, flops, metrics, sharding
+from mae_jax import checkpoint, distributed, evals, flops, metrics, provenance, sharding
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
 from mae_jax.evals import results
@@ -289,7 +289,7 @@ def fit(
     tx, schedule = task.optimizer(total, per_epoch)
     evaluators = evals.build(config, task.predict, mesh)
 
-    checkpoint.check_workdir(workdir, config, task.num_examples)
+    provenance.check_workdir(workdir, config, task.num_examples)
     stop_requested = distributed.preemption()
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, keep_every)
     state_shapes, init = lay_out(task, tx, config, mesh)
@@ -301,7 +301,7 @@ def fit(
             " to do; give a longer one"
         )
     program = compile_step(task, tx, config, mesh) if start < total else None
-    checkpoint.prepare_workdir(workdir, config, task.num_examples)
+    provenance.prepare_workdir(workdir, config, task.num_examples)
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     unread: tuple[int, dict[str, Any]] | None = None  # the metrics of the last update
 

@@ -1,6 +1,5 @@
-"""Checkpoints: whole or passed over, on any mesh, never lost; and the rules of a workdir."""
+"""Checkpoints: whole or passed over, on any mesh, never lost."""
 
-import json
 import os
 import shutil
 import signal
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, distributed
+from mae_jax import checkpoint, distributed, provenance
 
 TX = optax.adamw(1e-3)
 
@@ -68,13 +66,7 @@ def run_of(workdir, *steps, **kwargs):
 
 
 def config(**changes):
-    base = ConfigDict(
-        dict(
-            resume="", init_from="", seed=0, log_every="50 steps", model=dict(width=8, remat=False)
-        )
-    )
-    base.update_from_flattened_dict(changes)
-    return base
+    return ConfigDict(dict(resume="", init_from="", seed=0) | changes)
 
 
 def assert_equal(state, expected):
@@ -141,7 +133,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path):
 
 def test_a_workdir_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint.prepare_workdir("run", config())
+    provenance.prepare_workdir("run", config())
     run_of("run", 1)
     assert_equal(start("run")[0], init(1))
     assert_equal(start("other", resume="run")[0], init(1))
@@ -373,69 +365,6 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     run.close()
 
 
-# ---- the workdir ------------------------------------------------------------------------------
-
-
-def test_a_workdir_holds_its_config_and_environment(tmp_path):
-    checkpoint.prepare_workdir(tmp_path / "a/b", config())
-    assert json.loads((tmp_path / "a/b/config.json").read_text()) == config().to_dict()
-    env = json.loads((tmp_path / "a/b/env.json").read_text())
-    assert env["jax"] == jax.__version__
-    assert env["device_count"] == 8
-    assert {"python", "orbax-checkpoint", "grain", "device_kind", "process_count"} <= env.keys()
-
-
-def test_another_config_is_refused_with_the_difference(tmp_path):
-    checkpoint.prepare_workdir(tmp_path, config())
-    before = (tmp_path / "config.json").read_text()
-    with pytest.raises(ValueError, match="was made with another config") as raised:
-        checkpoint.prepare_workdir(tmp_path, config(**{"model.width": 9, "log_every": "9 steps"}))
-    assert "model.width: 8 -> 9" in str(raised.value)
-    assert "log_every" not in str(raised.value)
-    assert (tmp_path / "config.json").read_text() == before
-
-
-def test_another_number_of_examples_is_refused(tmp_path):
-    checkpoint.prepare_workdir(tmp_path, config(), 50)
-    checkpoint.prepare_workdir(tmp_path, config(), 50)
-    checkpoint.check_workdir(tmp_path, config())
-    with pytest.raises(ValueError, match="a dataset of 50 examples, which has 1,070 now"):
-        checkpoint.check_workdir(tmp_path, config(), 1070)
-
-
-def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuse)
-    with pytest.raises(ValueError, match="cannot be written to.*Permission denied"):
-        checkpoint.check_workdir(tmp_path, config())
-
-
-def test_keys_that_cannot_change_the_result_may_change(tmp_path):
-    checkpoint.prepare_workdir(tmp_path, config())
-    changed = config(**{"model.remat": True, "log_every": "9 steps"})
-    checkpoint.prepare_workdir(tmp_path, changed)
-    assert json.loads((tmp_path / "config.json").read_text()) == changed.to_dict()
-
-
-def test_another_environment_is_said_once(tmp_path, capsys):
-    checkpoint.prepare_workdir(tmp_path, config())
-    env = json.loads((tmp_path / "env.json").read_text())
-    (tmp_path / "env.json").write_text(json.dumps(env | {"jax": "0.0.1"}))
-    checkpoint.prepare_workdir(tmp_path, config())
-    checkpoint.prepare_workdir(tmp_path, config())
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1
-    assert f"jax: '0.0.1' -> '{jax.__version__}'" in said[0]
-
-
-def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file/run cannot be written to"):
-        checkpoint.prepare_workdir(tmp_path / "file/run", config())
-
-
 # ---- errors in the background -----------------------------------------------------------------
 
 
@@ -513,7 +442,7 @@ ASKED_TO_STOP = """
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import hosts, jax.numpy as jnp
     from test_checkpoint import State
-    from mae_jax import checkpoint, distributed
+    from mae_jax import checkpoint, distributed, provenance
 
     workdir, when = sys.argv[1:]
     distributed.join(f"localhost:{hosts.free_port()}", 1, 0)

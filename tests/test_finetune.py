@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from test_train import mesh_of
 
 from configs import finetune
-from mae_jax import checkpoint, evals, metrics, optim, sharding, train
+from mae_jax import checkpoint, evals, metrics, optim, provenance, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.data import pipeline, sources
 from mae_jax.evals import results
@@ -379,7 +379,7 @@ def test_a_checkpoint_without_the_final_norm_cannot_be_pooled_by_cls(pretrained,
     config.ema = 0.0
     _, state = fresh_state(config, mesh_of(1, 1, 1))
     workdir = tmp_path / "finetuned"
-    checkpoint.prepare_workdir(workdir, config)
+    provenance.prepare_workdir(workdir, config)
     saver = checkpoint.Checkpointer(workdir)
     saver.save(1, state)
     saver.close()

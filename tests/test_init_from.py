@@ -14,7 +14,7 @@ from test_train import mesh_of
 from test_train import tiny_config as pretrain_config
 
 from configs import finetune, linprobe
-from mae_jax import checkpoint, evals, sharding, train
+from mae_jax import checkpoint, evals, provenance, sharding, train
 from mae_jax.commands import train as command
 from mae_jax.evals import fewshot
 from mae_jax.models import patch_embed
@@ -94,7 +94,7 @@ def pretrained(tmp_path_factory):
         workdir = tmp_path_factory.mktemp(f"pretrained{channels}")
         task = pretrain.make_task(config)
         params, _ = jax.jit(lambda task=task: task.init(jax.random.key(0)))()
-        checkpoint.prepare_workdir(workdir, config)
+        provenance.prepare_workdir(workdir, config)
         saver = checkpoint.Checkpointer(workdir)
         saver.save(0, {"params": params})
         saver.close()

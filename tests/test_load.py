@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import mae_jax
 from configs import quickstart
-from mae_jax import checkpoint, pretrained
+from mae_jax import checkpoint, pretrained, provenance
 from mae_jax.commands import convert
 from mae_jax.interop import pth
 from mae_jax.models import masking, posemb
@@ -104,7 +104,7 @@ def saved_and_loaded(config, workdir, step):
     saver = checkpoint.Checkpointer(workdir)
     saver.save(step, {"params": params})
     saver.close()
-    checkpoint.prepare_workdir(workdir, config)
+    provenance.prepare_workdir(workdir, config)
     model, loaded = mae_jax.load(workdir)
     shape = (2, *config.model.image_size, config.model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -124,6 +124,27 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
     assert model.spec.target == config.target.name
     step, again = mae_jax.load(tmp_path / "checkpoints" / "7")
     assert step.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, again, loaded))
+
+
+def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):
+    config = ConfigDict(quickstart.get_config())
+    last, _ = make_task(config).init(jax.random.key(0))
+    mean = jax.tree.map(lambda x: x + 1, last)
+    workdir = tmp_path / "run"
+    with checkpoint.Checkpointer(workdir) as saver:
+        saver.save(1, {"params": last, "extra": {"ema": mean}})
+    provenance.prepare_workdir(workdir, config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, last, mae_jax.load(workdir)[1]))
+    assert "averaged=True" in capsys.readouterr().err
+    taken = mae_jax.load(workdir, averaged=True)[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, mean, taken))
+    assert not capsys.readouterr().err
+    convert.main([str(workdir), str(tmp_path / "mean"), "--to=ours", "--averaged"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, mean, mae_jax.load(tmp_path / "mean")[1]))
+    with pytest.raises(ValueError, match="holds no averaged weights: its run had no config.ema"):
+        mae_jax.load(tmp_path / "mean", averaged=True)
+    with pytest.raises(ValueError, match="only runs of this project have both"):
+        mae_jax.load(official(tmp_path / "a.pth", "mae_tiny.npz"), averaged=True, **HEADS)
 
 
 def test_positions_of_another_size_are_resized_fixed_ones_too(tmp_path):

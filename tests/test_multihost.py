@@ -26,7 +26,7 @@ SAVE_RESTORE_STOP = """
     from mae_jax import checkpoint, distributed
 
     assert jax.device_count() == 4
-    checkpoint.prepare_workdir(workdir, single.config())
+    provenance.prepare_workdir(workdir, single.config())
 
     def state_of(step):
         host = jax.device_get(single.init(step))

@@ -15,7 +15,7 @@ from test_train import tiny_config
 from configs.finetune import get_config as finetune_config
 from configs.knn import get_config as knn_config
 from configs.linprobe import get_config
-from mae_jax import checkpoint, evals, metrics, optim, sharding, train
+from mae_jax import checkpoint, evals, metrics, optim, provenance, sharding, train
 from mae_jax.commands.train import summary
 from mae_jax.data import pipeline, transforms
 from mae_jax.evals.probe import Evaluator
@@ -350,7 +350,7 @@ def test_metrics_are_the_same_on_any_mesh_and_for_any_batch_size(shape, batch_si
 def test_a_variant_beside_a_run_keeps_what_the_run_says_of_its_images(tmp_path):
     config = tiny_config()
     config.model.image_size, config.model.mlp_ratio = (40, 48), 3.0
-    checkpoint.prepare_workdir(tmp_path, config)
+    provenance.prepare_workdir(tmp_path, config)
     for recipe in (get_config, finetune_config, knn_config):
         found = recipe(f"init={tmp_path},variant=L/8")
         assert (found.model.width, found.model.patch_size) == (1024, (8, 8))
@@ -392,7 +392,7 @@ def pretrained(tmp_path_factory):
     task = pretrain.make_task(config)
     tx, _ = task.optimizer(10, 10)
     state = jax.jit(lambda: train.init_state(task, tx, 0))()
-    checkpoint.prepare_workdir(workdir, config)
+    provenance.prepare_workdir(workdir, config)
     saver = checkpoint.Checkpointer(workdir)
     saver.save(0, state)
     saver.close()

@@ -20,7 +20,7 @@ from tensorflow_datasets.datasets.imagenet2012_corrupted import (
 from test_train import mesh_of
 
 from configs.robustness import get_config
-from mae_jax import checkpoint, metrics, sharding, train
+from mae_jax import checkpoint, metrics, provenance, sharding, train
 from mae_jax.commands import prepare
 from mae_jax.commands import train as command
 from mae_jax.data import robustness, sources, transforms
@@ -309,7 +309,7 @@ def finetuned(data_dir, tmp_path_factory):
     kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
     params["head"]["kernel"], extra["ema"]["head"]["kernel"] = -kernel, kernel
     workdir = tmp_path_factory.mktemp("runs") / "finetuned"
-    checkpoint.prepare_workdir(workdir, config)
+    provenance.prepare_workdir(workdir, config)
     saver = checkpoint.Checkpointer(workdir)
     saver.save(3, train.TrainState(jnp.int32(3), params, (), extra))
     saver.close()

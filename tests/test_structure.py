@@ -21,6 +21,7 @@ LAYERS = [
     {"train", "pretrained", "plan"},
     {"evals"},
     {"data", "checkpoint", "distributed"},
+    {"provenance"},
     {"optim", "sharding", "metrics", "interop"},
     {"models", "flops", "config", "hlo"},
 ]

@@ -47,6 +47,9 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     )
     for name in ("mean", "std"):
         flags.DEFINE_list(name, None, f"{name} of each channel, at 0..1", flag_values=values)
+    flags.DEFINE_bool(
+        "averaged", False, "of a run with config.ema, the averaged weights", flag_values=values
+    )
     flags.DEFINE_string("licence", "", "for the model card", flag_values=values)
     flags.DEFINE_bool(
         "allow_unused", False, "go on with tensors that have no place", flag_values=values
@@ -88,6 +91,7 @@ def options(values: flags.FlagValues) -> dict[str, Any]:
         "mean": numbers("mean"),
         "std": numbers("std"),
         "allow_unused": values.allow_unused,
+        "averaged": values.averaged,
     }
 
 

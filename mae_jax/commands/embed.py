@@ -73,6 +73,9 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     flags.DEFINE_string("image_size", None, "SIDE or HEIGHTxWIDTH", flag_values=values)
     flags.DEFINE_integer("heads", None, "where the file does not say", flag_values=values)
     flags.DEFINE_integer("decoder_heads", None, "where the file does not say", flag_values=values)
+    flags.DEFINE_bool(
+        "averaged", False, "of a run with config.ema, the averaged weights", flag_values=values
+    )
     flags.DEFINE_integer(
         "save_every", 2048, "images: what a kill may cost", lower_bound=1, flag_values=values
     )
@@ -382,7 +385,7 @@ def main(argv: list[str]) -> int:
         source = open_images(places, values.split, values.data_dir)
         if len(source) < hosts:
             raise ValueError(f"{len(source)} images cannot be divided among {hosts} hosts")
-        options = {name: getattr(values, name) for name in ("heads", "decoder_heads")}
+        options = {name: getattr(values, name) for name in ("heads", "decoder_heads", "averaged")}
         image_size = size("image_size", values.image_size)
         model, params = pretrained.load(weights, image_size=image_size, **options)
         spec, params = model.spec, {"encoder": params["encoder"]}

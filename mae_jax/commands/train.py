@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
 
-    from mae_jax import checkpoint, commands, distributed, sharding, train
+    from mae_jax import commands, distributed, provenance, sharding, train
     from mae_jax.config import resolve
     from mae_jax.data import pipeline
 
@@ -196,10 +196,10 @@ def main(argv: list[str]) -> int:
     try:
         with distributed.watchdog(config.stall_seconds) as happened:
             with distributed.agreement("config and code") as facts:
-                facts |= checkpoint.flat(
+                facts |= provenance.flat(
                     {"config": json.loads(config.to_json()), "workdir": workdir}
                 )
-                facts |= checkpoint.versions() | {"code of mae_jax": distributed.source_digest()}
+                facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             with distributed.agreement("data") as facts:
                 mesh = sharding.make_mesh(**config.mesh)
                 make_task = resolve(f"mae_jax.tasks.{config.task}.make_task", None)

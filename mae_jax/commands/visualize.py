@@ -55,6 +55,9 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     flags.DEFINE_enum(
         "target", None, ("pixels", "norm_pixels"), "where the file does not say", flag_values=values
     )
+    flags.DEFINE_bool(
+        "averaged", False, "of a run with config.ema, the averaged weights", flag_values=values
+    )
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     try:
         rest = values(["mae-jax visualize", *argv])[1:]
@@ -327,7 +330,9 @@ def main(argv: list[str]) -> int:
     from mae_jax.commands.convert import size
     from mae_jax.interop import write
 
-    options = {name: getattr(values, name) for name in ("heads", "decoder_heads", "target")}
+    options = {
+        name: getattr(values, name) for name in ("heads", "decoder_heads", "target", "averaged")
+    }
     with write.whole(Path(values.out)) as part:
         model, params = pretrained.load(
             weights, image_size=size("image_size", values.image_size), **options

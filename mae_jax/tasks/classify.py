@@ -22,7 +22,7 @@ from mae_jax.train import Task
 
 DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; REFERENCE section 3
 # Of a checkpoint, what a classifier is started from as a whole, with its head
-WHOLE = {"finetuned": ("params",), "averaged": ("extra", "ema")}
+WHOLE = {"finetuned": checkpoint.PARAMS, "averaged": checkpoint.AVERAGED}
 STARTS = ("pretrained", *WHOLE, "xavier", "normal")
 
 
