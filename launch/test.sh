@@ -24,6 +24,7 @@ if [ ! -e "$venv/libtpu/libtpu-$libtpu.dist-info" ]; then
 fi
 export PYTHONPATH=$venv/libtpu${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # The tests of a file stay in one process, where they share what they compiled; files go in their own
-# order, because the one with the fewest tests (test_resume.py) takes the longest.
-exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
-  --no-loadscope-reorder "$@"
+# order, because the one with the fewest tests (test_resume.py) takes the longest. One process more
+# than there are cores, up to four: some tests wait.
+workers=$("$python" -c 'import os; print(min(4, 1 + os.cpu_count()))')
+exec "$python" -m pytest --numprocesses="$workers" --dist=loadfile --no-loadscope-reorder "$@"

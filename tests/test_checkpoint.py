@@ -442,7 +442,7 @@ ASKED_TO_STOP = """
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import hosts, jax.numpy as jnp
     from test_checkpoint import State
-    from mae_jax import checkpoint, distributed, provenance
+    from mae_jax import checkpoint, distributed
 
     workdir, when = sys.argv[1:]
     distributed.join(f"localhost:{hosts.free_port()}", 1, 0)

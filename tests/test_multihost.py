@@ -23,7 +23,7 @@ SAVE_RESTORE_STOP = """
     import numpy as np
     from jax.experimental import multihost_utils
     import test_checkpoint as single
-    from mae_jax import checkpoint, distributed
+    from mae_jax import distributed, provenance
 
     assert jax.device_count() == 4
     provenance.prepare_workdir(workdir, single.config())
