@@ -66,9 +66,11 @@ def figure(results: dict, points: list[tuple]) -> None:
                 x = {"batch": batch, "image size": size, "model": found[0]["flops"] / batch / 1e9}
                 known.append((x[grows], 1e9 * seconds / found[0]["flops"], variant))
         axis.plot([x for x, *_ in known], [y for _, y, _ in known], "o-")
-        for x, y, variant in known if grows == "model" else ():
-            axis.annotate(variant, (x, y), (0, 7), textcoords="offset points", ha="center")
+        for i, (x, y, variant) in enumerate(known if grows == "model" else ()):
+            place = (0, -14 if i % 2 else 7)  # below and above by turns
+            axis.annotate(variant, (x, y), place, textcoords="offset points", ha="center")
         axis.set(xscale="log", xlabel="GFLOPs per image" if grows == "model" else grows)
+        axis.margins(x=0.12)
         axis.set_ylim(0, 1.15 * max((y for _, y, _ in known), default=1))
         ticks = [50, 100, 200] if grows == "model" else [x for x, *_ in known]
         axis.set_xticks(ticks, map(str, ticks))
