@@ -24,7 +24,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_jax import distributed
-from mae_jax.provenance import say, write_json
+from mae_jax.distributed import say
+from mae_jax.provenance import write_json
 
 DIGESTS = "digests.json"
 PARAMS, AVERAGED = ("params",), ("extra", "ema")  # keys that lead to a classifier's weights

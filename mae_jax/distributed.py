@@ -301,3 +301,9 @@ def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> 
         flush=True,
     )
     os._exit(status)
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all hosts."""
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -434,10 +434,9 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{configs[0]} is not the config of a run: {error!r}") from None
-    choice = bool(checkpoint.shapes(step, checkpoint.AVERAGED))
-    if averaged and not choice:
-        raise ValueError(f"{step} holds no averaged weights: its run had no config.ema")
     flat = _read(step, checkpoint.AVERAGED if averaged else checkpoint.PARAMS)
+    if averaged and not flat:
+        raise ValueError(f"{step} holds no averaged weights: its run had no config.ema")
     if "encoder/stack/blocks/attn/qkv/kernel" not in flat:
         raise ValueError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     about = {"origin": config.get("converted_from") or f"{path.name}, step {step.name}"}
@@ -450,7 +449,7 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
     report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
     if averaged:
         report.append("the averaged weights (config.ema)")
-    elif choice:
+    elif config.get("ema"):
         report.append(
             "weights are taken as the last update left them: averaged=True for their mean"
         )

@@ -16,6 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from mae_jax.distributed import say
+
 # A run may go on with other values of these: they change when and where things are computed, shown
 # and kept, and never what is computed, but for rounding.
 FREE_KEYS = (
@@ -170,8 +172,3 @@ def write_json(file: epath.Path, content: dict) -> None:
     part = file.parent / f"{file.name}.part"
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(file)
-
-
-def say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)

@@ -128,6 +128,7 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
 
 def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):
     config = ConfigDict(quickstart.get_config())
+    config.ema = 0.9
     last, _ = make_task(config).init(jax.random.key(0))
     mean = jax.tree.map(lambda x: x + 1, last)
     workdir = tmp_path / "run"

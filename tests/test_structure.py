@@ -20,8 +20,7 @@ LAYERS = [
     {"tasks"},
     {"train", "pretrained", "plan"},
     {"evals"},
-    {"data", "checkpoint", "distributed"},
-    {"provenance"},
+    {"data", "checkpoint", "provenance", "distributed"},
     {"optim", "sharding", "metrics", "interop"},
     {"models", "flops", "config", "hlo"},
 ]

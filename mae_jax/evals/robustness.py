@@ -1,9 +1,8 @@
 """Robustness of an ImageNet classifier: its accuracy on ImageNet-V2, -A, -R, -Sketch and -C."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import nearest
 from mae_jax.data import robustness, transforms
 from mae_jax.data.sources import NotPrepared, Source
+from mae_jax.distributed import say
 from mae_jax.evals.features import Extractor, open_labelled
 
 SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
@@ -94,7 +94,8 @@ class Evaluator:
             left_out.append(f"imagenet_c is left out: {robustness.HOW_TO_GET_C}")
         if not self._sets and not self._corruptions:
             raise ValueError("there is nothing to measure:\n  " + "\n  ".join(left_out))
-        _say(left_out)
+        for line in left_out:
+            say(line)
         extractor: Any = dict(compute=predict["logits"], mesh=mesh, batch_size=cfg.batch_size)
         self._extractor = Extractor(config, **extractor)
         self._uncropped = Extractor(config, **extractor, crop=transforms.full_crop)
@@ -126,7 +127,7 @@ class Evaluator:
                 competing = np.sort(robustness.positions(SUBSETS[name], self._names, name))
             right, images = self._count(self._extractor, state, source, name, competing)
             scalars |= {f"eval/{name}_top1": 100 * right / images, f"eval/{name}_images": images}
-            _say([f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images"])
+            say(f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images")
 
         errors: dict[str, list[float]] = {}
         sizes: dict[str, int] = {}
@@ -146,7 +147,7 @@ class Evaluator:
                     )
             scalars[f"eval/imagenet_c_error_{name}"] = 100 * float(np.mean(errors[name]))
             each = ", ".join(f"{100 * error:.2f}" for error in errors[name])
-            _say([f"imagenet_c {name}: errors {each} %"])
+            say(f"imagenet_c {name}: errors {each} %")
         if errors.keys() >= set(robustness.CORRUPTIONS):
             plain = [errors[name] for name in robustness.CORRUPTIONS]
             scalars["eval/imagenet_c_mce"] = mean_corruption_error(errors)
@@ -168,9 +169,3 @@ class Evaluator:
         if not images:
             raise ValueError(f"no image of {what} can be read: there is nothing to measure")
         return right, images
-
-
-def _say(lines: Iterable[str]) -> None:
-    if jax.process_index() == 0:
-        for line in lines:
-            print(line, flush=True)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import checkpoint
 from mae_jax.config import nearest
+from mae_jax.distributed import say
 from mae_jax.models import patch_embed, posemb
 from mae_jax.models.vit import Execution, grid_of
 
@@ -145,8 +146,8 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
                         f" {grid[0]} x {grid[1]}")  # fmt: skip
         resize = partial(posemb.resize, old=before, new=grid)
         found["pos_embed"] = jax.jit(resize, out_shardings=positions.sharding)(table)
-    if told and jax.process_index() == 0:
-        print(f"encoder of {path}: {'; '.join(told)}", flush=True)
+    if told:
+        say(f"encoder of {path}: {'; '.join(told)}")
     return {name: found[name] for name in target}
 
 
