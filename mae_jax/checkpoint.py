@@ -24,7 +24,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_jax import distributed
-from mae_jax.distributed import say
+from mae_jax.distributed import log_once
+from mae_jax.errors import UserError
 from mae_jax.provenance import write_json
 
 DIGESTS = "digests.json"
@@ -85,10 +86,10 @@ class Checkpointer:
           keep_every: those of steps that are multiples of this stay for ever; 0: none.
 
         Raises:
-          ValueError: keep or keep_every is out of range.
+          UserError: keep or keep_every is out of range.
         """
         if keep < 1 or keep_every < 0:
-            raise ValueError(
+            raise UserError(
                 f"config.checkpoint.keep={keep} must be at least 1, and"
                 f" config.checkpoint.keep_every={keep_every} steps at least 0"
             )
@@ -96,7 +97,7 @@ class Checkpointer:
         self._writing = 0
         self._bytes = 0
         for left in self._unfinished():
-            say(f"checkpoint {left.name.split('.')[0]}: its save was interrupted; removed")
+            log_once(f"checkpoint {left.name.split('.')[0]}: its save was interrupted; removed")
         policies = ocp.checkpoint_managers
         preserved: list = [policies.LatestN(keep)]
         if keep_every:
@@ -120,12 +121,12 @@ class Checkpointer:
         """Starts writing; returns when the state is copied, or safe from the next update.
 
         Raises:
-          ValueError: there is a checkpoint of this step.
+          UserError: there is a checkpoint of this step.
           OSError: it, or the save before it, could not be written; the older ones are intact.
         """
         self.wait()
         if step in self.all_steps():
-            raise ValueError(f"there is a checkpoint {self.root}/{step} already")
+            raise UserError(f"there is a checkpoint {self.root}/{step} already")
         self._writing = step
         self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
         with self._explained():
@@ -180,7 +181,7 @@ class Checkpointer:
         Newer ones that are damaged are moved to WORKDIR/damaged-STEP, and a line says so.
 
         Raises:
-          ValueError: the checkpoint is another config's; or there are some and none is intact.
+          UserError: the checkpoint is another config's; or there are some and none is intact.
         """
         steps = self.all_steps()[::-1]
         if not steps:
@@ -194,7 +195,7 @@ class Checkpointer:
                     if aside.exists():
                         aside.rmtree()
                     (self.root / str(step)).rename(aside)
-                    say(f"checkpoint {step} was moved to {aside}")
+                    log_once(f"checkpoint {step} was moved to {aside}")
             multihost_utils.sync_global_devices("damaged checkpoints moved")
             self._manager.reload()
         return steps[chosen], state
@@ -257,7 +258,7 @@ def restore_or_init(
       load: (path of a checkpoint, a fresh state) -> the state to start from.
 
     Raises:
-      ValueError: a checkpoint does not fit the config; one was asked for and is not there.
+      UserError: a checkpoint does not fit the config; one was asked for and is not there.
     """
     own = checkpointer.restore(target)
     if own is not None:
@@ -280,7 +281,7 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
     """The newest intact checkpoint of a run (its workdir), or the one that is named.
 
     Raises:
-      ValueError: there is none; `config.KEY` and what was looked for are named.
+      UserError: there is none; `config.KEY` and what was looked for are named.
     """
     base = _absolute(path)
     if (base / "state").is_dir():
@@ -289,7 +290,7 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
         found = _numbered(base / "checkpoints") or _numbered(base)
     if not found:
         other = base.exists() and (not base.is_dir() or (base / "config.json").exists())
-        raise ValueError(
+        raise UserError(
             f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
             f" {base}/STEP and {base}/state"
             + f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
@@ -302,7 +303,7 @@ def newest_intact(checkpoints: list[epath.Path]) -> int:
     """The position of the first intact one; process 0 looks, and decides for all.
 
     Raises:
-      ValueError: none is.
+      UserError: none is.
     """
     reasons = []
     for path in checkpoints if jax.process_index() == 0 else ():
@@ -312,12 +313,12 @@ def newest_intact(checkpoints: list[epath.Path]) -> int:
         reasons.append(f"checkpoint {path.name} is damaged: {reason}")
     chosen = int(multihost_utils.broadcast_one_to_all(np.int32(len(reasons))))
     if chosen == len(checkpoints):
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {checkpoints[0].parent} is intact: {'; '.join(reasons)}. Bring them"
             " back from a copy, or delete them to start again"
         )
     for reason in reasons:
-        say(f"{reason}; using checkpoint {checkpoints[chosen].name} instead")
+        log_once(f"{reason}; using checkpoint {checkpoints[chosen].name} instead")
     return chosen
 
 
@@ -376,7 +377,7 @@ def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = 
         it in the checkpoint is not looked at.
 
     Raises:
-      ValueError: an array is on one side only or has another shape or type; the first are named.
+      UserError: an array is on one side only or has another shape or type; the first are named.
     """
     path = _absolute(checkpoint) / "state"
     # The bare handler: a Checkpointer would look for, and miss, metadata that belong to the step.
@@ -396,7 +397,7 @@ def restore(checkpoint: str | os.PathLike, target: Any, part: tuple[str, ...] = 
             if there.get(name) != wanted.get(name)
         ]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} does not fit this config, {len(differing)} arrays differ:\n  "
                 + "\n  ".join(differing[:SHOWN] + ["..."] * (len(differing) > SHOWN))
                 + "\nThe config that it was made with is config.json in its workdir."

@@ -1,62 +1,88 @@
-"""Reading configs: durations, functions by name, and the checks that need no data and no device."""
+"""Read configs: durations in steps, and functions and classes by name."""
 
-import difflib
 import importlib
-from collections.abc import Callable
+import inspect
+from types import ModuleType
 from typing import Any
+
+from mae_jax.errors import UserError, nearest
 
 
 def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
-    """A duration such as '800 epochs', '1000 steps' or '5e6 examples', in steps; '' is 0.
+    """Return a duration such as '800 epochs', '1000 steps' or '5e6 examples' in steps.
 
-    Fractions of an epoch are rounded to the nearest step, a positive duration to at least one step.
+    '' is 0. Fractions are rounded to the nearest step, a positive duration to at least one step.
 
     Raises:
-      ValueError: it is not a number and a unit.
+      UserError: `duration` is not a number and a unit.
     """
     if not duration:
         return 0
+    per_unit = {"step": 1.0, "epoch": steps_per_epoch, "example": 1 / batch_size}
     try:
         number, unit = duration.split()
-        value = float(number)
-        per_unit = {"step": 1.0, "epoch": steps_per_epoch, "example": 1 / batch_size}
-        count = value * per_unit[unit.removesuffix("s")]
+        count = float(number) * per_unit[unit.removesuffix("s")]
         if not 0 <= count < float("inf"):
             raise ValueError
     except (ValueError, KeyError):
-        raise ValueError(
+        raise UserError(
             f"{duration!r} is not a duration: write a number and a unit, such as '800 epochs',"
             " '1000 steps' or '5e6 examples'"
         ) from None
-    return max(round(count), 1) if value else 0
+    return max(round(count), 1) if float(number) else 0
 
 
-def resolve(name: str, module: Any) -> Callable:
-    """The function `name` of `module`, or, for a dotted path, of the module that it names.
+def resolve(name: str, home: ModuleType, member: str = "") -> Any:
+    """Return what a name in a config stands for: the one way of every swap.
+
+    Args:
+      name: the name of a function or class in `home`, or a dotted path to one of a fork.
+      home: our module or package with the choices.
+      member: where the choices are modules (tasks, evaluators), the class to take from each; a
+        dotted path may then also name a module with a class of this name.
 
     Raises:
-      ValueError: there is no such function; the nearest names are given.
+      UserError: there is nothing of that name, or it cannot be called.
     """
     path, _, attribute = name.rpartition(".")
     if path:
-        try:
-            module = importlib.import_module(path)
-        except ImportError as error:
-            raise ValueError(f"{name!r}: cannot import {path!r} ({error})") from error
-    found = getattr(module, attribute, None)
-    if not callable(found) or attribute.startswith("_"):
-        known = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
-        raise ValueError(
-            f"{module.__name__} has no function {attribute!r}{nearest(attribute, known)}"
-        )
+        found = _import(name) or getattr(_import(path), attribute, None)
+        if found is None and _import(path) is None:
+            raise UserError(f"{name!r}: cannot import {path!r}: there is no such module")
+    elif member:
+        found = _import(f"{home.__name__}.{name}") if name.isidentifier() else None
+    else:
+        found = getattr(home, name, None) if name in choices(home) else None
+    if inspect.ismodule(found):
+        if not hasattr(found, member or " "):
+            raise UserError(f"{name!r} is a module without {member or 'what is wanted here'}")
+        found = getattr(found, member)
+    if not callable(found):
+        where = f"{path} has no {attribute!r}" if path else f"{name!r} is unknown"
+        raise UserError(where + nearest(attribute, choices(_import(path) if path else home)))
     return found
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """'; nearest: ...' for an error message, or all the names if none is near."""
-    close = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(sorted(known))}"
+def choices(home: ModuleType | None) -> list[str]:
+    """Return the public functions and classes that a module defines, or a package's modules."""
+    if home is None:
+        return []
+    if hasattr(home, "__path__"):
+        import pkgutil
+
+        return [module.name for module in pkgutil.iter_modules(home.__path__)]
+    return [
+        name
+        for name, found in vars(home).items()
+        if callable(found) and found.__module__ == home.__name__ and not name.startswith("_")
+    ]
+
+
+def _import(path: str) -> ModuleType | None:
+    """Return a module, or None if there is none of that name; errors inside it are raised."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and (path == error.name or path.startswith(error.name + ".")):
+            return None
+        raise UserError(f"cannot import {path!r}: {error}") from error

@@ -24,6 +24,8 @@ import jax
 from jax._src.distributed import global_state  # the hosts' key-value store has no public name
 from jax.experimental import multihost_utils
 
+from mae_jax.errors import UserError
+
 COORDINATOR_SECONDS = 5  # that host 0 outlives its error: who has the same one ends by itself first
 PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
@@ -50,22 +52,22 @@ def join(
       heartbeat_seconds: after this time without a sign of a host, all end.
 
     Raises:
-      ValueError: the three do not belong together, the port is taken, or there is no cluster.
+      UserError: the three do not belong together, the port is taken, or there is no cluster.
     """
     if coordinator is not None:
         if num_hosts is None or host is None or not 0 <= host < num_hosts:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator={coordinator} --num_hosts={num_hosts} --host={host}: give all"
                 " three, with --host from 0 to num_hosts - 1, different on each host"
             )
         name, _, port = coordinator.rpartition(":")
         if not (name and port.isdigit() and 0 < int(port) < 2**16):
-            raise ValueError(
+            raise UserError(
                 f"--coordinator={coordinator}: write HOST:PORT, such as 10.0.0.2:8476, a free port"
                 " of host 0"
             )
     elif num_hosts is not None or host is not None:
-        raise ValueError(
+        raise UserError(
             "--num_hosts and --host need --coordinator=HOST:PORT, the address of host 0"
         )
 
@@ -84,20 +86,20 @@ def join(
         )
     except (RuntimeError, ValueError) as error:
         if coordinator is None:
-            raise ValueError(
+            raise UserError(
                 f"--distributed: JAX found no cluster to join ({error}). It knows TPU pods, Slurm,"
                 " Open MPI and Kubernetes; elsewhere give each host --coordinator=HOST:PORT"
                 " --num_hosts=N --host=I"
             ) from error
-        raise ValueError(f"--coordinator={coordinator}, host {host}: {error}") from error
+        raise UserError(f"--coordinator={coordinator}, host {host}: {error}") from error
     finally:
         too_late.cancel()
     if num_hosts is not None and jax.process_count() != num_hosts:
-        raise ValueError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} of them")
+        raise UserError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} of them")
 
 
 def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
-    """Raises ValueError if this was started as one of several processes, and not told to join."""
+    """Raises UserError if this was started as one of several processes, and not told to join."""
     several = {
         by: int(environ[name]) for name, by in STARTED_BY.items() if environ.get(name, "").isdigit()
     }
@@ -105,7 +107,7 @@ def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
     several["a TPU pod"] = len(workers)
     for by, count in several.items():
         if count > 1:
-            raise ValueError(
+            raise UserError(
                 f"this is one of {count} processes of {by}: start on all workers, and add"
                 " --distributed, so that they become one run"
             )
@@ -126,7 +128,7 @@ def agreement(about: str) -> Iterator[dict[str, Any]]:
     Keys are 'config.optim.blr' and the like. What one host refuses, all refuse.
 
     Raises:
-      ValueError: on all hosts, if they differ, or if the body raised one on some host.
+      UserError: on all hosts, if they differ, or if the body raised one on some host.
     """
     facts: dict[str, Any] = {}
     refused = None
@@ -140,7 +142,7 @@ def agreement(about: str) -> Iterator[dict[str, Any]]:
         raise refused
     differences = describe_differences(everyone)
     if differences:
-        raise ValueError(
+        raise UserError(
             f"the {len(everyone)} hosts must be alike to be one run:\n  "
             + "\n  ".join(differences)
             + "\nNothing was started on any of them. Give all the same command, code and data."
@@ -268,7 +270,7 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             text = client.blocking_key_value_get(f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000)
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"host {host} did not get as far as the agreement on its {about} within"
                 f" {AGREE_SECONDS} s: see what it printed ({error})"
             ) from error
@@ -303,7 +305,7 @@ def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> 
     os._exit(status)
 
 
-def say(line: str) -> None:
-    """Prints a line, once for all hosts."""
+def log_once(line: str) -> None:
+    """Print a line, on host 0 only."""
     if jax.process_index() == 0:
         print(line, flush=True)

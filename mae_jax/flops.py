@@ -1,6 +1,8 @@
-"""Work and peaks: analytic FLOPs of the networks, and what the chips can do."""
+"""Analytic FLOPs of the networks, and the peaks of chips."""
 
 from typing import NamedTuple
+
+from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
 class Chip(NamedTuple):
@@ -32,7 +34,7 @@ ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lit
 
 
 def chip(device_kind: str) -> Chip | None:
-    """What a device can do, or None where we do not know it."""
+    """Return the entry of a device, or None for an unknown one."""
     names = [name for name in (*CHIPS, *ALIASES) if device_kind.startswith(name)]
     if not names:
         return None
@@ -41,38 +43,33 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device in FLOP/s (bf16, dense), or None where we do not know it."""
+    """Return the peak of one device in FLOP/s (bf16, dense), or None for an unknown one."""
     found = chip(device_kind)
     return found.tflops * 1e12 if found else None
 
 
-def stack(tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
-    """Forward FLOPs (2 per multiply-add, matrix products only) of a stack of blocks, per image."""
-    linear = (4 + 2 * mlp_ratio) * width * width
-    attention = 2 * tokens * width
-    return 2.0 * depth * tokens * (linear + attention)
+def stack(vit: ViTSpec, tokens: int) -> float:
+    """Return forward FLOPs per image of a stack of blocks on `tokens` tokens.
+
+    Counts matrix products only, two for each multiply-add.
+    """
+    linear = 4 * vit.width**2 + 2 * vit.width * vit.hidden
+    attention = 2 * tokens * vit.width
+    return 2.0 * vit.depth * tokens * (linear + attention)
 
 
-def encoder(tokens: int, values: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
-    """Forward FLOPs of patch embedding and blocks for `tokens` patches and the cls token."""
-    return 2.0 * tokens * values * width + stack(tokens + 1, width, depth, mlp_ratio)
+def encoder(spec: ModelSpec, patches: int | None = None) -> float:
+    """Return forward FLOPs per image of patch embedding and blocks; `patches` None = all."""
+    patches = spec.num_patches if patches is None else patches
+    embed = 2.0 * patches * spec.patch_dim * spec.encoder.width
+    return embed + stack(spec.encoder, patches + 1)
 
 
-def mae(
-    patches: int,
-    kept: int,
-    values: int,
-    *,
-    width: int,
-    depth: int,
-    decoder_width: int,
-    decoder_depth: int,
-    mlp_ratio: float = 4.0,
-) -> float:
-    """Forward FLOPs of a masked autoencoder per image; a training step costs three times that."""
-    ends = 2.0 * decoder_width * ((kept + 1) * width + (patches + 1) * values)
-    return (
-        encoder(kept, values, width, depth, mlp_ratio)
-        + ends
-        + stack(patches + 1, decoder_width, decoder_depth, mlp_ratio)
-    )
+def mae(spec: ModelSpec, kept: int) -> float:
+    """Return forward FLOPs per image of a masked autoencoder; a training step costs three times."""
+    assert spec.decoder is not None
+    seen = spec.num_patches if spec.tokens_in_encoder else kept
+    embed = (seen + 1) * spec.encoder.width
+    pred = (spec.num_patches + 1) * spec.target_dim
+    ends = 2.0 * spec.decoder.width * (embed + pred)
+    return encoder(spec, seen) + ends + stack(spec.decoder, spec.num_patches + 1)

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from mae_jax.errors import UserError
+
 REMOTE_SECONDS = 60  # an object store takes whole files only: they are sent at most this often
 MIN_BAR = 6  # characters
 
@@ -260,7 +262,7 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
     """Draw the losses of a run, its learning rate, and its errors on held-out images, as a PNG.
 
     Raises:
-      ValueError: the file holds no train/loss yet.
+      UserError: the file holds no train/loss yet.
     """
     lines = read(metrics_jsonl)
 
@@ -269,7 +271,7 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
         return [step for step, _ in points], [value for _, value in points]
 
     if not series("train/loss")[0]:
-        raise ValueError(f"{os.fspath(metrics_jsonl)} holds no train/loss yet: nothing to draw")
+        raise UserError(f"{os.fspath(metrics_jsonl)} holds no train/loss yet: nothing to draw")
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mae_jax.errors import UserError
+
 # Every parameter has a role, found by the first pattern that its path ends in. A path that no
 # pattern knows is an error: a new parameter must be thought about once, here.
 ROLES = (
@@ -29,13 +31,13 @@ def role(path: tuple) -> str:
     """matrix, bias, scale, token or position.
 
     Raises:
-      ValueError: no pattern of ROLES knows the path.
+      UserError: no pattern of ROLES knows the path.
     """
     name = path_name(path)
     for pattern, found in ROLES:
         if re.search(pattern + "$", name):
             return found
-    raise ValueError(
+    raise UserError(
         f"parameter {name!r} has no role: add a pattern for it to ROLES in mae_jax/optim.py,"
         " which decides whether it is decayed"
     )
@@ -65,7 +67,7 @@ def layer_ids(params: Any) -> Any:
     the blocks. Stacked blocks get an array that broadcasts against them: the layer axis, then ones.
 
     Raises:
-      ValueError: no pattern of PLACES knows a path.
+      UserError: no pattern of PLACES knows a path.
     """
     depth = len(jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0])
 
@@ -73,7 +75,7 @@ def layer_ids(params: Any) -> Any:
         name = path_name(path)
         place = next((place for pattern, place in PLACES if re.search(pattern, name)), None)
         if place is None:
-            raise ValueError(
+            raise UserError(
                 f"parameter {name!r} has no layer: add a pattern for it to PLACES in"
                 " mae_jax/optim.py, which decides its share of the learning rate"
             )

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, hlo, sharding, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.errors import UserError
 from mae_jax.optim import path_name
 
 # Shapes that the cloud offers, of chips (docs.cloud.google.com/tpu/docs); the compiler knows more.
@@ -70,7 +71,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     """'v5e:4x4' (chips), 'cpu:8' or 'h100:8' (devices), and how many of them.
 
     Raises:
-      ValueError: there is no such topology; the nearest names are given.
+      UserError: there is no such topology; the nearest names are given.
     """
     kind, _, shape = name.partition(":")
     sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
@@ -80,15 +81,15 @@ def topology(name: str, slices: int = 1) -> Topology:
         known = [f"{kind}:{shape}" for kind, shapes in SHAPES.items() for shape in shapes]
         clouds = {topology(shape).cloud: shape for shape in known}
         if name in clouds:
-            raise ValueError(f"{name!r} is the cloud's name; its chips are {clouds[name]}")
+            raise UserError(f"{name!r} is the cloud's name; its chips are {clouds[name]}")
         near = difflib.get_close_matches(name, [*known, *clouds], 3, 0.4)
         near += [f"{gpu}:8" for gpu in difflib.get_close_matches(kind, ["cpu", "gpu", *GPUS], 1)]
-        raise ValueError(
+        raise UserError(
             f"there is no topology {name!r}; nearest: {', '.join(near) or 'v5e:4x4, cpu:8, gpu:8'}."
             f" TPUs are shapes of chips ({', '.join(SHAPES)}), others are counted"
         )
     if slices < 1 or (slices > 1 and kind not in SHAPES):
-        raise ValueError(f"num_slices={slices}: at least 1, and more than one of TPUs only")
+        raise UserError(f"num_slices={slices}: at least 1, and more than one of TPUs only")
     return Topology(name, kind, math.prod(sides), slices)
 
 
@@ -96,7 +97,7 @@ def devices(where: Topology) -> list[Any]:
     """The devices of a topology: descriptions to compile for, or this machine's own.
 
     Raises:
-      ValueError: no compiler for TPUs is installed, it does not know the shape, or this process
+      UserError: no compiler for TPUs is installed, it does not know the shape, or this process
         cannot simulate so many CPU devices any more.
     """
     if where.is_tpu:
@@ -110,7 +111,7 @@ def devices(where: Topology) -> list[Any]:
             jax.config.update("jax_num_cpu_devices", where.chips)
     found = jax.devices("cpu")
     if len(found) < where.chips:
-        raise ValueError(
+        raise UserError(
             f"{where.name}: this process has {len(found)} CPU devices; start it with"
             f" XLA_FLAGS=--xla_force_host_platform_device_count={where.chips}, or name the topology"
             " with the most devices first"
@@ -120,7 +121,7 @@ def devices(where: Topology) -> list[Any]:
 
 def _tpu_devices(where: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             f"{where.name}: the compiler for TPUs is not installed; it runs on any Linux machine:"
             f" pip install libtpu=={LIBTPU}"
         )
@@ -142,7 +143,7 @@ def _tpu_devices(where: Topology) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(where.name, platform="tpu", **options).devices)
     except Exception as error:  # of many types, and none of ours
-        raise ValueError(
+        raise UserError(
             f"{where.name}: the compiler does not know this shape"
             f" ({str(error).splitlines()[0][:200]}); the cloud has {', '.join(SHAPES[where.kind])}"
         ) from None
@@ -292,7 +293,7 @@ def plan(
       compiled: False = without a program: no temporary memory, and nothing of what is exchanged.
 
     Raises:
-      ValueError: the config cannot work on this mesh.
+      UserError: the config cannot work on this mesh.
     """
     began = time.monotonic()
     sharding.check_batch(mesh, config.batch_size, config.grad_accum)

@@ -22,13 +22,14 @@ from etils import epath
 from jax import Array
 
 from mae_jax import checkpoint
+from mae_jax.errors import UserError
 from mae_jax.evals import pixels
 from mae_jax.interop import names, read
 from mae_jax.interop.names import Spec, flatten, unflatten
 from mae_jax.models import mae, masking, patch_embed, posemb
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.patchify import patchify, unpatchify
-from mae_jax.models.vit import Block, Encoder, Execution, grid_of, layer_norm
+from mae_jax.models.vit import Block, ComputeConfig, Encoder, grid_of, layer_norm
 
 READ_BYTES = 2**27  # of our own checkpoints, at a time
 
@@ -49,7 +50,7 @@ class Model:
     """
 
     spec: Spec
-    execution: Execution = Execution()
+    compute: ComputeConfig = ComputeConfig()
 
     def encode(self, params: Mapping, images: Array, layer: int | None = None) -> Array:
         """(B, 1 + L, D), float32: the cls token, then all patches row-major, nothing hidden.
@@ -58,12 +59,12 @@ class Model:
         `layer`, after so many blocks and without it.
 
         Raises:
-          ValueError: there is no such layer.
+          UserError: there is no such layer.
         """
         network, weights = self._encoder(), params["encoder"]
         if layer is not None:
             if not 1 <= layer <= self.spec.depth:
-                raise ValueError(f"layer={layer}: the encoder has layers 1 to {self.spec.depth}")
+                raise UserError(f"layer={layer}: the encoder has layers 1 to {self.spec.depth}")
             network = network.clone(depth=layer, final_norm=False)
             weights = weights | {"stack": jax.tree.map(lambda x: x[:layer], weights["stack"])}
         tokens = network.apply({"params": weights}, self.patches(images))
@@ -82,7 +83,7 @@ class Model:
         x_BLD = self.patches(images) @ embed["kernel"] + embed["bias"]
         cls_B1D = jnp.broadcast_to(encoder["cls_token"], (len(x_BLD), 1, s.width))
         x_BND = jnp.concatenate([cls_B1D, x_BLD], axis=1) + table_1ND
-        block = Block(s.heads, (s.hidden + 0.5) / s.width, self.execution)
+        block = Block(s.heads, (s.hidden + 0.5) / s.width, self.compute)
 
         def step(x_BND: Array, layer: Mapping) -> tuple[Array, tuple[Array, Array]]:
             normed_BND = layer_norm("").apply({"params": layer["norm1"]}, x_BND)
@@ -105,7 +106,7 @@ class Model:
         `mask_ratio` is a shape: under jax.jit name it in static_argnames.
 
         Raises:
-          ValueError: the weights have no decoder; a ratio that hides no patch or all.
+          UserError: the weights have no decoder; a ratio that hides no patch or all.
         """
         score_BL = masking.random(rng, len(images), self.spec.grid, mask_ratio)
         kept = masking.num_kept(score_BL.shape[1], mask_ratio)
@@ -121,12 +122,12 @@ class Model:
         """
         s = self.spec
         if not s.decoder_width:
-            raise ValueError(
+            raise UserError(
                 "these weights have no decoder, so that nothing can be reconstructed: take a file"
                 " with one, such as mae_pretrain_vit_base_full.pth"
             )
         if s.target not in pixels.CAPTIONS:
-            raise ValueError(
+            raise UserError(
                 f"these weights predict {s.target}, and no pixels: the decoder's output is that of"
                 " mae_jax.models.mae.MAE; if it is levels of its own, load(path, target='pixels')"
             )
@@ -148,10 +149,10 @@ class Model:
         """Features and logits of fine-tuned weights.
 
         Raises:
-          ValueError: the weights have no head.
+          UserError: the weights have no head.
         """
         if not self.spec.classes:
-            raise ValueError("these weights have no head, so that nothing can be classified")
+            raise UserError("these weights have no head, so that nothing can be classified")
         pool: Any = self.spec.pool
         network = Classifier(self._encoder(), self.spec.classes, pool)
         return Output(*network.apply({"params": params}, self.patches(images)))
@@ -160,13 +161,13 @@ class Model:
         """(B, L, P): patches of the normalised images.
 
         Raises:
-          ValueError: images of another size, or one without a batch.
+          UserError: images of another size, or one without a batch.
         """
         wanted = (*self.spec.image_size, self.spec.channels)
         if images.shape == wanted:
-            raise ValueError(f"an image of shape {wanted}: give a batch of them, images[None]")
+            raise UserError(f"an image of shape {wanted}: give a batch of them, images[None]")
         if images.ndim != 4 or images.shape[1:] != wanted:
-            raise ValueError(
+            raise UserError(
                 f"images of shape {images.shape}: this model takes (batch, height, width, channels)"
                 f" with {wanted} after the batch; load(path, image_size=...) makes one of another"
             )
@@ -184,7 +185,7 @@ class Model:
             (s.hidden + 0.5) / s.width,  # rounds down to exactly `hidden`
             trained_positions=s.positions,
             final_norm=not s.classes or s.pool == "cls",
-            execution=self.execution,
+            compute=self.compute,
         )
 
     def _decoder(self) -> mae.Decoder:
@@ -196,7 +197,7 @@ class Model:
             s.decoder_depth,
             s.decoder_heads,
             (s.decoder_hidden + 0.5) / s.decoder_width,
-            self.execution,
+            self.compute,
             trained_positions=s.decoder_positions,
         )
 
@@ -218,7 +219,7 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
     What the file does not say and had to be assumed is printed to stderr.
 
     Raises:
-      ValueError: it cannot be read, or not in full.
+      UserError: it cannot be read, or not in full.
     """
     weights = open_weights(path, **options)
     for line in weights.report:
@@ -264,28 +265,28 @@ def open_weights(
       averaged: of a run with config.ema, such as one from scratch, the averaged weights.
 
     Raises:
-      ValueError: it cannot be read, a tensor is missing or does not fit, or one is left over;
+      UserError: it cannot be read, a tensor is missing or does not fit, or one is left over;
         there are no averaged weights.
     """
     place = epath.Path(path)  # a workdir may be in a bucket
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     if part not in ("all", "encoder"):
-        raise ValueError(f"part={part!r} is unknown: choose all or encoder")
+        raise UserError(f"part={part!r} is unknown: choose all or encoder")
     if target not in (None, "pixels", "norm_pixels"):
-        raise ValueError(f"target={target!r} is unknown: choose pixels or norm_pixels")
+        raise UserError(f"target={target!r} is unknown: choose pixels or norm_pixels")
     try:
         ours = _is_ours(place)
     except ImportError as error:  # gcsfs or s3fs
-        raise ValueError(f"{place} cannot be opened: {error}") from error
+        raise UserError(f"{place} cannot be opened: {error}") from error
     if ours:
         spec, params, report, about = _open_ours(place, averaged)
         if part == "encoder":
             spec, params = _encoder_only(spec), {"encoder": params["encoder"]}
     elif averaged:
-        raise ValueError(f"averaged weights: only runs of this project have both, and not {place}")
+        raise UserError(f"averaged weights: only runs of this project have both, and not {place}")
     elif "://" in str(place):
-        raise ValueError(
+        raise UserError(
             f"{place} is no workdir of this project; other files are read from local disks only:"
             " copy it first"
         )
@@ -304,7 +305,7 @@ def open_weights(
             notes = [line for line in notes if not line.startswith("mean and std")]
         left = read.unused(file, spec)
         if left and not allow_unused:
-            raise ValueError(
+            raise UserError(
                 f"{place} has {len(left)} tensors that {file.source} has no place for:"
                 f" {', '.join(left[:8])}{', ...' * (len(left) > 8)}. If they are not needed, say"
                 " allow_unused"
@@ -344,7 +345,7 @@ def open_weights(
         spec, params = _recoloured(spec, params, channels, wanted)
     for name in ("mean", "std"):
         if len(getattr(spec, name)) != spec.channels:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {len(getattr(spec, name))} numbers for images of {spec.channels}"
                 " channels: give one for each"
             )
@@ -353,7 +354,7 @@ def open_weights(
 
 def _encoder_only(spec: Spec) -> Spec:
     if spec.classes and spec.pool == "avg":
-        raise ValueError(
+        raise UserError(
             "a classifier that averages patches has no final norm of its encoder (fc_norm comes"
             " after the mean): take it whole, with part=all"
         )
@@ -386,7 +387,7 @@ def _recoloured(spec: Spec, params: dict, channels: int, wanted: dict) -> tuple[
     do with the old ones, and weights are repeated in turn, as timm does.
     """
     if spec.decoder_width:
-        raise ValueError(
+        raise UserError(
             f"the decoder predicts {spec.channels} channels, and cannot be adapted to {channels}:"
             " take part=encoder"
         )
@@ -415,7 +416,7 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
     folders = (step, step.parent, step.parent.parent)
     configs = [folder / "config.json" for folder in folders if (folder / "config.json").exists()]
     if not configs:
-        raise ValueError(
+        raise UserError(
             f"{step} lies in no workdir: the config.json that says what it is of is looked for"
             f" beside it and two folders above"
         )
@@ -433,12 +434,12 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
             target=config.get("target", {}).get("name", "norm_pixels"),
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{configs[0]} is not the config of a run: {error!r}") from None
+        raise UserError(f"{configs[0]} is not the config of a run: {error!r}") from None
     flat = _read(step, checkpoint.AVERAGED if averaged else checkpoint.PARAMS)
     if averaged and not flat:
-        raise ValueError(f"{step} holds no averaged weights: its run had no config.ema")
+        raise UserError(f"{step} holds no averaged weights: its run had no config.ema")
     if "encoder/stack/blocks/attn/qkv/kernel" not in flat:
-        raise ValueError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
+        raise UserError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     about = {"origin": config.get("converted_from") or f"{path.name}, step {step.name}"}
     if "train_for" in config:
         about["data"] = str(data.get("source", ""))

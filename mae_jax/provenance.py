@@ -16,7 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_jax.distributed import say
+from mae_jax.distributed import log_once
+from mae_jax.errors import UserError
 
 # A run may go on with other values of these: they change when and where things are computed, shown
 # and kept, and never what is computed, but for rounding.
@@ -49,7 +50,7 @@ def check_workdir(
       examples: how many the dataset has; None = not known.
 
     Raises:
-      ValueError: it cannot be written to, is not one folder for all hosts, or was made with a
+      UserError: it cannot be written to, is not one folder for all hosts, or was made with a
         config that differs in more than FREE_KEYS, or with another number of examples.
     """
     root = epath.Path(workdir)
@@ -62,14 +63,14 @@ def check_workdir(
             if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
         ]
         if refused:
-            raise ValueError(
+            raise UserError(
                 f"{workdir} was made with another config:\n  "
                 + "\n  ".join(refused)
                 + "\nGive the old values, or another --workdir; deleting this one starts it again."
             )
     known = _read_json(root / "env.json").get("examples")
     if known and examples and known != examples:
-        raise ValueError(
+        raise UserError(
             f"{workdir} was made with a dataset of {known:,} examples, which has {examples:,} now:"
             " epochs, order and rates would differ. Give the old data or another --workdir, with"
             " config.init_from if it is to start from this one"
@@ -87,12 +88,12 @@ def _require_shared(root: epath.Path) -> None:
         except OSError as error:
             reason = f" ({error})"
     if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):
-        raise ValueError(f"--workdir={root} cannot be written to{reason}")
+        raise UserError(f"--workdir={root} cannot be written to{reason}")
     seen = np.atleast_1d(multihost_utils.process_allgather(np.int32(probe.exists())))
     if jax.process_index() == 0:
         probe.unlink()
     if not seen.all():
-        raise ValueError(
+        raise UserError(
             f"--workdir={root} is not one folder for all hosts: hosts"
             f" {np.flatnonzero(seen == 0).tolist()} do not see there what host 0 writes. Give a"
             " bucket, or a folder of a disk that all share"
@@ -105,7 +106,7 @@ def prepare_workdir(
     """Writes config.json and env.json, and prints what changed in the environment.
 
     Raises:
-      ValueError: see `check_workdir`.
+      UserError: see `check_workdir`.
     """
     check_workdir(workdir, config, examples)
     root = epath.Path(workdir)
@@ -113,7 +114,7 @@ def prepare_workdir(
     old_env.pop("examples", None)  # which is checked
     changed = _changes(old_env, new_env) if old_env else {}
     if changed:
-        say(
+        log_once(
             f"warning: {workdir} was last used in another environment, results may differ by"
             f" rounding: {', '.join(changed.values())}"
         )

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mae_jax.errors import UserError
 from mae_jax.optim import path_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -47,7 +48,7 @@ def make_mesh(
     """A mesh of all devices, or of those given.
 
     Raises:
-      ValueError: the sizes do not multiply out to the number of devices; or see `arrange`.
+      UserError: the sizes do not multiply out to the number of devices; or see `arrange`.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     found = jax.devices() if devices is None else list(devices)
@@ -56,9 +57,9 @@ def make_mesh(
     free = [name for name, size in sizes.items() if size == -1]
     said = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-        raise ValueError(f"mesh {said}: sizes must be at least 1, and at most one of them -1")
+        raise UserError(f"mesh {said}: sizes must be at least 1, and at most one of them -1")
     if count % known or (not free and known != count):
-        raise ValueError(
+        raise UserError(
             f"mesh {said} needs {'a multiple of ' if free else ''}{known} devices, there are"
             f" {count}: change config.mesh (one size may be -1: what is left)"
         )
@@ -74,13 +75,13 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     the data axis, outermost, where there is one gradient a step to exchange, and the rest on fsdp.
 
     Raises:
-      ValueError: neither axis can be cut into the slices.
+      UserError: neither axis can be cut into the slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     outer = (math.gcd(sizes["data"], slices), slices // math.gcd(sizes["data"], slices), 1)
     if sizes["fsdp"] % outer[1]:
         said = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(
+        raise UserError(
             f"mesh {said} cannot be cut into {slices} slices: choose data as a multiple of {slices}"
         )
     inner = tuple(size // parts for size, parts in zip(sizes.values(), outer, strict=True))
@@ -96,14 +97,14 @@ def _rule(path: tuple) -> P:
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return spec
-    raise ValueError(f"no sharding rule for {name!r}: add one to RULES in mae_jax/sharding.py")
+    raise UserError(f"no sharding rule for {name!r}: add one to RULES in mae_jax/sharding.py")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """The sharding of every array of a state (or of its shapes), by RULES.
 
     Raises:
-      ValueError: a path without a rule; an axis that does not divide; or a large array that stays
+      UserError: a path without a rule; an axis that does not divide; or a large array that stays
         whole on every device of a mesh that is meant to split parameters.
     """
 
@@ -114,13 +115,13 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         name = path_name(path)
         for dim, axis in enumerate(spec):
             if axis and leaf.shape[dim] % mesh.shape[axis]:
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {leaf.shape}: dimension {dim} ({leaf.shape[dim]}) is not"
                     f" divisible by mesh axis {axis}={mesh.shape[axis]}; change config.mesh.{axis}"
                 )
         ways = math.prod(mesh.shape[axis] for axis in spec if axis)
         if ways == 1 and leaf.size > large and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} with {leaf.size:,} elements is copied whole to every device although"
                 f" fsdp={mesh.shape['fsdp']} and tensor={mesh.shape['tensor']}: the rule {spec}"
                 " in mae_jax/sharding.py splits it over neither"
@@ -144,15 +145,15 @@ def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def check_batch(mesh: Mesh, batch_size: int, grad_accum: int = 1) -> None:
-    """Raises ValueError unless every device gets the same number of images in every pass."""
+    """Raises UserError unless every device gets the same number of images in every pass."""
     if batch_size < 1 or grad_accum < 1:
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} and grad_accum={grad_accum} must both be at least 1"
         )
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * grad_accum
     if batch_size % ways:
         nearest = max(ways, round(batch_size / ways) * ways)
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} is not divisible by data x fsdp x grad_accum = "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {grad_accum} = {ways}:"
             f" choose a multiple such as {nearest}"

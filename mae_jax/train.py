@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, distributed, evals, flops, metrics, provenance, sharding
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.errors import UserError
 from mae_jax.evals import results
 from mae_jax.optim import peak_lr
 
@@ -129,7 +130,7 @@ def lay_out(
     """The shapes of a state with their shardings, and () -> a fresh state in its shards.
 
     Raises:
-      ValueError: see `sharding.state_shardings`.
+      UserError: see `sharding.state_shardings`.
     """
     init = jax.jit(partial(init_state, task, tx, config.seed))  # traced once, for both
     shapes = jax.eval_shape(init)
@@ -154,7 +155,7 @@ def compile_step(
     """Compile the update for a mesh, ahead of the first batch; the state is donated.
 
     Raises:
-      ValueError: see `sharding.state_shardings`.
+      UserError: see `sharding.state_shardings`.
     """
     state_shapes, init = lay_out(task, tx, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
@@ -268,7 +269,7 @@ def fit(
       happened: is told of every step, such as 'step 12'; see `distributed.watchdog`.
 
     Raises:
-      ValueError: the config cannot work here, or the workdir belongs to another run.
+      UserError: the config cannot work here, or the workdir belongs to another run.
       NonFiniteError: the loss or the gradient norm is not finite.
       distributed.Preempted: asked to stop; the state was saved.
     """
@@ -281,7 +282,7 @@ def fit(
     save_every = in_steps(config.checkpoint.every)
     keep_every = in_steps(config.checkpoint.keep_every)
     if save_every and keep_every % save_every:
-        raise ValueError(
+        raise UserError(
             f"config.checkpoint: keep_every={config.checkpoint.keep_every!r} ({keep_every} steps)"
             f" is not a multiple of every={config.checkpoint.every!r} ({save_every} steps)"
         )
@@ -296,7 +297,7 @@ def fit(
     state, origin = checkpoint.restore_or_init(saver, config, state_shapes, init, task.load)
     start = int(state.step)
     if start > total or (start == total > 0 and config.resume):
-        raise ValueError(
+        raise UserError(
             f"{origin}, and config.train_for={config.train_for!r} is {total} steps: nothing is left"
             " to do; give a longer one"
         )

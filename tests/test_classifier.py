@@ -13,7 +13,7 @@ from configs.common import model_sizes
 from mae_jax import optim
 from mae_jax.models import classifier, posemb
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Block, Execution
+from mae_jax.models.vit import Block, ComputeConfig
 from mae_jax.tasks import classify
 
 DATA = Path(__file__).parent / "data"
@@ -38,10 +38,10 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("execution", [{}, {"scan_unroll": 3}, {"remat": True}], ids=str)
-def test_features_and_logits_are_the_official_ones(pool, execution):
+@pytest.mark.parametrize("compute", [{}, {"scan_unroll": 3}, {"remat": True}], ids=str)
+def test_features_and_logits_are_the_official_ones(pool, compute):
     arrays, meta, state = load(pool)
-    network = build(pool, meta, execution=Execution(**execution))
+    network = build(pool, meta, compute=ComputeConfig(**compute))
     patches = patchify(jnp.asarray(arrays["images"]), (meta["patch"],) * 2)
     out = network.apply({"params": classifier_params(state, meta)}, patches)
     assert_close(out.features_BD, arrays["features"])
@@ -170,7 +170,7 @@ def test_a_table_of_another_grid_is_refused():
 def test_drop_path_drops_whole_branches_of_samples_and_scales_the_survivors():
     """Every sample is one of four: each branch dropped, or divided by the keep probability."""
     rate, batch = 0.4, 64
-    block = Block(heads=2, mlp_ratio=2.0, execution=Execution())
+    block = Block(heads=2, mlp_ratio=2.0, compute=ComputeConfig())
     x = jax.random.normal(jax.random.key(0), (batch, 3, 8))
     params = block.init(jax.random.key(1), x, jnp.float32(0), True)
 
@@ -269,7 +269,7 @@ def test_impossible_classifiers_are_refused(changes, message):
 
 def partial_case(width=16, **changes):
     meta = {"img": 16, "patch": 4, "embed_dim": width, "depth": 4, "heads": 2, "classes": 3}
-    network = build("avg", meta, execution=Execution(scan_unroll=4), **changes)
+    network = build("avg", meta, compute=ComputeConfig(scan_unroll=4), **changes)
     patches = jax.random.normal(jax.random.key(1), (4, 16, 48))
     params = network.init(jax.random.key(0), patches)["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (width, 3))

@@ -111,7 +111,7 @@ def saved_and_loaded(config, workdir, step):
     batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
     theirs = task.predict["reconstruction"](params, {}, batch)
     kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
-    exact = Model(model.spec, pretrained.Execution(jnp.dtype(config.model.dtype)))
+    exact = Model(model.spec, pretrained.ComputeConfig(jnp.dtype(config.model.dtype)))
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
     np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
     return params, model, loaded

@@ -13,7 +13,7 @@ from mae_jax import flops
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import Execution, Mlp, Stack, attend, grid_of
+from mae_jax.models.vit import ComputeConfig, Mlp, Stack, attend, grid_of
 
 GRIDS = {"B/16": (14, 14), "L/16": (14, 14), "H/14": (16, 16)}
 
@@ -209,7 +209,7 @@ def test_attention_keeps_its_weights_in_the_type_of_the_values():
 
 
 def test_an_mlp_keeps_one_array_as_wide_as_its_hidden_layer():
-    mlp = Mlp(400, Execution(dtype=jnp.bfloat16))
+    mlp = Mlp(400, ComputeConfig(dtype=jnp.bfloat16))
     x = jnp.ones((2, 5, 100), jnp.bfloat16)
     variables = mlp.init(jax.random.key(0), x)
     kept = jax.tree.leaves(jax.vjp(mlp.apply, variables, x)[1])
@@ -221,7 +221,7 @@ def test_remat_computes_the_blocks_again_also_where_no_loop_is_left(unroll):
     """XLA merges what is computed twice in one computation, unless it is kept from it."""
 
     def flops(remat: bool) -> float:
-        stack = Stack(4, 2, 4.0, Execution(scan_unroll=unroll, remat=remat))
+        stack = Stack(4, 2, 4.0, ComputeConfig(scan_unroll=unroll, remat=remat))
         x = jnp.ones((2, 8, 64))
         variables = stack.init(jax.random.key(0), x)
         gradients = jax.jit(jax.grad(lambda variables: stack.apply(variables, x).sum()))
@@ -385,7 +385,7 @@ def test_mask_tokens_in_the_encoder_cost_what_the_paper_says():
 def test_analytic_flops_agree_with_the_compiled_program():
     """With every block unrolled, since XLA counts a scanned body once."""
     sizes = dict(width=1024, depth=2, decoder_width=512, decoder_depth=2)
-    model = mae.build((8, 8), 192, heads=4, decoder_heads=4, execution=Execution(scan_unroll=2),
+    model = mae.build((8, 8), 192, heads=4, decoder_heads=4, compute=ComputeConfig(scan_unroll=2),
                       **sizes)  # fmt: skip
     patches = jnp.zeros((4, 64, 192))
     mask = masking.keep_lowest(jax.random.uniform(jax.random.key(0), (4, 64)), 16)

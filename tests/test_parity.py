@@ -12,7 +12,7 @@ from official import mae_params
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import Execution
+from mae_jax.models.vit import ComputeConfig
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "mae_tiny.npz")
 META = json.loads(str(GOLDEN["meta"]))
@@ -29,7 +29,7 @@ def assert_close(ours, theirs, name=""):
     assert worst <= 1e-5 * np.max(np.abs(theirs)), (name, worst, np.max(np.abs(theirs)))
 
 
-def build(**execution):
+def build(**compute):
     return mae.build(
         GRID,
         PATCH[0] * PATCH[1] * 3,
@@ -39,7 +39,7 @@ def build(**execution):
         decoder_width=META["dec_dim"],
         decoder_depth=META["dec_depth"],
         decoder_heads=META["dec_heads"],
-        execution=Execution(**execution),
+        compute=ComputeConfig(**compute),
     )
 
 
@@ -77,9 +77,9 @@ def test_fresh_parameters_have_the_official_names_and_shapes():
 
 
 @pytest.mark.parametrize("case", ["pixels", "norm_pix"])
-@pytest.mark.parametrize("execution", [{}, {"scan_unroll": 2}, {"remat": True}])
-def test_prediction_loss_and_every_gradient_agree(case, execution):
-    model = build(**execution)
+@pytest.mark.parametrize("compute", [{}, {"scan_unroll": 2}, {"remat": True}])
+def test_prediction_loss_and_every_gradient_agree(case, compute):
+    model = build(**compute)
     target = {"pixels": targets.pixels, "norm_pix": targets.norm_pixels}[case]
     assert_close(model.apply({"params": PARAMS}, PATCHES, MASK), GOLDEN[f"{case}/pred"])
     loss, grads = jax.jit(jax.value_and_grad(loss_fn), static_argnums=(1, 2))(PARAMS, target, model)

@@ -21,7 +21,7 @@ def outcomes(label, predicted, confidence=None):
     label, predicted = np.array(label), np.array(predicted)
     confidence = np.full(len(label), 0.5) if confidence is None else np.array(confidence)
     wrong = (label != predicted).astype(int)
-    return results.Outcomes(label, predicted, wrong, confidence, wrong * 1.0)
+    return results.Predictions(label, predicted, wrong, confidence, wrong * 1.0)
 
 
 def said(names, found):

@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import flags
 
+from mae_jax.errors import UserError
+
 USAGE = """\
 mae-jax convert INPUT OUTPUT --to=ours|official|timm|hf [FLAG ...]
 
@@ -26,7 +28,7 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     """Input, output and options.
 
     Raises:
-      ValueError: something is missing, unknown or of the wrong type.
+      UserError: something is missing, unknown or of the wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_enum("to", None, FORMATS, "format of the output", flag_values=values)
@@ -58,13 +60,13 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     try:
         rest = values(["mae-jax convert", *argv])[1:]
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if values.help:
         print(USAGE)
         print(values.main_module_help() or values.get_help())
         raise SystemExit(0)
     if len(rest) != 2 or values.to is None:
-        raise ValueError(f"INPUT, OUTPUT and --to are wanted\n{USAGE}")
+        raise UserError(f"INPUT, OUTPUT and --to are wanted\n{USAGE}")
     return rest[0], Path(rest[1]), values
 
 
@@ -76,7 +78,7 @@ def options(values: flags.FlagValues) -> dict[str, Any]:
         try:
             return tuple(float(x) for x in given) if given else None
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"--{name}={','.join(given)}: write numbers with commas between them"
             ) from None
 
@@ -99,13 +101,13 @@ def size(name: str, text: str | None) -> tuple[int, int] | None:
     """'224' or '224x448' -> (height, width).
 
     Raises:
-      ValueError: it is neither.
+      UserError: it is neither.
     """
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found:
-        raise ValueError(f"--{name}={text!r}: write SIDE or HEIGHTxWIDTH, such as 224 or 224x448")
+        raise UserError(f"--{name}={text!r}: write SIDE or HEIGHTxWIDTH, such as 224 or 224x448")
     return int(found[1]), int(found[2] or found[1])
 
 

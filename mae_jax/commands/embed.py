@@ -18,6 +18,7 @@ from absl import flags
 
 from mae_jax.commands.convert import size
 from mae_jax.commands.prepare import few, progress, read_json
+from mae_jax.errors import UserError
 
 USAGE = """\
 mae-jax embed WEIGHTS IMAGES ... --out=FILE.npz|FILE.parquet|FILE.array_record [FLAG ...]
@@ -56,7 +57,7 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     """Weights and images, and options.
 
     Raises:
-      ValueError: something is missing, unknown or of the wrong type.
+      UserError: something is missing, unknown or of the wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "a new file; its suffix is its format", flag_values=values)
@@ -88,21 +89,21 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     try:
         rest = values(["mae-jax embed", *argv])[1:]
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if values.help:
         print(USAGE)
         print(values.main_module_help() or values.get_help())
         raise SystemExit(0)
     if len(rest) < 2 or not values.out:
-        raise ValueError(f"WEIGHTS, IMAGES and --out=FILE are wanted\n{USAGE}")
+        raise UserError(f"WEIGHTS, IMAGES and --out=FILE are wanted\n{USAGE}")
     if Path(values.out).suffix not in WRITERS or "://" in values.out:
-        raise ValueError(
+        raise UserError(
             f"--out={values.out}: write a local path that ends in {' or '.join(WRITERS)}"
         )
     if (values.num_hosts is None) != (values.host is None) or (
         values.num_hosts is not None and not 0 <= values.host < values.num_hosts
     ):
-        raise ValueError(
+        raise UserError(
             f"--num_hosts={values.num_hosts} --host={values.host}: give both, with --host from 0 to"
             " num_hosts - 1"
         )
@@ -113,13 +114,13 @@ def open_images(places: list[str], split: str, data_dir: str) -> Any:
     """The source of files and lists of files, of one folder, or of one dataset.
 
     Raises:
-      ValueError: they are none of these, or empty.
+      UserError: they are none of these, or empty.
     """
     from mae_jax.data import sources
 
     if not all(Path(place).is_file() for place in places):
         if len(places) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(places)}: give files, or one folder, or one data source, and not"
                 " several of these"
             )
@@ -134,7 +135,7 @@ def open_images(places: list[str], split: str, data_dir: str) -> Any:
         else:
             files.append(place)
     if not files:
-        raise ValueError(f"{', '.join(places)}: no image is listed there")
+        raise UserError(f"{', '.join(places)}: no image is listed there")
     return sources.FolderSource("", files, np.full(len(files), -1, np.int32), None)
 
 
@@ -304,12 +305,12 @@ def resume(out: Path, plan: dict) -> tuple[Path, int] | None:
     """The folder of the parts of `out`, and the first image that is not done; None: all is done.
 
     Raises:
-      ValueError: `out` is there, and of another plan.
+      UserError: `out` is there, and of another plan.
     """
     work = Path(f"{out}.part")
     if out.exists():
         if read_json(Path(f"{out}.json")).get("plan") != plan:
-            raise ValueError(f"{out} is there already: choose another name, or remove it")
+            raise UserError(f"{out} is there already: choose another name, or remove it")
         shutil.rmtree(work, ignore_errors=True)
         return None
     work.mkdir(exist_ok=True)
@@ -337,7 +338,7 @@ def finish(out: Path, work: Path, plan: dict) -> tuple[int, dict[str, str]]:
     """Makes `out` of its parts; returns how many images could not be read, and their names.
 
     Raises:
-      ValueError: none could be read.
+      UserError: none could be read.
     """
     parts = sorted(work.glob("*.npz"))
     unreadable = [
@@ -349,7 +350,7 @@ def finish(out: Path, work: Path, plan: dict) -> tuple[int, dict[str, str]]:
     count, bad = len(unreadable), dict(unreadable)  # an image may be listed twice
     if count == plan["images"]:
         shutil.rmtree(work)
-        raise ValueError(f"none of the {count:,} images can be read: {few(bad)}")
+        raise UserError(f"none of the {count:,} images can be read: {few(bad)}")
     WRITERS[out.suffix](work / "whole", parts)
     Path(f"{out}.json").write_text(json.dumps({"plan": plan, "bad": bad}, indent=1))
     (work / "whole").replace(out)
@@ -365,7 +366,7 @@ def main(argv: list[str]) -> int:
     from jax.sharding import PartitionSpec as P
 
     from mae_jax import distributed, pretrained
-    from mae_jax.models.vit import Execution
+    from mae_jax.models.vit import ComputeConfig
 
     host, hosts = values.host or 0, values.num_hosts or 1
     if values.distributed:
@@ -381,16 +382,16 @@ def main(argv: list[str]) -> int:
 
     with distributed.agreement("images and weights") as plan:
         if not out.absolute().parent.is_dir():
-            raise ValueError(f"--out={out}: there is no folder {str(out.absolute().parent)!r}")
+            raise UserError(f"--out={out}: there is no folder {str(out.absolute().parent)!r}")
         source = open_images(places, values.split, values.data_dir)
         if len(source) < hosts:
-            raise ValueError(f"{len(source)} images cannot be divided among {hosts} hosts")
+            raise UserError(f"{len(source)} images cannot be divided among {hosts} hosts")
         options = {name: getattr(values, name) for name in ("heads", "decoder_heads", "averaged")}
         image_size = size("image_size", values.image_size)
         model, params = pretrained.load(weights, image_size=image_size, **options)
         spec, params = model.spec, {"encoder": params["encoder"]}
         if values.layer is not None and not 1 <= values.layer <= spec.depth:
-            raise ValueError(f"--layer={values.layer}: the encoder has layers 1 to {spec.depth}")
+            raise UserError(f"--layer={values.layer}: the encoder has layers 1 to {spec.depth}")
         names = getattr(source, "files", [*places, values.split, values.data_dir])
         plan |= {
             "weights": digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(params))),
@@ -419,7 +420,7 @@ def main(argv: list[str]) -> int:
 
     params = jax.device_put(params, NamedSharding(mesh, P()))
     by_row = NamedSharding(mesh, P("data"))
-    model = pretrained.Model(spec, Execution(jnp.dtype(values.dtype)))
+    model = pretrained.Model(spec, ComputeConfig(jnp.dtype(values.dtype)))
     features = functools.partial(compute, model, feature=values.feature, layer=values.layer)
     compiled = jax.jit(features, out_shardings=by_row)
 

@@ -10,6 +10,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from mae_jax.errors import UserError
+
 USAGE = """\
 mae-jax plan --config=FILE[:ARGUMENTS] --topology=NAME[,NAME ...] [--config.KEY=VALUE ...]
              [FLAG ...]
@@ -38,7 +40,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The config and the flags.
 
     Raises:
-      ValueError: something is missing, unknown or of the wrong type.
+      UserError: something is missing, unknown or of the wrong type.
     """
     from mae_jax.commands import train
 
@@ -53,14 +55,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
     flags.DEFINE_string("cache", "~/.cache/mae_jax/plans", "", flag_values=values)
     config, _ = train.parse(argv, values)
     if not values.topology:
-        raise ValueError("--topology=NAME is missing, such as --topology=v5e:16x16 or cpu:8")
+        raise UserError("--topology=NAME is missing, such as --topology=v5e:16x16 or cpu:8")
     if not 0 < values.mfu <= 1:
-        raise ValueError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
+        raise UserError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
     if values.json and not Path(values.json).absolute().parent.is_dir():
-        raise ValueError(f"--json={values.json}: there is no such folder")
+        raise UserError(f"--json={values.json}: there is no such folder")
     for name in ("workdir", "coordinator", "num_hosts", "host"):
         if values[name].value is not None:
-            raise ValueError(f"--{name} has no meaning for a plan, which runs nothing")
+            raise UserError(f"--{name} has no meaning for a plan, which runs nothing")
     return config, values
 
 
@@ -68,7 +70,7 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
     """Puts a source in place of the config's that has its length only; returns that.
 
     Raises:
-      ValueError: nothing tells how many examples it has.
+      UserError: nothing tells how many examples it has.
     """
     from mae_jax.data import sources
 
@@ -80,7 +82,7 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
         except sources.NotPrepared as error:
             published = PUBLISHED.get(data.source, {}).get(data.split)
             if published is None:
-                raise ValueError(
+                raise UserError(
                     f"{data.source!r} is not on this machine, and its number of examples is not"
                     " known: give --num_examples=N, and --num_classes=N if it has labels"
                 ) from error
@@ -102,7 +104,7 @@ def best(
     """The plan on the config's mesh, or on the first one that fits if none was given.
 
     Raises:
-      ValueError: see `plan.plan`; of several meshes, what the last one said.
+      UserError: see `plan.plan`; of several meshes, what the last one said.
     """
     import jax
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mae_jax.data import arrayrecord, pack
 from mae_jax.data.sources import FolderSource, find_tfds, open_source
+from mae_jax.errors import UserError
 
 USAGE = """\
 mae-jax prepare folder --source=PATH --name=my_images [--resize=256] [--data_dir=DIR] [--workers=N]
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
     """What to prepare, and the options.
 
     Raises:
-      ValueError: nothing to prepare, an unknown option, a value of the wrong type.
+      UserError: nothing to prepare, an unknown option, a value of the wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("source", None, "folder of images", flag_values=values)
@@ -63,32 +64,32 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
     try:
         what = values(["mae-jax prepare", *argv])[1:]
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if values.help:
         print(USAGE + values.get_help())
         raise SystemExit(0)
     if len(what) != 1:
         problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
-        raise ValueError(f"{problem}; write one of:\n{USAGE}")
+        raise UserError(f"{problem}; write one of:\n{USAGE}")
     used = {"source", "name", "resize", "quality", "workers"}
     used = used if what[0] == "folder" else {"manual_dir"}
     for name in values:
         if values[name].present and name not in used | {"data_dir"}:
-            raise ValueError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
+            raise UserError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
     return what[0], values
 
 
 def main(argv: list[str]) -> int:
     what, values = parse(argv)
     if "://" in values.data_dir:
-        raise ValueError(
+        raise UserError(
             f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
         )
     if what != "folder":
         prepare_tfds(what, values.data_dir, values.manual_dir)
         return 0
     if not values.source or not values.name:
-        raise ValueError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
+        raise UserError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
     try:
         prepare_folder(
             values.source.removeprefix("folder:"),
@@ -124,12 +125,12 @@ def prepare_folder(
     named. The order is shuffled by the hashes of the names.
 
     Raises:
-      ValueError: no images; a bad or taken name; another `prepare` is writing the same dataset.
+      UserError: no images; a bad or taken name; another `prepare` is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"--name={name}: use small letters, digits and _, such as my_images")
+        raise UserError(f"--name={name}: use small letters, digits and _, such as my_images")
     if name in tfds.list_builders(with_community_datasets=False):
-        raise ValueError(f"--name={name} is a dataset that tfds knows; choose another name")
+        raise UserError(f"--name={name} is a dataset that tfds knows; choose another name")
     images = open_source(f"folder:{source}", "train")
     assert isinstance(images, FolderSource)
     listing = hashlib.sha256(b"\0".join(map(os.fsencode, images.files))).hexdigest()
@@ -145,7 +146,7 @@ def prepare_folder(
     if final.exists():
         summary = read_json(final / "prepared.json")
         if summary.get("plan") != plan:
-            raise ValueError(
+            raise UserError(
                 f"--name={name}: {final} already exists, made from other images or options; choose"
                 " another name, or delete that directory"
             )
@@ -166,7 +167,7 @@ def prepare_folder(
         lengths = [report["images"] for report in reports]
         bad = dict(sorted(item for report in reports for item in report["bad"].items()))
         if not sum(lengths):
-            raise ValueError(f"none of the {len(images)} files can be read: {few(bad)}")
+            raise UserError(f"none of the {len(images)} files can be read: {few(bad)}")
         features = arrayrecord.image_features(images.class_names)
         size = sum(report["bytes"] for report in reports)
         arrayrecord.write_metadata(
@@ -210,7 +211,7 @@ def _write_shards(shards: list[pack.Shard], workers: int) -> list[dict]:
                     future.result()
                     advance(len(running[future].source))
             except futures.process.BrokenProcessPool:
-                raise ValueError(
+                raise UserError(
                     "a worker process was killed, perhaps for its memory: the same command goes on"
                     " where it stopped; try it with a smaller --workers"
                 ) from None
@@ -264,7 +265,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another `mae-jax prepare` is writing {folder}") from None
+            raise UserError(f"another `mae-jax prepare` is writing {folder}") from None
         yield
 
 
@@ -295,7 +296,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
     """Prepare a tfds dataset in ArrayRecord, or convert it if it is there as TFRecord.
 
     Raises:
-      ValueError: unknown name, missing archives, or a dataset that tfds prepares with TensorFlow
+      UserError: unknown name, missing archives, or a dataset that tfds prepares with TensorFlow
         only.
     """
     from mae_jax.data import imagenet  # imports part of tfds that others do not need
@@ -304,7 +305,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
     info = builder.info
     if not info.splits:
         if manual_dir and not Path(manual_dir).is_dir():
-            raise ValueError(f"--manual_dir={manual_dir}: there is no such directory")
+            raise UserError(f"--manual_dir={manual_dir}: there is no such directory")
         kwargs = {"data_dir": data_dir or None, "file_format": "array_record"}
         if builder.name in imagenet.BUILDERS:
             builder = imagenet.BUILDERS[builder.name](
@@ -317,7 +318,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> None:
         _download_and_prepare(builder, name, manual_dir)
     elif not {f.value for f in info.available_file_formats()} & {"array_record"}:
         if info.file_format.value != "tfrecord":
-            raise ValueError(
+            raise UserError(
                 f"{name!r} is stored as {info.file_format.value} in {builder.data_dir}; only"
                 " tfrecord can be converted: delete the directory and prepare it again"
             )
@@ -343,15 +344,15 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_d
     except AssertionError as error:
         if "Manual directory" not in str(error):
             raise
-        raise ValueError(f"give --manual_dir=DIR. {' '.join(str(error).split())}") from None
+        raise UserError(f"give --manual_dir=DIR. {' '.join(str(error).split())}") from None
     except (tarfile.ReadError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"an archive in {manual_dir or 'the downloads'} is damaged or cut short ({error});"
             " compare its size and MD5 with those on the download page"
         ) from error
     except Exception as error:
         if _needs(error, "tensorflow"):
-            raise ValueError(
+            raise UserError(
                 f"tfds prepares {name!r} with TensorFlow, which mae_jax does without: where"
                 f" TensorFlow is installed, run `tfds build {name} --file_format=array_record`"
                 " and copy the directory"
@@ -360,7 +361,7 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, manual_d
             by_hand = ""
             if builder.name in imagenet.TEST_SETS:
                 by_hand = f"; or {imagenet.by_hand(builder)}, and give --manual_dir=DIR"
-            raise ValueError(f"tfds could not prepare {name!r}: {error}{by_hand}") from error
+            raise UserError(f"tfds could not prepare {name!r}: {error}{by_hand}") from error
         raise
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mae_jax.errors import UserError
+
 USAGE = """\
 mae-jax train --config=FILE[:ARGUMENTS] [--workdir=DIR] [--config.KEY=VALUE ...]
     The same --workdir again goes on where the run stopped.
@@ -21,7 +23,7 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
     """The locked config and the workdir of a command line; all flags are in `values` afterwards.
 
     Raises:
-      ValueError: no config file, an unknown key or argument, a value of the wrong type.
+      UserError: no config file, an unknown key or argument, a value of the wrong type.
     """
     values = flags.FlagValues() if values is None else values
     whole = ["mae-jax train", *argv]
@@ -49,7 +51,7 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
         if name == "config":
             file = Path((path or "".join(argv[i + 1 : i + 2])).split(":")[0])
             if not file.is_file():
-                raise ValueError(f"--config: there is no file {str(file)!r} in {os.getcwd()}")
+                raise UserError(f"--config: there is no file {str(file)!r} in {os.getcwd()}")
             # A config may import its neighbours: `from configs.common import ...`
             sys.path[:0] = [os.getcwd(), str(file.resolve().parent.parent)]
     try:
@@ -58,21 +60,21 @@ def parse(argv: list[str], values: flags.FlagValues | None = None) -> tuple[Conf
             print(USAGE + values.get_help())
             raise SystemExit(0)
         if values.config is None:
-            raise ValueError("--config=FILE is missing, such as --config=configs/pretrain.py")
+            raise UserError("--config=FILE is missing, such as --config=configs/pretrain.py")
         config = values.config
         _ = config.task  # an error inside the config file surfaces here
     except flags.Error as error:
         # Of an error inside a config file, absl's message is the whole traceback.
         text = str(error).strip()
         text = text.splitlines()[-1] if "Traceback" in text else text
-        raise ValueError(text.removeprefix("ValueError: ")) from None
+        raise UserError(text.removeprefix("ValueError: ")) from None
     except (AttributeError, KeyError) as error:
         what = " ".join(str(error.args[0]).split())
-        raise ValueError(f"{' '.join(given)}: no such key in the config: {what}") from None
+        raise UserError(f"{' '.join(given)}: no such key in the config: {what}") from None
     if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
+        raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     if found := re.search(r'"(\w+)": NaN', config.to_json()):
-        raise ValueError(f"{' '.join(given)}: {found[1]} is not a number (nan)")
+        raise UserError(f"{' '.join(given)}: {found[1]} is not a number (nan)")
     config.lock()
     workdir = values.workdir or str(Path("workdir") / file.stem)
     return config, workdir

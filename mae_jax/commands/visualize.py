@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from mae_jax.errors import UserError
+
 USAGE = """\
 mae-jax visualize WEIGHTS IMAGES ... --out=DIR [FLAG ...]
 
@@ -30,7 +32,7 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     """Weights and images, and options.
 
     Raises:
-      ValueError: something is missing, unknown or of the wrong type.
+      UserError: something is missing, unknown or of the wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "a new folder for the pictures", flag_values=values)
@@ -62,13 +64,13 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     try:
         rest = values(["mae-jax visualize", *argv])[1:]
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if values.help:
         print(USAGE)
         print(values.main_module_help() or values.get_help())
         raise SystemExit(0)
     if len(rest) < 2 or not values.out:
-        raise ValueError(f"WEIGHTS, IMAGES and --out=DIR are wanted\n{USAGE}")
+        raise UserError(f"WEIGHTS, IMAGES and --out=DIR are wanted\n{USAGE}")
     return rest, values
 
 
@@ -78,7 +80,7 @@ def read_images(
     """Names and centre crops, uint8 [B, H, W, C], of the first images of files, folders, sources.
 
     Raises:
-      ValueError: a place is none, a file cannot be read, or there is no image.
+      UserError: a place is none, a file cannot be read, or there is no image.
     """
     from mae_jax.data import sources, transforms
 
@@ -97,7 +99,7 @@ def read_images(
             try:
                 picture = transforms.decode(record["image"], channels)
             except transforms.BadImage as error:
-                raise ValueError(f"{record['name']} cannot be read: {error}") from None
+                raise UserError(f"{record['name']} cannot be read: {error}") from None
             names.append(str(record["name"]))
             images.append(transforms.center_crop(picture, size))
     return names, np.stack(images)
@@ -107,7 +109,7 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
     """Which patches a picture hides, bool [L]: those that are dark on average.
 
     Raises:
-      ValueError: it is no picture, or hides no patch or all of them.
+      UserError: it is no picture, or hides no patch or all of them.
     """
     from PIL import Image
 
@@ -116,13 +118,13 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
     try:
         flat = Image.fromarray(np.asarray(transforms.decode(Path(file).read_bytes(), 1)))
     except (OSError, transforms.BadImage) as error:
-        raise ValueError(
+        raise UserError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"
         ) from None
     small = flat.resize(grid[::-1], Image.Resampling.BOX)
     hidden = np.asarray(small).reshape(-1) < 128
     if hidden.all() or not hidden.any():
-        raise ValueError(
+        raise UserError(
             f"--mask={file} hides {hidden.sum()} of {hidden.size} patches; dark means hidden, and"
             " at least one patch must be hidden and one visible"
         )
@@ -216,13 +218,13 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
     """All pictures by name, uint8 [height, width, 3].
 
     Raises:
-      ValueError: what is asked for cannot be drawn of these weights or images.
+      UserError: what is asked for cannot be drawn of these weights or images.
     """
     from mae_jax.evals import figures, pixels
 
     spec = model.spec
     if values.mask not in MASKS and not Path(values.mask).is_file():
-        raise ValueError(f"--mask={values.mask}: neither {', '.join(MASKS)} nor a file")
+        raise UserError(f"--mask={values.mask}: neither {', '.join(MASKS)} nor a file")
     names, images = read_images(places, values, spec.image_size, spec.channels)
     plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem) for name in names]
     stems = [f"{i:02d}-{name}" for i, name in enumerate(plain)]
@@ -233,7 +235,7 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
     grey = np.array(figures.HIDDEN, np.uint8)
     if spec.decoder_width:
         if spec.target not in pixels.CAPTIONS:
-            raise ValueError(
+            raise UserError(
                 f"the decoder predicts {spec.target!r}, which is not made of pixels: it cannot be"
                 " drawn"
             )
@@ -274,7 +276,7 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
     elif (
         values.errors or values.ratios or not (values.attention or values.pca or values.neighbours)
     ):
-        raise ValueError(
+        raise UserError(
             "these weights have no decoder, so that nothing can be reconstructed: ask for"
             " --attention, --pca or --neighbours, or take weights with one"
         )
@@ -301,7 +303,7 @@ def draw(model: Any, params: dict, values: flags.FlagValues, places: list[str]) 
     if values.neighbours:
         _, query = read_images([values.neighbours], values, spec.image_size, spec.channels)
         if len(query) != 1:
-            raise ValueError(
+            raise UserError(
                 f"--neighbours={values.neighbours} has {len(query)} images: name the one whose"
                 " neighbours are wanted"
             )
@@ -319,7 +321,7 @@ def _ratio(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--ratios: {text!r} is not a number") from None
+        raise UserError(f"--ratios: {text!r} is not a number") from None
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,8 @@ from tensorflow_datasets.core import dataset_info as dataset_info_lib
 from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core.features import FeaturesDict
 
+from mae_jax.errors import UserError
+
 VERSION = "1.0.0"  # of the datasets that mae_jax itself lays out
 
 
@@ -78,14 +80,14 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file; its CRCs are not checked.
 
     Raises:
-      ValueError: the file ends inside a record.
+      UserError: the file ends inside a record.
     """
     with path.open("rb") as file:
         while header := file.read(12):  # uint64 length, uint32 CRC of it; then the data and its CRC
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
             record = file.read(length + 4)
             if len(header) < 12 or len(record) < length + 4:
-                raise ValueError(f"{path} ends inside a record: copy or prepare it again")
+                raise UserError(f"{path} ends inside a record: copy or prepare it again")
             yield record[:length]
 
 
@@ -98,7 +100,7 @@ def convert_tfrecord(
     conversion finished are kept. `progress` gets the number of records of every finished shard.
 
     Raises:
-      ValueError: a shard is missing, cut short, or holds another number of records than it should.
+      UserError: a shard is missing, cut short, or holds another number of records than it should.
     """
     folder = Path(builder.data_dir)
     for split in builder.info.splits.values():
@@ -110,10 +112,10 @@ def convert_tfrecord(
             strict=True,
         ):
             if not Path(source).exists():
-                raise ValueError(f"{source} is missing: copy the whole dataset again")
+                raise UserError(f"{source} is missing: copy the whole dataset again")
             if not Path(path).exists():
                 if (found := sum(1 for _ in read_tfrecord(Path(source)))) != expected:
-                    raise ValueError(f"{source} holds {found} records, not {expected}")
+                    raise UserError(f"{source} holds {found} records, not {expected}")
                 write_shard(Path(path), read_tfrecord(Path(source)))
             progress(expected)
     info = dataset_info_lib.read_proto_from_builder_dir(folder)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from mae_jax.errors import UserError
+
 FILL = (124, 116, 104)  # where a turned, sheared or moved image leaves a gap: the mean colour
 PROBABILITY = 0.5  # that an operation which was drawn is applied
 HIGHEST = 10.0  # magnitude
@@ -145,7 +147,7 @@ def parse(name: str) -> RandAugment:
     strength grows with the magnitude, which must be said, as the other kind is not offered.
 
     Raises:
-      ValueError: another name.
+      UserError: another name.
     """
     kind, *parts = name.split("-")
     found: dict[str, float] = {}
@@ -158,7 +160,7 @@ def parse(name: str) -> RandAugment:
     number = found.get("n", 2.0)
     wrong = found.get("m", 99) > HIGHEST or number < 1 or number % 1
     if kind != "rand" or wrong or "inc" not in found:
-        raise ValueError(
+        raise UserError(
             f"config.data.augment={name!r}: write rand-mM-mstdS-inc1, such as rand-m9-mstd0.5-inc1,"
             " with a magnitude M from 0 to 10, its deviation S, and -nN for N operations per image"
             " instead of 2; or '' for none"

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax.data import arrayrecord
+from mae_jax.errors import UserError
 
 PHOTOS = "bundled_photos"
 # Scene -> module, files inside it. Looked at one by one: colour photographs, no drawings or charts.
@@ -40,7 +41,7 @@ def photos(data_dir: str = "") -> str:
     stereo pair are in train.
 
     Raises:
-      ValueError: scikit-image or scikit-learn, whose wheels hold the pictures, is not installed.
+      UserError: scikit-image or scikit-learn, whose wheels hold the pictures, is not installed.
     """
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / PHOTOS
     final = root / arrayrecord.VERSION
@@ -58,7 +59,7 @@ def photos(data_dir: str = "") -> str:
 def _load(module: str, files: list[str]) -> dict[str, Image.Image]:
     spec = importlib.util.find_spec(module)  # finds the files without importing the package
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise UserError(
             f"bundled data lives in the wheel of {PACKAGES[module]}, which is not installed:"
             " pip install scikit-image scikit-learn  (the extra 'quickstart')"
         )
@@ -66,7 +67,7 @@ def _load(module: str, files: list[str]) -> dict[str, Image.Image]:
     try:
         return {Path(f).stem: Image.open(folder / f).convert("RGB") for f in files}
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{PACKAGES[module]} is installed without the picture {error.filename}:"
             f" pip install --force-reinstall {PACKAGES[module]}"
         ) from error
@@ -134,13 +135,13 @@ def digits() -> dict[str, dict[str, np.ndarray]]:
     smaller ones run out, at 1,390), so that slices such as train[:1%] are fair.
 
     Raises:
-      ValueError: scikit-learn is not installed.
+      UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "bundled:digits lives in the wheel of scikit-learn, which is not installed:"
             " pip install scikit-learn  (the extra 'quickstart')"
         ) from None

@@ -22,6 +22,8 @@ from tensorflow_datasets.datasets.imagenet_r import imagenet_r_dataset_builder
 from tensorflow_datasets.datasets.imagenet_sketch import imagenet_sketch_dataset_builder
 from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
 
+from mae_jax.errors import UserError
+
 Examples = Iterator[tuple[str, dict]]
 
 
@@ -49,7 +51,7 @@ class Imagenet2012(  # type: ignore[call-arg]
             if (folder / name).exists()
         }
         if not splits:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds none of {', '.join(name for _, name in archives.values())}; get"
                 " them from image-net.org/download-images"
             )
@@ -72,7 +74,7 @@ class Imagenet2012(  # type: ignore[call-arg]
             for name, data in _files(tar):
                 number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
                 if not number or not 1 <= int(number[1]) <= len(labels):
-                    raise ValueError(f"{archive} holds {name!r}, which is no validation image")
+                    raise UserError(f"{archive} holds {name!r}, which is no validation image")
                 label = labels[int(number[1]) - 1]
                 yield name, {"file_name": name, "image": data, "label": label}
 
@@ -213,11 +215,11 @@ def require_archive(builder: Any, folder: Path) -> None:
     """Looks for the archive of a test set; a line says if it has another size than the published.
 
     Raises:
-      ValueError: it is not in the folder.
+      UserError: it is not in the folder.
     """
     path, (_, size) = folder / builder.archive, published(builder)
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no {builder.archive}: {by_hand(builder)}, or leave out --manual_dir"
             " and it is downloaded"
         )
@@ -242,7 +244,7 @@ def _classified(archive: Path, top: str, classes: list[str]) -> Iterator[tuple[s
     Contents stay as they are, as tfds stores them: some are PNG under another name.
 
     Raises:
-      ValueError: the archive holds other folders or classes.
+      UserError: the archive holds other folders or classes.
     """
     found = False
     for name, data in _members(archive):
@@ -250,14 +252,14 @@ def _classified(archive: Path, top: str, classes: list[str]) -> Iterator[tuple[s
         if len(parts) <= 2 and parts[0] == top:  # a README
             continue
         if len(parts) != 3 or parts[0] != top or parts[1] not in classes:
-            raise ValueError(
+            raise UserError(
                 f"{archive} holds {name!r}; of this archive {top}/CLASS/FILE is expected, with the"
                 f" {len(classes)} classes {classes[0]}, {classes[1]}, ..."
             )
         found = True
         yield parts[1], parts[2], data
     if not found:
-        raise ValueError(f"{archive} holds no image")
+        raise UserError(f"{archive} holds no image")
 
 
 def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -288,7 +290,7 @@ def as_jpeg(data: bytes, name: str) -> bytes:
     ImageNet 2012 holds 22 CMYK files and one PNG under a JPEG name; tfds mends them likewise.
 
     Raises:
-      ValueError: not an image.
+      UserError: not an image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads the header only
@@ -298,4 +300,4 @@ def as_jpeg(data: bytes, name: str) -> bytes:
             image.convert("RGB").save(buffer, "JPEG", quality=100)
             return buffer.getvalue()
     except OSError as error:
-        raise ValueError(f"{name} in the archive is not an image: {error}") from error
+        raise UserError(f"{name} in the archive is not an image: {error}") from error

@@ -24,10 +24,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.config import nearest, resolve
+from mae_jax.config import resolve
 from mae_jax.data import augment, transforms
 from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
+from mae_jax.errors import UserError, nearest
 
 CROPS = ("random_resized", "probe", "fixed", "center")
 MAX_DRAWS = 100  # in search of a readable record
@@ -47,10 +48,10 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Whole batches in an epoch; the incomplete one is dropped.
 
     Raises:
-      ValueError: there is not one whole batch.
+      UserError: there is not one whole batch.
     """
     if num_examples < batch_size:
-        raise ValueError(
+        raise UserError(
             f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
             f" set config.batch_size to at most {num_examples:,}, or add images"
         )
@@ -61,11 +62,11 @@ def check(data: ConfigDict) -> None:
     """Check config.data before anything is opened.
 
     Raises:
-      ValueError: a value that cannot work.
+      UserError: a value that cannot work.
     """
 
     def refuse(name: str, wanted: str) -> None:
-        raise ValueError(f"config.data.{name}={data[name]!r}: {wanted}")
+        raise UserError(f"config.data.{name}={data[name]!r}: {wanted}")
 
     make_crop(data)
     make_augment(data)
@@ -88,7 +89,7 @@ def make_crop(data: ConfigDict) -> Crop:
     """The crop that config.data.crop names: one of CROPS, or a dotted path to a `Crop`.
 
     Raises:
-      ValueError: there is no such crop, or it cannot resize as config.data.resizer says.
+      UserError: there is no such crop, or it cannot resize as config.data.resizer says.
     """
     resizer = data.get("resizer", "pillow")
     if data.crop in ("random_resized", "probe"):
@@ -98,7 +99,7 @@ def make_crop(data: ConfigDict) -> Crop:
         scale, ratio = tuple(data.crop_scale), tuple(data.crop_ratio)
         return lambda picture, size, rng: crop(picture, size, scale, ratio, rng, resizer)
     if resizer != "pillow":
-        raise ValueError(
+        raise UserError(
             f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
             f" {data.crop!r}: leave it at pillow"
         )
@@ -111,12 +112,12 @@ def make_crop(data: ConfigDict) -> Crop:
         try:
             inspect.signature(own).bind("picture", "size", "rng")
         except TypeError as error:
-            raise ValueError(
+            raise UserError(
                 f"config.data.crop={data.crop!r} is no function (picture, (height, width), rng)"
                 f" -> uint8 [H, W, C] ({error})"
             ) from error
         return own
-    raise ValueError(
+    raise UserError(
         f"config.data.crop={data.crop!r} is no crop{nearest(data.crop, list(CROPS))}; or give a"
         " dotted path to a function (picture, (height, width), rng) -> uint8 [H, W, C]"
     )
@@ -124,14 +125,14 @@ def make_crop(data: ConfigDict) -> Crop:
 
 def _check_resizer(name: str) -> None:
     if name not in transforms.RESIZERS:
-        raise ValueError(
+        raise UserError(
             f"config.data.resizer={name!r}{nearest(name, list(transforms.RESIZERS))}: give one of"
             f" {', '.join(transforms.RESIZERS)}"
         )
     try:
         transforms.RESIZERS[name](Image.new("L", (1, 1)), (0, 0, 1, 1), 1, 1)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"config.data.resizer={name!r}: pip install cykooz-resizer, or leave it at pillow"
             f" ({error})"
         ) from error
@@ -141,7 +142,7 @@ def make_augment(data: ConfigDict) -> augment.RandAugment | None:
     """The RandAugment that config.data.augment names; '' or none: no augmentation after the flip.
 
     Raises:
-      ValueError: there is no such RandAugment.
+      UserError: there is no such RandAugment.
     """
     name = data.get("augment", "")
     return augment.parse(name) if name else None
@@ -178,7 +179,7 @@ def train_batches(
       cannot be read, and was replaced by one drawn at random.
 
     Raises:
-      ValueError: see `check` and `steps_per_epoch`; while iterating: no readable record was found.
+      UserError: see `check` and `steps_per_epoch`; while iterating: no readable record was found.
     """
     check(data)
     rows = np.arange(batch_size) if rows is None else rows
@@ -369,7 +370,7 @@ def _batches(
     if SHARED_MEMORY.is_dir():  # processes that run out of it die of a bus error
         needed, free = (ahead + 2) * workers * num_bytes, shutil.disk_usage(SHARED_MEMORY).free
         if needed > free:
-            raise ValueError(
+            raise UserError(
                 f"config.data.workers={workers} needs {needed / 2**20:,.0f} MiB of shared memory,"
                 f" {SHARED_MEMORY} has {free / 2**20:,.0f} free: set config.data.workers=0 (threads"
                 " need none), lower workers or prefetch, or give the container more (docker run"
@@ -440,7 +441,7 @@ class BadImageLog:
         """Take a batch's `bad`; returns one line for each record that was not met before.
 
         Raises:
-          ValueError: there are more than `max_bad_fraction` of the source; they are listed.
+          UserError: there are more than `max_bad_fraction` of the source; they are listed.
         """
         new = sorted({int(index) for index in bad if index >= 0} - self._found.keys())
         for index in new:
@@ -462,7 +463,7 @@ class BadImageLog:
         if len(lines) > LISTED:
             lines[LISTED:] = [f"... and {len(lines) - LISTED:,} more"]
         fraction = self.count / len(self.source)
-        raise ValueError(
+        raise UserError(
             f"{self.count:,} of {len(self.source):,} images"
             + ("" if rest else " so far")
             + f" ({fraction:.2%}) cannot be read, more than"

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_jax.data import sources
+from mae_jax.errors import UserError
 
 # The corruptions of ImageNet-C, and AlexNet's error rate on each, the mean over the severities;
 # REFERENCE section 6, arXiv 1903.12261
@@ -83,11 +84,11 @@ def positions(names: list[str] | tuple[str, ...], known: list[str], what: str) -
     """Where each name stands among the classes that a model knows, int32 (len(names),).
 
     Raises:
-      ValueError: it does not know one; `what` says whose class it is.
+      UserError: it does not know one; `what` says whose class it is.
     """
     place = {name: i for i, name in enumerate(known)}
     if unknown := [name for name in names if name not in place]:
-        raise ValueError(
+        raise UserError(
             f"{what} has {len(unknown)} of {len(names)} classes, such as {unknown[0]!r}, that the"
             f" model does not know; it knows {len(known)}: {', '.join(known[:3])}, ..."
         )
@@ -121,7 +122,7 @@ def open_corruption(
     """One part of an ImageNet-C; see `find_corruptions`.
 
     Raises:
-      ValueError: it is not there.
+      UserError: it is not there.
     """
     if source.startswith("folder:"):
         return sources.open_source(f"folder:{_folder(source, corruption, severity)}", "train")

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax.data import arrayrecord, bundled
+from mae_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2"),
@@ -22,11 +23,11 @@ LABEL, IMAGE = "label", "image"
 NAME_FEATURES = ("file_name", "filename", "image_name", "id", "image_id")
 
 
-class Unreadable(ValueError):
+class Unreadable(UserError):
     """Data that cannot be read, and which."""
 
 
-class NotPrepared(ValueError):
+class NotPrepared(UserError):
     """A dataset that tfds knows and of which nothing is there; the message says what to do."""
 
 
@@ -65,7 +66,7 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
       data_dir: where tfds datasets live; "" = the tfds default.
 
     Raises:
-      ValueError: there is no such source or split, it is empty, or not prepared for random access.
+      UserError: there is no such source or split, it is empty, or not prepared for random access.
     """
     if source.startswith("folder:"):
         return _open_folder(source.removeprefix("folder:"), split)
@@ -88,7 +89,7 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
         near = difflib.get_close_matches(source, ["bundled:photos", "bundled:digits"], 2, 0.5)
         if source and Path(source).expanduser().is_dir():
             near = [f"folder:{source}"]
-        raise ValueError(
+        raise UserError(
             f"data source {source!r} is none of: a tfds dataset name[/config][:version],"
             " folder:PATH, bundled:photos, bundled:digits" + _did_you_mean(near)
         )
@@ -113,7 +114,7 @@ class CountedSource:
         return self.examples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        raise ValueError(f"data source counted:{self.examples} holds no images: name a real one")
+        raise UserError(f"data source counted:{self.examples} holds no images: name a real one")
 
 
 # --- tfds ---
@@ -167,13 +168,13 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
             f" prepare it: {prepare}{manual}"
         )
     if "array_record" not in {str(f.value) for f in builder.info.available_file_formats()}:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is stored as {builder.info.file_format.value} in {builder.data_dir}, which"
             f" allows no random access; convert it: {prepare}"
         )
     features = dict(builder.info.features)
     if not isinstance(features.get(IMAGE), tfds.features.Image):
-        raise ValueError(f"{name!r} has no image under 'image'; it has {', '.join(features)}")
+        raise UserError(f"{name!r} has no image under 'image'; it has {', '.join(features)}")
     ranges = _ranges(split, {s.name: s.num_examples for s in builder.info.splits.values()}, name)
     records = builder.as_data_source(
         split, decoders={IMAGE: tfds.decode.SkipDecoding()}, file_format="array_record"
@@ -181,7 +182,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     stored = {path.name for path in builder.data_path.iterdir()}
     needed = [Path(shard).name for shard in builder.info.splits[split].filepaths]
     if missing := [shard for shard in needed if shard not in stored]:
-        raise ValueError(
+        raise UserError(
             f"{name!r}: {len(missing)} of {len(needed)} shards of {split!r} are missing from"
             f" {builder.data_dir}, such as {missing[0]}: copy or prepare it again"
         )
@@ -200,7 +201,7 @@ def find_tfds(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The builder of a tfds dataset, prepared or not.
 
     Raises:
-      ValueError: nothing of that name is known to tfds or stored in `data_dir`, or not that version
+      UserError: nothing of that name is known to tfds or stored in `data_dir`, or not that version
         or config of it.
     """
     try:
@@ -213,13 +214,13 @@ def find_tfds(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         near = difflib.get_close_matches(short, known, 3)
         if Path(name).expanduser().is_dir():
             near = [f"folder:{name}"]
-        raise ValueError(
+        raise UserError(
             f"there is no tfds dataset {name!r}, and none of that name in {root}"
             + _did_you_mean(near)
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).partition('}": ')[2] or str(error)
-        raise ValueError(f"tfds cannot open {name!r}: {reason}") from None
+        raise UserError(f"tfds cannot open {name!r}: {reason}") from None
 
 
 def _other_versions(builder: tfds.core.DatasetBuilder) -> str:
@@ -244,7 +245,7 @@ def _ranges(split: str, lengths: dict[str, int], source: str) -> list[tuple[str,
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
+        raise UserError(
             f"split {split!r} of {source!r} is neither one of {have} nor a slice of them such as"
             f" 'train[:90%]': {reason}"
         ) from None
@@ -253,7 +254,7 @@ def _ranges(split: str, lengths: dict[str, int], source: str) -> list[tuple[str,
     ]
     for _, lo, hi in ranges:
         if lo >= hi:
-            raise ValueError(f"split {split!r} of {source!r} is empty; the source has {have}")
+            raise UserError(f"split {split!r} of {source!r} is empty; the source has {have}")
     return ranges
 
 
@@ -341,11 +342,11 @@ def _open_folder(path: str, split: str) -> FolderSource:
     """
     root = Path(path).expanduser()
     if not path or not root.is_dir():
-        raise ValueError(f"folder:{path}: there is no folder {path!r}; write folder:PATH")
+        raise UserError(f"folder:{path}: there is no folder {path!r}; write folder:PATH")
     files, others = _list_images(os.fspath(root))
     if not files:
         found = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in others.most_common(5))
-        raise ValueError(
+        raise UserError(
             f"folder:{path} holds no image ({found or 'it is empty'}); images are recognised by"
             f" their extension: {' '.join(IMAGE_EXTENSIONS)}"
         )
@@ -375,7 +376,7 @@ def _list_images(root: str) -> tuple[list[str], collections.Counter[str]]:
 
     def refuse(error: OSError) -> None:
         name = printable(os.fsdecode(error.filename))
-        raise ValueError(f"cannot list {name}: {error.strerror}") from error
+        raise UserError(f"cannot list {name}: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         status, parents = os.stat(folder), above[os.path.dirname(folder)]

@@ -1,19 +1,56 @@
-"""Evaluators: each turns a training state into scalars and pictures, and may keep `results`."""
+"""Evaluators: each turns a training state into a `Report`.
 
-from collections.abc import Mapping
+`config.evals.NAME.type` is a module here with a class `Evaluator`, or a dotted path to another.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import nearest, resolve
+from mae_jax.config import resolve
+from mae_jax.errors import UserError
 
-TYPES = ("accuracy", "fewshot", "knn", "probe", "reconstruct", "robustness")
+
+class Report(NamedTuple):
+    """The outcome of one evaluation, the same on every host.
+
+    Args:
+      scalars: metric name -> number, such as "eval/top1".
+      images: name -> uint8 HWC picture; only host 0 needs them.
+      files: file name in the workdir -> a function that makes its bytes from what only the loop
+        knows of the evaluation: `step`, `checkpoint` (a path or None) and `started` (how the run
+        began). Called on host 0.
+    """
+
+    scalars: Mapping[str, float]
+    images: Mapping[str, np.ndarray] = {}
+    files: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {}
+
+
+def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> dict[str, Any]:
+    """Return the evaluators of `config.evals` by name; each has run(state) -> Report.
+
+    Args:
+      predict: the functions (params, extra, batch) -> outputs of the task, by name.
+      mesh: where the state lives.
+
+    Raises:
+      UserError: there is no such type, or two evaluators report under the same names.
+    """
+    require_distinct(config.evals)
+    return {
+        name: resolve(cfg.type, sys.modules[__name__], "Evaluator")(cfg, config, predict, mesh)
+        for name, cfg in config.evals.items()
+    }
 
 
 def reported(cfg: Mapping[str, Any]) -> set[str]:
-    """Names under which an evaluator of this package reports, as far as others may have the same.
+    """Return the metric names of an evaluator of this package that another may have too.
 
     config.evals.NAME.prefix, which all but robustness and reconstruct have, is their first part.
     """
@@ -25,32 +62,14 @@ def reported(cfg: Mapping[str, Any]) -> set[str]:
 
 
 def require_distinct(evaluations: Mapping[str, Any]) -> None:
-    """Raises ValueError if two of config.evals would overwrite each other's numbers."""
+    """Raise UserError if two of config.evals would overwrite each other's numbers."""
     for (one, first), (other, second) in combinations(evaluations.items(), 2):
         if same := reported(first) & reported(second):
             name = one if second["type"] == "reconstruct" else other
             way_out = f"give one another prefix, such as config.evals.{name}.prefix='eval_{name}'"
             if first["type"] == second["type"] == "reconstruct":
                 way_out = "leave one to a run of its own"
-            raise ValueError(
+            raise UserError(
                 f"config.evals.{one} and config.evals.{other} would both report"
                 f" {' and '.join(sorted(same))}: {way_out}"
             )
-
-
-def build(config: ConfigDict, predict: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The evaluators of `config.evals` by name; `type` is a module here or a dotted path to one.
-
-    Raises:
-      ValueError: there is no such module, or two evaluators report under the same names.
-    """
-    require_distinct(config.evals)
-    evaluators = {}
-    for name, cfg in config.evals.items():
-        if "." not in cfg.type and cfg.type not in TYPES:
-            raise ValueError(
-                f"config.evals.{name}.type={cfg.type!r} is unknown{nearest(cfg.type, list(TYPES))}"
-            )
-        path = cfg.type if "." in cfg.type else f"{__name__}.{cfg.type}"
-        evaluators[name] = resolve(f"{path}.Evaluator", None)(cfg, config, predict, mesh)
-    return evaluators

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import nearest
+from mae_jax.errors import UserError, nearest
 from mae_jax.evals import results
 from mae_jax.evals.features import Extractor, open_labelled, require_disjoint
 
@@ -24,7 +24,7 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source has no labels, other classes than the training images, or some of
+      UserError: the source has no labels, other classes than the training images, or some of
         them.
     """
 
@@ -35,14 +35,14 @@ class Evaluator:
         name = cfg.source or data.source
         kind = cfg.get("predict", "logits")
         if kind not in predict:
-            raise ValueError(f"evaluation with predict={kind!r}{nearest(kind, list(predict))}")
+            raise UserError(f"evaluation with predict={kind!r}{nearest(kind, list(predict))}")
         self._prefix = cfg.get("prefix", "eval")
         self._about = {"source": name, "split": cfg.split, "predict": kind}
         self._source = open_labelled(name, cfg.split, data.data_dir)
         self._origin = f"{name}, {cfg.split}"
         trained = open_labelled(data.source, data.split, data.data_dir)
         if self._source.class_names != trained.class_names:
-            raise ValueError(
+            raise UserError(
                 f"{self._origin} has other classes than the training images of {data.source}:"
                 f" {self._source.num_classes} and {trained.num_classes}, or in another order;"
                 " labels of the two cannot be compared"
@@ -66,11 +66,11 @@ class Evaluator:
         with the label, without smoothing. eval/images: how many were classified.
 
         Raises:
-          ValueError: no image can be read; a label is out of range.
+          UserError: no image can be read; a label is out of range.
         """
         found = results.classify(self._extractor, state, self._source)
         if not len(found.label_N):
-            raise ValueError(f"no image of {self._origin} can be read: there is nothing to measure")
+            raise UserError(f"no image of {self._origin} can be read: there is nothing to measure")
         classes = self._source.class_names or []
         scalars = {
             "top1": 100 * float((found.rank_N < 1).mean()),

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.config import nearest
 from mae_jax.data import pipeline, sources, transforms
+from mae_jax.errors import UserError, nearest
 
 
 class Features(NamedTuple):
@@ -30,11 +30,11 @@ def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
     """A source whose images have labels.
 
     Raises:
-      ValueError: it has none, or see `sources.open_source`.
+      UserError: it has none, or see `sources.open_source`.
     """
     source = sources.open_source(name, split, data_dir)
     if not source.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{name!r} has no labels, which are needed here: a folder has them if every image lies"
             " at PATH/CLASS/FILE, a tfds dataset if it has a ClassLabel under 'label'"
         )
@@ -42,16 +42,16 @@ def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
 
 
 def require_disjoint(what: str, one: sources.Source, other: sources.Source, way_out: str) -> None:
-    """Raises ValueError if two sources have images in common; 'A and B', and what to do."""
+    """Raises UserError if two sources have images in common; 'A and B', and what to do."""
     if count := sources.shared(one, other):
-        raise ValueError(f"{what} have {count:,} images in common: {way_out}")
+        raise UserError(f"{what} have {count:,} images in common: {way_out}")
 
 
 def require_labels(label_B: np.ndarray, classes: int) -> None:
-    """Raises ValueError if a label is not one of the classes."""
+    """Raises UserError if a label is not one of the classes."""
     wrong = label_B[(label_B < 0) | (label_B >= classes)]
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"an image has label {wrong[0]}, and labels go from 0 to {classes - 1}: choose a split"
             " whose images are labelled (the public test images of ImageNet are not)"
         )
@@ -63,7 +63,7 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any
     def compute(params: Any, extra: Any, batch: dict) -> Array:
         found = predict["features"](params, extra, batch)
         if name not in found:
-            raise ValueError(f"there is no feature {name!r}{nearest(name, list(found))}")
+            raise UserError(f"there is no feature {name!r}{nearest(name, list(found))}")
         return found[name].astype(jnp.float32)
 
     return compute
@@ -80,7 +80,7 @@ class Extractor:
       crop: of `pipeline.eval_batches`.
 
     Raises:
-      ValueError: batch_size is not positive; while running: a label is out of range.
+      UserError: batch_size is not positive; while running: a label is out of range.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Extractor:
         crop: Callable[[transforms.Picture, tuple[int, int]], np.ndarray] = transforms.center_crop,
     ):
         if batch_size < 1:
-            raise ValueError(f"evaluation with batch_size={batch_size}: it must be at least 1")
+            raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         self.batch_size = -(-batch_size // ways) * ways
         self._config, self._mesh, self._crop = config, mesh, crop
@@ -178,7 +178,7 @@ def draw_per_class(source: sources.Source, count: int, channels: int, seed: int)
     Reads records in a random order until it has them, and not all.
 
     Raises:
-      ValueError: a class has fewer; it is named.
+      UserError: a class has fewer; it is named.
     """
     classes, names = source.num_classes or 0, source.class_names or []
     chosen: list[list[int]] = [[] for _ in range(classes)]
@@ -200,7 +200,7 @@ def draw_per_class(source: sources.Source, count: int, channels: int, seed: int)
         f"{names[y]!r} has {len(found)}" for y, found in enumerate(chosen) if len(found) < count
     ]
     if short:
-        raise ValueError(
+        raise UserError(
             f"{count} images of each class are wanted, and class {', '.join(short[:5])}"
             f"{', ...' if len(short) > 5 else ''} ({len(short)} of {classes} classes have too few):"
             " ask for fewer, or use a larger split"

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax.errors import UserError
 from mae_jax.evals.features import (
     Extractor,
     draw_per_class,
@@ -74,7 +75,7 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source has no labels, a class has too few images, no shot or draw is asked
+      UserError: the source has no labels, a class has too few images, no shot or draw is asked
         for, or the few would be drawn from what is classified.
     """
 
@@ -92,7 +93,7 @@ class Evaluator:
             " 'train[:80%]'",
         )
         if cfg.draws < 1 or not cfg.shots or min(cfg.shots) < 1:
-            raise ValueError(
+            raise UserError(
                 f"few-shot with shots={tuple(cfg.shots)} and draws={cfg.draws}: give at least one"
                 " number of images per class, and at least one draw"
             )
@@ -114,11 +115,11 @@ class Evaluator:
         With several draws also ..._std, the standard deviation (n - 1) between them.
 
         Raises:
-          ValueError: no image can be read.
+          UserError: no image can be read.
         """
         x_ND, label_N = self._extractor.table(state, self._queries)
         if not len(x_ND):
-            raise ValueError(f"few-shot: no image of split {self._cfg.split!r} can be read")
+            raise UserError(f"few-shot: no image of split {self._cfg.split!r} can be read")
         scalars = {}
         for shots, draws in self._few.items():
             accuracies = []

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from mae_jax.errors import UserError
 from mae_jax.evals.features import Extractor, Features, feature_of, open_labelled, require_disjoint
 from mae_jax.sharding import BATCH
 
@@ -101,7 +102,7 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
+      UserError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
         have images in common, or a temperature that is not positive.
     """
 
@@ -119,7 +120,7 @@ class Evaluator:
             "they would find themselves. Give others, such as 'train[80%:]' and 'train[:80%]'",
         )
         if cfg.temperature <= 0:
-            raise ValueError(f"k-NN with temperature={cfg.temperature}: it must be positive")
+            raise UserError(f"k-NN with temperature={cfg.temperature}: it must be positive")
         self._cfg = cfg
         self._check_ks(len(self._bank))
         self._extractor = Extractor(
@@ -131,7 +132,7 @@ class Evaluator:
     def _check_ks(self, bank: int, lost: int = 0) -> None:
         ks = self._cfg.ks
         if not ks or min(ks) < 1 or max(ks) > bank:
-            raise ValueError(
+            raise UserError(
                 f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
                 f" {bank:,} images ({self._name}, {self._cfg.bank_split})"
                 + (f"; the features of {lost:,} more are not finite" if lost else "")
@@ -141,7 +142,7 @@ class Evaluator:
         """eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent, and no pictures.
 
         Raises:
-          ValueError: more of the bank is asked for than can be read; queries have a class that the
+          UserError: more of the bank is asked for than can be read; queries have a class that the
             bank lacks.
         """
         classes = self._queries.num_classes or 0
@@ -160,7 +161,7 @@ class Evaluator:
             unknown = np.setdiff1d(label_B[counted_B], known)
             if len(unknown):
                 names = self._queries.class_names or []
-                raise ValueError(
+                raise UserError(
                     f"k-NN: no image of class {names[unknown[0]]!r} is in the bank"
                     f" ({self._name}, {self._cfg.bank_split}), and some are among the queries"
                     f" ({self._cfg.split}): take a larger bank_split"
@@ -170,7 +171,7 @@ class Evaluator:
                 voted = vote(similarity_Bk[:, :k], label_Bk[:, :k], classes, self._cfg.temperature)
                 right[k] += int((voted == label_B)[counted_B].sum())
         if not images:
-            raise ValueError(f"k-NN: no image of {self._name}, {self._cfg.split} can be read")
+            raise UserError(f"k-NN: no image of {self._name}, {self._cfg.split} can be read")
         scalars = {
             f"{self._cfg.get('prefix', 'eval')}/knn{k}_{self._cfg.feature}": 100 * right[k] / images
             for k in right

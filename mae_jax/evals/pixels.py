@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
+from mae_jax.errors import UserError
 from mae_jax.models import targets
 
 CAPTIONS = {  # targets made of pixels, and what to say under pictures of their predictions
@@ -35,13 +36,13 @@ def patch_statistics(
         those of the patches themselves: the result holds information that the model never had.
 
     Raises:
-      ValueError: another source.
+      UserError: another source.
     """
     mean_BL1, std_BL1 = targets.patch_statistics(patches_BLP)
     if source == "true":
         return mean_BL1, std_BL1
     if source != "visible":
-        raise ValueError(f"patch statistics from {source!r}: there are 'visible' and 'true'")
+        raise UserError(f"patch statistics from {source!r}: there are 'visible' and 'true'")
     place_L2 = _places(np.arange(math.prod(grid)), grid)
     distance_LL = np.sqrt(np.square(place_L2[:, None] - place_L2).sum(-1))
     weight_LL = np.where(distance_LL > 0, distance_LL, np.inf).astype(np.float32) ** -3

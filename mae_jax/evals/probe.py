@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import Source
+from mae_jax.errors import UserError
 from mae_jax.evals import results
 from mae_jax.evals.features import Extractor, open_labelled, require_disjoint
 
@@ -34,7 +35,7 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source has no labels, or other classes than the training images; there is
+      UserError: the source has no labels, or other classes than the training images; there is
         nothing to choose the best rate on, or two of the splits have images in common.
     """
 
@@ -51,7 +52,7 @@ class Evaluator:
         self._classes, self._select_split = self._splits[""].class_names or [], cfg.select_split
         if len(self._rates) > 1:
             if not cfg.select_split:
-                raise ValueError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
+                raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
             self._splits["select_"] = open_labelled(data.source, cfg.select_split, data.data_dir)
         trained = open_labelled(data.source, data.split, data.data_dir)
         used = {"config.data.split": (data.split, trained)}
@@ -62,7 +63,7 @@ class Evaluator:
             what = f"evaluation: {name}={split!r} and {other}={other_split!r}"
             require_disjoint(what, source, found, WAYS)
         if self._splits[""].class_names != trained.class_names:
-            raise ValueError(
+            raise UserError(
                 f"{self._origin} has other classes than the training images of {data.source}:"
                 f" {self._splits[''].num_classes} and {trained.num_classes}"
             )
@@ -79,7 +80,7 @@ class Evaluator:
         classified.
 
         Raises:
-          ValueError: no image can be read.
+          UserError: no image can be read.
         """
         found = self._classify(state, self._splits[""])
         top1, top5, loss = _means(found)
@@ -98,20 +99,20 @@ class Evaluator:
             scalars |= {"best_blr": self._rates[best]}
             scalars |= {"best_top1": top1[best]} | ({"best_top5": top5[best]} if many else {})
             about = self._about | {"blr": self._rates[best], "chosen_on": self._select_split}
-        one = results.Outcomes(*(x[:, best] for x in found))
+        one = results.Predictions(*(x[:, best] for x in found))
         self.results = results.Results(self._prefix, about, self._classes, one)
         scalars["images"] = len(one.label_N)
         return {f"{self._prefix}/{name}": float(value) for name, value in scalars.items()}, {}
 
-    def _classify(self, state: Any, source: Source) -> results.Outcomes:
-        """Outcomes (N, R) of a source."""
+    def _classify(self, state: Any, source: Source) -> results.Predictions:
+        """Predictions (N, R) of a source."""
         found = results.classify(self._extractor, state, source)
         if not len(found.label_N):
-            raise ValueError(f"no image of {self._origin} can be read: there is nothing to measure")
+            raise UserError(f"no image of {self._origin} can be read: there is nothing to measure")
         return found
 
 
-def _means(found: results.Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _means(found: results.Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """top1 and top5 in percent, and loss, of each head (R,)."""
     rank_NR = found.rank_N
     return 100 * (rank_NR < 1).mean(0), 100 * (rank_NR < 5).mean(0), found.loss_N.mean(0)

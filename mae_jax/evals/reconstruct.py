@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from mae_jax import sharding
 from mae_jax.config import resolve
 from mae_jax.data import pipeline, sources
+from mae_jax.errors import UserError
 from mae_jax.evals import figures, pixels
 from mae_jax.models import masking
 from mae_jax.models.patchify import patchify, unpatchify
@@ -49,7 +50,7 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: the source cannot be opened, or no image is asked for.
+      UserError: the source cannot be opened, or no image is asked for.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Evaluator:
         model = config.model
         for name in ("images", "batch_size"):
             if cfg[name] < 1:
-                raise ValueError(f"evaluation with {name}={cfg[name]}: it must be at least 1")
+                raise UserError(f"evaluation with {name}={cfg[name]}: it must be at least 1")
         self._cfg, self._config, self._mesh = cfg, config, mesh
         self._predict = predict["reconstruction"]
         self._patch, self._size = tuple(model.patch_size), tuple(model.image_size)
@@ -91,7 +92,7 @@ class Evaluator:
         made of pixels there are no errors in levels.
 
         Raises:
-          ValueError: none of the images can be read.
+          UserError: none of the images can be read.
         """
         images = 0
         sums, trivial = np.zeros(3), np.zeros(3)
@@ -111,9 +112,7 @@ class Evaluator:
                         *shown, patch=self._patch, caption=caption
                     )
         if not images:
-            raise ValueError(
-                f"no image of {self._origin} can be read: there is nothing to evaluate"
-            )
+            raise UserError(f"no image of {self._origin} can be read: there is nothing to evaluate")
         hidden, loss, squared = sums.tolist()
         scalars = {"eval/loss": loss / hidden}
         if self._in_pixels:

@@ -22,7 +22,7 @@ NAME_LENGTH = 20  # characters of a class name in the figure
 PLAIN: dict[str, Any] = {"parse_math": False}  # of texts with names, where $ is a character
 
 
-class Outcomes(NamedTuple):
+class Predictions(NamedTuple):
     """What became of N images; another axis, of heads side by side, may follow."""
 
     label_N: np.ndarray  # the true class
@@ -32,8 +32,8 @@ class Outcomes(NamedTuple):
     loss_N: np.ndarray  # cross-entropy with the label
 
 
-def measure(logits: np.ndarray, label: np.ndarray) -> Outcomes:
-    """Outcomes of logits (..., Y), in float64.
+def measure(logits: np.ndarray, label: np.ndarray) -> Predictions:
+    """Predictions of logits (..., Y), in float64.
 
     Of equal logits the first class wins. An image with a logit that is not a number counts as
     wrong, and its confidence and loss are not numbers.
@@ -49,7 +49,7 @@ def measure(logits: np.ndarray, label: np.ndarray) -> Outcomes:
     with np.errstate(invalid="ignore"):
         log_sum = np.log(np.exp(logits - largest[..., None]).sum(-1)) + largest
         known = ~np.isnan(log_sum)
-        return Outcomes(
+        return Predictions(
             label,
             np.where(known, logits.argmax(-1), -1),
             np.where(known, classes - beaten.sum(-1), classes),
@@ -58,8 +58,8 @@ def measure(logits: np.ndarray, label: np.ndarray) -> Outcomes:
         )
 
 
-def classify(extractor: Extractor, state: Any, source: Source) -> Outcomes:
-    """Outcomes of the readable images of a source, in their order, on every host.
+def classify(extractor: Extractor, state: Any, source: Source) -> Predictions:
+    """Predictions of the readable images of a source, in their order, on every host.
 
     Args:
       extractor: computes logits, (B, Y) or (B, R, Y).
@@ -69,7 +69,7 @@ def classify(extractor: Extractor, state: Any, source: Source) -> Outcomes:
         found = extractor.fetch(batch)
         logits, label = found.x[found.counted], found.label[found.counted]
         outcomes.append(measure(logits, label if logits.ndim == 2 else label[:, None]))
-    return Outcomes(*map(np.concatenate, zip(*outcomes, strict=True)))
+    return Predictions(*map(np.concatenate, zip(*outcomes, strict=True)))
 
 
 class Results(NamedTuple):
@@ -78,7 +78,7 @@ class Results(NamedTuple):
     prefix: str  # of the names of its scalars, such as eval
     about: dict[str, Any]  # where the images come from
     classes: list[str]
-    found: Outcomes
+    found: Predictions
 
 
 def report(results: Results) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def reliability(confidence_N: np.ndarray, right_N: np.ndarray) -> list[dict[str,
     return bins
 
 
-def per_class(found: Outcomes, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def per_class(found: Predictions, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of each class, and how many of them were classified right (Y,)."""
     right = found.predicted_N == found.label_N
     return (
@@ -159,7 +159,7 @@ def per_class(found: Outcomes, classes: int) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def worst(found: Outcomes, classes: int, count: int = WORST) -> np.ndarray:
+def worst(found: Predictions, classes: int, count: int = WORST) -> np.ndarray:
     """The classes of lowest accuracy, the lowest first; all in their order if there are no more."""
     total, correct = per_class(found, classes)
     present = np.flatnonzero(total)
@@ -169,7 +169,7 @@ def worst(found: Outcomes, classes: int, count: int = WORST) -> np.ndarray:
     return present[order[:count]]
 
 
-def confusion(found: Outcomes, chosen: np.ndarray) -> list[dict[int, int]]:
+def confusion(found: Predictions, chosen: np.ndarray) -> list[dict[int, int]]:
     """Of each chosen class: predicted class -> images, the most frequent first; -1 = none."""
     table = []
     for label in chosen:

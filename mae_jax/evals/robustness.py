@@ -7,10 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import nearest
 from mae_jax.data import robustness, transforms
 from mae_jax.data.sources import NotPrepared, Source
-from mae_jax.distributed import say
+from mae_jax.distributed import log_once
+from mae_jax.errors import UserError, nearest
 from mae_jax.evals.features import Extractor, open_labelled
 
 SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
@@ -59,14 +59,14 @@ class Evaluator:
       mesh: where the state lives.
 
     Raises:
-      ValueError: none of the sets is there, or one has a class that the model does not know.
+      UserError: none of the sets is there, or one has a class that the model does not know.
     """
 
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
         if "logits" not in predict:
-            raise ValueError(f"robustness is that of a classifier{nearest('logits', [*predict])}")
+            raise UserError(f"robustness is that of a classifier{nearest('logits', [*predict])}")
         data = config.data
         self._data_dir, self._corrupted = data.data_dir, cfg.imagenet_c
         self._names = open_labelled(data.source, data.split, data.data_dir).class_names or []
@@ -93,9 +93,9 @@ class Evaluator:
         else:
             left_out.append(f"imagenet_c is left out: {robustness.HOW_TO_GET_C}")
         if not self._sets and not self._corruptions:
-            raise ValueError("there is nothing to measure:\n  " + "\n  ".join(left_out))
+            raise UserError("there is nothing to measure:\n  " + "\n  ".join(left_out))
         for line in left_out:
-            say(line)
+            log_once(line)
         extractor: Any = dict(compute=predict["logits"], mesh=mesh, batch_size=cfg.batch_size)
         self._extractor = Extractor(config, **extractor)
         self._uncropped = Extractor(config, **extractor, crop=transforms.full_crop)
@@ -116,7 +116,7 @@ class Evaluator:
         the benchmark, if all are there.
 
         Raises:
-          ValueError: no image of a set can be read; a part of ImageNet-C has another number of
+          UserError: no image of a set can be read; a part of ImageNet-C has another number of
             images than the others.
         """
         scalars: dict[str, float] = {}
@@ -127,7 +127,7 @@ class Evaluator:
                 competing = np.sort(robustness.positions(SUBSETS[name], self._names, name))
             right, images = self._count(self._extractor, state, source, name, competing)
             scalars |= {f"eval/{name}_top1": 100 * right / images, f"eval/{name}_images": images}
-            say(f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images")
+            log_once(f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images")
 
         errors: dict[str, list[float]] = {}
         sizes: dict[str, int] = {}
@@ -141,13 +141,13 @@ class Evaluator:
                 sizes[what] = images
                 first = next(iter(sizes))
                 if images != sizes[first]:
-                    raise ValueError(
+                    raise UserError(
                         f"{what} has {images:,} images that can be read, and {first}"
                         f" {sizes[first]:,}: unpack it again"
                     )
             scalars[f"eval/imagenet_c_error_{name}"] = 100 * float(np.mean(errors[name]))
             each = ", ".join(f"{100 * error:.2f}" for error in errors[name])
-            say(f"imagenet_c {name}: errors {each} %")
+            log_once(f"imagenet_c {name}: errors {each} %")
         if errors.keys() >= set(robustness.CORRUPTIONS):
             plain = [errors[name] for name in robustness.CORRUPTIONS]
             scalars["eval/imagenet_c_mce"] = mean_corruption_error(errors)
@@ -167,5 +167,5 @@ class Evaluator:
             right += int(correct(found.x[found.counted], label, competing).sum())
             images += len(label)
         if not images:
-            raise ValueError(f"no image of {what} can be read: there is nothing to measure")
+            raise UserError(f"no image of {what} can be read: there is nothing to measure")
         return right, images

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from mae_jax.errors import UserError
 from mae_jax.interop.pth import release
 from mae_jax.models.posemb import sincos_2d
 
@@ -201,13 +202,13 @@ def to_ours(state: Mapping[str, np.ndarray], spec: Spec, family: Family) -> tupl
     ours; one that differs is kept as one.
 
     Raises:
-      ValueError: a tensor is missing, has another shape, is not of floats, or is not finite.
+      UserError: a tensor is missing, has another shape, is not of floats, or is not finite.
     """
     wanted = list(entries(spec, family))
     missing = [name for entry in wanted for name in entry.names if name not in state]
     missing = [name for name in missing if not name.endswith(("pos_embed", "position_embeddings"))]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} tensors are missing, so that this would be a partial load:"
             f" {_some(missing)}"
         )
@@ -232,9 +233,7 @@ def to_ours(state: Mapping[str, np.ndarray], spec: Spec, family: Family) -> tupl
         release(tensor)
     for path, x in flat.items():
         if not np.isfinite(x).all():
-            raise ValueError(
-                f"{path} has values that are not finite: the file's weights are broken"
-            )
+            raise UserError(f"{path} has values that are not finite: the file's weights are broken")
     for side, is_fixed in fixed.items():
         if is_fixed and f"{side}/pos_embed" in flat:
             del flat[f"{side}/pos_embed"]
@@ -248,12 +247,12 @@ def _read(state: Mapping[str, np.ndarray], entry: Entry) -> np.ndarray:
     expected = (rows // len(parts), *rest)
     for name, x in zip(entry.names, parts, strict=True):
         if x.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {tuple(x.shape)} where {expected} is expected from the file's"
                 " other tensors: it is damaged, or of another model"
             )
         if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
-            raise ValueError(f"{name} holds {x.dtype}, not floating-point numbers")
+            raise UserError(f"{name} holds {x.dtype}, not floating-point numbers")
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -263,10 +262,10 @@ def to_theirs(params: Mapping, spec: Spec, family: Family) -> dict[str, np.ndarr
     The tensors are views of the parameters, so that no second copy of the network is made.
 
     Raises:
-      ValueError: a decoder without a mask token, which those families do not know.
+      UserError: a decoder without a mask token, which those families do not know.
     """
     if spec.tokens_in_encoder and spec.decoder_width:
-        raise ValueError(
+        raise UserError(
             "these weights are of a run with masking.tokens_in_encoder: their decoder has no mask"
             " token, which other formats need. Convert with --part=encoder, or --to=ours"
         )

@@ -19,6 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.errors import UserError
+
 STORAGES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -51,37 +53,37 @@ def read(path: str | os.PathLike) -> Any:
     """What a .pth file holds; its tensors are views of the file, read when they are used.
 
     Raises:
-      ValueError: it is cut off, damaged or compressed, or asks for anything but tensors.
+      UserError: it is cut off, damaged or compressed, or asks for anything but tensors.
     """
     data = np.memmap(path, np.uint8, "r")
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
-        raise ValueError(
+        raise UserError(
             f"{path} is cut off or damaged: its end has no zip directory, which .pth files have"
         ) from None
     with archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
         if len(pickles) != 1:
-            raise ValueError(f"{path} is a zip archive, but not one that torch.save wrote")
+            raise UserError(f"{path} is a zip archive, but not one that torch.save wrote")
         root = pickles[0].removesuffix("data.pkl")
         packed = [i.filename for i in members.values() if i.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise ValueError(
+            raise UserError(
                 f"{path} has compressed parts ({packed[0]!r}); torch.save writes none, and they"
                 " could unpack to any size"
             )
         if members[pickles[0]].file_size > MAX_PICKLE:
-            raise ValueError(f"{path}: its {pickles[0]} is larger than {MAX_PICKLE >> 20} MiB")
+            raise UserError(f"{path}: its {pickles[0]} is larger than {MAX_PICKLE >> 20} MiB")
         order = members.get(f"{root}byteorder")
         if order and _bytes(data, order, path).tobytes() != b"little":
-            raise ValueError(f"{path} was written on a big-endian machine, which is not supported")
+            raise UserError(f"{path} was written on a big-endian machine, which is not supported")
 
         def storage(key: str) -> np.ndarray:
             info = members.get(f"{root}data/{key}")
             if info is None:
-                raise ValueError(f"{path} has no storage {key!r}: it is damaged")
+                raise UserError(f"{path} has no storage {key!r}: it is damaged")
             return _bytes(data, info, path)
 
         reader = _Reader(io.BytesIO(_bytes(data, members[pickles[0]], path).tobytes()))
@@ -89,12 +91,12 @@ def read(path: str | os.PathLike) -> Any:
         try:
             return reader.load()
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} was not read: {error}") from None
+            raise UserError(f"{path} was not read: {error}") from None
         except (
             EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
             UnicodeDecodeError, MemoryError, struct.error,
         ) as error:  # fmt: skip
-            raise ValueError(f"{path}: its data.pkl is damaged ({error!r})") from None
+            raise UserError(f"{path}: its data.pkl is damaged ({error!r})") from None
 
 
 def _bytes(data: np.ndarray, info: zipfile.ZipInfo, path: Any) -> np.ndarray:
@@ -109,7 +111,7 @@ def _bytes(data: np.ndarray, info: zipfile.ZipInfo, path: Any) -> np.ndarray:
         release(data)
         if intact:
             return found
-    raise ValueError(f"{path} is damaged: {info.filename!r} has other bytes than were written")
+    raise UserError(f"{path} is damaged: {info.filename!r} has other bytes than were written")
 
 
 class _Reader(pickle.Unpickler):

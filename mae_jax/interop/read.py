@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae_jax.errors import UserError
 from mae_jax.interop import pth, safetensors
 from mae_jax.interop.names import Family, Spec, canonical_hf, entries, is_sincos
 
@@ -50,16 +51,16 @@ def open_file(path: str | Path) -> File:
     """Find out what a file or directory is, and open it; its tensors are not read yet.
 
     Raises:
-      ValueError: it is nothing that can be read; what it seems to be is said.
+      UserError: it is nothing that can be read; what it seems to be is said.
     """
     path, config, image = Path(path), {}, {}
     if not path.exists():
-        raise ValueError(f"there is no file or directory {str(path)!r}")
+        raise UserError(f"there is no file or directory {str(path)!r}")
     if path.is_dir():
         config, image = _json(path / "config.json"), _json(path / "preprocessor_config.json")
         kind = config.get("model_type", "none")
         if kind not in ("vit_mae", "vit"):
-            raise ValueError(
+            raise UserError(
                 f"{path} is a directory with model_type {kind!r} in its config.json; of Hugging"
                 " Face's models, vit_mae and vit can be read"
             )
@@ -81,7 +82,7 @@ def open_file(path: str | Path) -> File:
         )
         notes += _epsilon(config)
         if activation := {config.get("hidden_act", "gelu")} - {"gelu"}:
-            raise ValueError(f"{path}: hidden_act is {activation.pop()!r}, and only gelu is known")
+            raise UserError(f"{path}: hidden_act is {activation.pop()!r}, and only gelu is known")
         config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
         return File(renamed, "hf", config, source, notes)
     if "cls_token" in state and "patch_embed.proj.weight" in state:
@@ -89,16 +90,16 @@ def open_file(path: str | Path) -> File:
             state = _fold_batch_norm(state, path)
             notes.append("head.0, a batch norm without scale and bias, was folded into the head")
         return File(state, "official", arguments, found, notes)
-    raise ValueError(f"{path} is not a model of this family: it looks like {_guess(state)}")
+    raise UserError(f"{path} is not a model of this family: it looks like {_guess(state)}")
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise UserError(f"{file} holds no JSON object")
     return content
 
 
@@ -110,9 +111,9 @@ def _hf_weights(directory: Path) -> dict[str, Any]:
         if index:
             parts = sorted(set(index.values()))
             if any(Path(part).name != part or not (directory / part).exists() for part in parts):
-                raise ValueError(f"{directory}/{name}.index.json names files that are not there")
+                raise UserError(f"{directory}/{name}.index.json names files that are not there")
             return {k: x for part in parts for k, x in _content(directory / part).items()}
-    raise ValueError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+    raise UserError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -125,9 +126,9 @@ def _content(path: Path) -> dict[str, Any]:
     elif size > 8 and start[8:9] == b"{":
         content = safetensors.read(path)
     else:
-        raise ValueError(f"{path} {_what(start, size)}")
+        raise UserError(f"{path} {_what(start, size)}")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
@@ -158,7 +159,7 @@ def _unwrap(content: dict, path: Path) -> tuple[dict, dict, str]:
             break
     tensors = {k: x for k, x in content.items() if isinstance(x, np.ndarray)}
     if not tensors:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no tensors by name; its keys: {', '.join(map(str, content))[:200]}"
         )
     return tensors, arguments, found
@@ -182,7 +183,7 @@ def _fold_batch_norm(state: dict[str, np.ndarray], path: Path) -> dict[str, np.n
         scale = 1 / np.sqrt(var + 1e-6)
         folded = {"head.weight": weight * scale, "head.bias": bias - weight @ (mean * scale)}
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: the head of a linear probe is not whole: {error}") from None
+        raise UserError(f"{path}: the head of a linear probe is not whole: {error}") from None
     rest = {name: x for name, x in state.items() if not name.startswith("head.")}
     return rest | {name: x.astype(np.float32) for name, x in folded.items()}
 
@@ -212,7 +213,7 @@ def infer(
       name: of the file; those of the released files tell their target.
 
     Raises:
-      ValueError: tensors that contradict each other, or something that cannot be told.
+      UserError: tensors that contradict each other, or something that cannot be told.
     """
     state, config, hf = file.state, file.config, file.family == "hf"
     notes: list[str] = []
@@ -220,15 +221,15 @@ def infer(
     def shape(official: str, hf_name: str, rank: int) -> tuple[int, ...]:
         key = hf_name if hf else official
         if key not in state:
-            raise ValueError(f"{key} is missing, so that this would be a partial load")
+            raise UserError(f"{key} is missing, so that this would be a partial load")
         if state[key].ndim != rank or not all(state[key].shape):
-            raise ValueError(f"{key} has shape {state[key].shape}, of another rank than {rank}")
+            raise UserError(f"{key} has shape {state[key].shape}, of another rank than {rank}")
         return state[key].shape
 
     def depth(stem: str) -> int:
         found = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(stem)}\.(\d+)\.", key))}
         if found != set(range(len(found))):
-            raise ValueError(f"{stem} has {len(found)} layers, and they are not numbered from 0")
+            raise UserError(f"{stem} has {len(found)} layers, and they are not numbered from 0")
         return len(found)
 
     embed = "vit.embeddings.patch_embeddings.projection.weight"
@@ -293,7 +294,7 @@ def _ratio(given: Any) -> float:
     if given is None:
         return Spec._field_defaults["mask_ratio"]
     if not isinstance(given, float) or not 0 < given < 1:
-        raise ValueError(f"the file's mask_ratio is {given!r}, not a number between 0 and 1")
+        raise UserError(f"the file's mask_ratio is {given!r}, not a number between 0 and 1")
     return given
 
 
@@ -303,17 +304,17 @@ def _numbers(what: str, given: Any, default: tuple[float, ...]) -> tuple[float, 
     try:
         return tuple(float(x) for x in given)
     except (TypeError, ValueError):
-        raise ValueError(f"the file's {what} is {given!r}, not a number for each channel") from None
+        raise UserError(f"the file's {what} is {given!r}, not a number for each channel") from None
 
 
 def _heads(what: str, width: int, given: Any, published: Mapping[int, int]) -> int:
     heads = given or published.get(width)
     if not heads:
-        raise ValueError(
+        raise UserError(
             f"the file does not say how many {what} a width of {width} is split into: give {what}"
         )
     if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise ValueError(f"{what}={heads} does not divide the width {width}")
+        raise UserError(f"{what}={heads} does not divide the width {width}")
     return heads
 
 
@@ -327,18 +328,18 @@ def _grid(state: Mapping, spec: Spec, hf: bool, size: Any) -> tuple[tuple[int, i
             and len(sides) == 2
             and all(isinstance(side, int) for side in sides)
         ):
-            raise ValueError(f"the file's image_size is {size!r}: give image_size")
+            raise UserError(f"the file's image_size is {size!r}: give image_size")
         height, width = sides
         grid = height // spec.patch[0], width // spec.patch[1]
         if key in state and state[key].shape[1] != 1 + math.prod(grid):
-            raise ValueError(
+            raise UserError(
                 f"{key} has {state[key].shape[1]} positions; images of {height} x {width} in"
                 f" patches of {spec.patch[0]} x {spec.patch[1]} and a cls token need"
                 f" {1 + math.prod(grid)}"
             )
         return grid, []
     if key not in state or state[key].ndim != 3 or state[key].shape[1] < 2:
-        raise ValueError(f"there is no position table {key}: give image_size")
+        raise UserError(f"there is no position table {key}: give image_size")
     table, patches = state[key], state[key].shape[1] - 1
     side = math.isqrt(patches)
     if side * side == patches:
@@ -346,7 +347,7 @@ def _grid(state: Mapping, spec: Spec, hf: bool, size: Any) -> tuple[tuple[int, i
     for rows in range(1, patches + 1):
         if patches % rows == 0 and is_sincos(table, (rows, patches // rows)):
             return (rows, patches // rows), []
-    raise ValueError(
+    raise UserError(
         f"{key} has {patches} patches, which are not in a square: give the image_size of the file"
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mae_jax.errors import UserError
 from mae_jax.interop.pth import dtype_of
 
 DTYPES = {
@@ -29,14 +30,14 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a file, as views of it that are read when they are used.
 
     Raises:
-      ValueError: it is cut off or damaged, or holds a type of numbers that NumPy has not.
+      UserError: it is cut off or damaged, or holds a type of numbers that NumPy has not.
     """
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes")
+                raise UserError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         data = np.memmap(path, np.uint8, "r")
@@ -45,19 +46,19 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             begin, end = entry["data_offsets"]
             shape = entry["shape"]
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name!r} holds numbers of type {entry['dtype']}")
+                raise UserError(f"{name!r} holds numbers of type {entry['dtype']}")
             kind = dtype_of(DTYPES[entry["dtype"]])
             if not all(isinstance(n, int) and n >= 0 for n in [begin, end, *shape]):
-                raise ValueError(f"{name!r} has sizes that are not numbers")
+                raise UserError(f"{name!r} has sizes that are not numbers")
             if end - begin != math.prod(shape) * kind.itemsize:
-                raise ValueError(f"{name!r} has {end - begin} bytes for shape {shape}")
+                raise UserError(f"{name!r} has {end - begin} bytes for shape {shape}")
             if 8 + length + end > size:
-                raise ValueError(f"{name!r} ends {8 + length + end - size} bytes after the file")
+                raise UserError(f"{name!r} ends {8 + length + end - size} bytes after the file")
             first = 8 + length + begin
             tensors[name] = data[first : first + end - begin].view(kind).reshape(shape)
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not an intact safetensors file: {error}. Copy or download it again"
         ) from None
 

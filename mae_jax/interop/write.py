@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mae_jax.errors import UserError
 from mae_jax.interop import pth, safetensors
 from mae_jax.interop.names import Spec, to_theirs
 
@@ -17,12 +18,12 @@ def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to, which becomes `path` at the end and vanishes on an error.
 
     Raises:
-      ValueError: `path` is there already, or its folder is not.
+      UserError: `path` is there already, or its folder is not.
     """
     if path.exists():
-        raise ValueError(f"{path} is there already: choose another name, or remove it")
+        raise UserError(f"{path} is there already: choose another name, or remove it")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {str(path.absolute().parent)!r}")
+        raise UserError(f"{path}: there is no folder {str(path.absolute().parent)!r}")
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         yield part
@@ -42,10 +43,10 @@ def timm(path: Path, spec: Spec, params: Mapping) -> None:
     """A .safetensors with timm's names, for `timm.create_model(..., checkpoint_path=PATH)`.
 
     Raises:
-      ValueError: timm has no decoder.
+      UserError: timm has no decoder.
     """
     if spec.decoder_width:
-        raise ValueError("timm has no decoder of masked autoencoders: convert with --part=encoder")
+        raise UserError("timm has no decoder of masked autoencoders: convert with --part=encoder")
     safetensors.write(path, to_theirs(params, spec, "official"))
 
 
@@ -56,16 +57,16 @@ def hf(path: Path, spec: Spec, params: Mapping, about: Mapping[str, str]) -> Non
     well; with a head, a ViTForImageClassification.
 
     Raises:
-      ValueError: a head on averaged patches, which transformers' ViT has not; a decoder of anything
+      UserError: a head on averaged patches, which transformers' ViT has not; a decoder of anything
         but pixels.
     """
     if spec.classes and spec.pool == "avg":
-        raise ValueError(
+        raise UserError(
             "transformers' ViTForImageClassification reads the cls token; this classifier averages"
             " patches (global_pool) and cannot be written for it: convert --to=timm or official"
         )
     if spec.decoder_width and spec.target not in ("pixels", "norm_pixels"):
-        raise ValueError(
+        raise UserError(
             f"the decoder predicts {spec.target}, transformers' ViTMAE only pixels: convert with"
             " --part=encoder"
         )

@@ -3,8 +3,9 @@
 Shape suffixes as in models/vit.py.
 """
 
+import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mae_jax.models.vit import Encoder, Execution, Stack, conv_default, layer_norm
+from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.vit import Encoder, Stack, layer_norm, torch_conv_init
 
-HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; REFERENCE section 3
+HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; docs/REFERENCE.md section 3
 SCRATCH_STD = 0.02  # of everything when training from scratch; facebookresearch/mae#28
 
 
 class Output(NamedTuple):
-    """What a classifier says of images; float32."""
+    """A classifier's features and logits of images, float32."""
 
     features_BD: Array  # what the head reads
     logits_BY: Array
@@ -30,86 +32,49 @@ class Classifier(nn.Module):
 
     Pooling "avg": the mean of the patch tokens of the last block, without cls token and without the
     encoder's final norm, then a LayerNorm of its own, fc_norm. "cls": the cls token after the
-    encoder's final norm. The encoder must have a final norm for "cls", and none for "avg".
+    encoder's final norm.
     """
 
-    encoder: Encoder
-    classes: int
-    pool: Literal["avg", "cls"] = "avg"
+    spec: ModelSpec
+    compute: ComputeConfig = ComputeConfig()
 
-    @nn.compact
+    def setup(self) -> None:
+        self.encoder = Encoder(self.spec, self.compute, self.spec.final_norm)
+        if self.spec.pool == "avg":
+            self.fc_norm = layer_norm("fc_norm")
+        head_init = nn.initializers.normal(HEAD_STD)
+        self.head = nn.Dense(self.spec.classes, kernel_init=head_init)
+
     def __call__(self, patches_BLP: Array, deterministic: bool = True) -> Output:
-        x_BND = self.encoder(patches_BLP, deterministic=deterministic).astype(jnp.float32)
-        if self.pool == "avg":
-            features_BD = layer_norm("fc_norm")(x_BND[:, 1:].mean(1))
-        else:
-            features_BD = x_BND[:, 0]
-        head = nn.Dense(self.classes, kernel_init=nn.initializers.normal(HEAD_STD), name="head")
-        return Output(features_BD, head(features_BD))
+        """Return features (B, D) and logits (B, Y) of all patches."""
+        x_BND: Any = self.encoder(patches_BLP, deterministic=deterministic)
+        features_BD = self.pooled(x_BND.astype(jnp.float32))
+        return Output(features_BD, self.head(features_BD))
 
-
-def build(
-    grid: tuple[int, int],
-    *,
-    width: int,
-    depth: int,
-    heads: int,
-    classes: int,
-    mlp_ratio: float = 4.0,
-    pool: Literal["avg", "cls"] = "avg",
-    drop_path: float = 0.0,
-    execution: Execution = Execution(),
-) -> Classifier:
-    """A classifier for a (rows, columns) grid of patches; its positions are trained.
-
-    Args:
-      drop_path: the rate of the last block; see `vit.Stack`.
-
-    Raises:
-      ValueError: a width that the heads do not divide, an unknown pooling, a rate outside 0..1.
-    """
-    if width % heads:
-        raise ValueError(
-            f"width={width} is not divisible by heads={heads}:"
-            f" choose a multiple such as width={(width // heads + 1) * heads}"
-        )
-    if pool not in ("avg", "cls"):
-        raise ValueError(f"pool={pool!r} is unknown: choose avg or cls")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path={drop_path} must be at least 0 and below 1")
-    encoder = Encoder(
-        grid,
-        width,
-        depth,
-        heads,
-        mlp_ratio,
-        drop_path,
-        trained_positions=True,
-        final_norm=pool == "cls",
-        execution=execution,
-    )
-    return Classifier(encoder, classes, pool)
+    def pooled(self, x_BND: Array) -> Array:
+        """Return what the head reads of the encoder's tokens."""
+        return self.fc_norm(x_BND[:, 1:].mean(1)) if self.spec.pool == "avg" else x_BND[:, 0]
 
 
 def scratch_init(params: Any, rng: Array) -> Any:
-    """Fresh parameters as for supervised training from scratch.
+    """Return fresh parameters as for supervised training from scratch.
 
     Normal with deviation 0.02 for all linear weights, the position table and the cls token; the
-    patch embedding, a convolution in the official code, as PyTorch starts convolutions. REFERENCE
-    section 3.
+    patch embedding, a convolution in the official code, as PyTorch starts convolutions
+    (docs/REFERENCE.md section 3).
     """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    index = {path: i for i, path in enumerate(paths)}
 
     def draw(path: tuple, leaf: Array) -> Array:
         names = [key.key for key in path]
-        key = jax.random.fold_in(rng, place[path])
+        key = jax.random.fold_in(rng, index[path])
         if names[-2:] == ["patch_embed", "kernel"]:
-            return conv_default(len(leaf))(key, leaf.shape, leaf.dtype)
+            return torch_conv_init(len(leaf))(key, leaf.shape, leaf.dtype)
         if names[-1] not in ("kernel", "pos_embed", "cls_token"):
             return leaf
         return SCRATCH_STD * jax.random.normal(key, leaf.shape, leaf.dtype)
 
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    place = {path: i for i, path in enumerate(paths)}
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
@@ -121,46 +86,46 @@ def apply_partly_frozen(
     deterministic: bool = True,
     rngs: Any = None,
 ) -> Output:
-    """`network.apply` for training the last blocks, the norm after them and the head only.
+    """Apply `network` so that only its last blocks, the norm after them and the head are trained.
 
-    The stack is run in two parts, and no backward pass goes into the first: freezing costs less
-    than masking gradients would save. The parameters are those of the whole, still one stack.
-    Frozen blocks drop no paths.
+    Run the stack in two parts and let no backward pass into the first: freezing then costs less,
+    which masking gradients would not. The parameters are those of the whole network, still one
+    stack. Frozen blocks drop no paths.
 
     Args:
       trained_blocks: 0, 0.5 (the MLP of the last block), or a whole number below the depth.
     """
-    e = network.encoder
-    split = e.depth - math.ceil(trained_blocks)
+    spec = network.spec
+    vit, split = spec.encoder, spec.encoder.depth - math.ceil(trained_blocks)
     encoder = dict(params["encoder"])
     norm, blocks = encoder.pop("norm", None), encoder["stack"]["blocks"]
-    below, above = (
-        jax.tree.map(lambda x, part=part: x[part], blocks)
-        for part in (slice(split), slice(split, None))
-    )
+    below = jax.tree.map(lambda x: x[:split], blocks)
+    above = jax.tree.map(lambda x: x[split:], blocks)
     encoder["stack"] = {"blocks": below}
-    bottom = e.clone(depth=split, final_norm=False, parent=None)
+    bottom = Encoder(
+        dataclasses.replace(spec, encoder=dataclasses.replace(vit, depth=split)),
+        network.compute,
+        final_norm=False,
+    )
     x: Any = bottom.apply({"params": jax.lax.stop_gradient(encoder)}, patches_BLP)
     if trained_blocks:
         if trained_blocks == 0.5:
             above = above | jax.lax.stop_gradient({k: above[k] for k in ("norm1", "attn")})
-        first = e.drop_path * split / max(e.depth - 1, 1)
-        top = Stack(
-            e.depth - split, e.heads, e.mlp_ratio, e.execution, e.drop_path, first, parent=None
-        )
-        x = top.apply({"params": {"blocks": above}}, x, deterministic, rngs=rngs)
+        first = vit.drop_path * split / max(vit.depth - 1, 1)
+        top = Stack(dataclasses.replace(vit, depth=vit.depth - split), network.compute, first)
+        x, _ = top.apply({"params": {"blocks": above}}, x, deterministic, rngs=rngs)
     x = x.astype(jnp.float32)
-    if network.pool == "avg":
+    if spec.pool == "avg":
         x, norm = x[:, 1:].mean(1), params["fc_norm"]
     else:
         x = x[:, 0]
     features_BD: Any = layer_norm("norm").apply({"params": norm}, x)
-    logits_BY: Any = nn.Dense(network.classes).apply({"params": params["head"]}, features_BD)
+    logits_BY: Any = nn.Dense(spec.classes).apply({"params": params["head"]}, features_BD)
     return Output(features_BD, logits_BY)
 
 
 def trained_share(params: Any, trained_blocks: float) -> Any:
-    """1 where `apply_partly_frozen` trains, 0 where not; broadcasts against the parameters."""
+    """Return 1 where `apply_partly_frozen` trains and 0 where not; broadcasts against `params`."""
     depth = len(jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0])
     split = depth - math.ceil(trained_blocks)
 
@@ -173,8 +138,3 @@ def trained_share(params: Any, trained_blocks: float) -> Any:
         return np.array(float(names[0] != "encoder" or names[1] == "norm"))
 
     return jax.tree_util.tree_map_with_path(share, params)
-
-
-def soft_cross_entropy(logits_BY: Array, target_BY: Array) -> Array:
-    """Cross-entropy with targets that are distributions; the mean over the batch."""
-    return -(target_BY * jax.nn.log_softmax(logits_BY)).sum(-1).mean()

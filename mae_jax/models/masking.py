@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mae_jax.errors import UserError
+
 
 class Mask(NamedTuple):
     """What is kept and how to undo the shuffle."""
@@ -25,11 +27,11 @@ def num_kept(num_patches: int, ratio: float) -> int:
     """trunc(L * (1 - ratio)), in floats as the official code has it: L=100 at 0.8 keeps 19.
 
     Raises:
-      ValueError: the ratio keeps no patch, or hides none.
+      UserError: the ratio keeps no patch, or hides none.
     """
     kept = int(num_patches * (1 - ratio))
     if not 0 < kept < num_patches:
-        raise ValueError(
+        raise UserError(
             f"mask_ratio={ratio} keeps {kept} of {num_patches} patches; at least one must be kept"
             f" and one hidden: choose it from {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}"
         )
@@ -85,11 +87,11 @@ def grid(rng: Array, batch: int, grid: tuple[int, int], ratio: float) -> Array:
     """Keep one patch of every 2 x 2, always the same one (Table 1f); in random order.
 
     Raises:
-      ValueError: the ratio is not 0.75, or the grid has an odd side.
+      UserError: the ratio is not 0.75, or the grid has an odd side.
     """
     rows, cols = grid
     if ratio != 0.75 or rows % 2 or cols % 2:
-        raise ValueError(
+        raise UserError(
             f"masking 'grid' keeps one patch of every 2 x 2: mask_ratio must be 0.75, not {ratio},"
             f" and both sides of the patch grid even (it is {rows} x {cols})"
         )

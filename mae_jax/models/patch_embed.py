@@ -1,9 +1,9 @@
-"""The linear embedding of patches, for patches of other pixels: another size, other channels.
+"""Adapt the linear patch embedding to another patch size or other channels.
 
-Kernels are (P, D), the values of a patch in the order of `patchify`.
+Kernels are (P, D), the numbers of a patch in the order of `patchify`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +11,26 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
-
-class Pixels(NamedTuple):
-    """What the patches of an encoder are made of."""
-
-    patch: tuple[int, int]  # rows, columns
-    mean: tuple[float, ...]  # of each channel, by which images are normalised
-    std: tuple[float, ...]
-
-    def __str__(self) -> str:
-        return f"{self.patch[0]} x {self.patch[1]} pixels of {len(self.mean)} channel(s)"
+from mae_jax.errors import UserError
+from mae_jax.models.spec import ModelSpec
 
 
-def adapt(kernel_PD: Array, bias_D: Array, old: Pixels, new: Pixels) -> tuple[Array, Array]:
-    """Kernel and bias for other patches, so that embeddings change as little as can be.
+def adapt(kernel_PD: Array, bias_D: Array, old: ModelSpec, new: ModelSpec) -> tuple[Array, Array]:
+    """Return kernel and bias for the patches of another network, with nearly equal embeddings.
 
-    Of a grey image, whose channels are equal before they are normalised, the embedding stays the
-    same whatever the channels; for another patch size see `resize`.
+    The embedding of a grey image, whose channels are equal before they are normalised, stays the
+    same whatever the channels. For another patch size see `resize`.
 
     Raises:
-      ValueError: neither side has one channel and their numbers differ: what the new channels
-        have to do with the old ones is not known.
+      UserError: the numbers of channels differ and neither is 1: how the new channels relate to
+        the old ones is not known.
     """
-    before, after = len(old.mean), len(new.mean)
+    before, after = old.channels, new.channels
     if before != after:
         if 1 not in (before, after):
-            raise ValueError(
-                f"patches of {before} channels cannot be made ones of {after}: only of 1 channel"
-                " are there ones of any number, and of any number ones of 1"
+            raise UserError(
+                f"a patch embedding of {before} channels cannot be adapted to {after}: only from 1"
+                " channel to any number, or from any number to 1"
             )
         if before == 1:
             kernel_PD = recolour(kernel_PD, 1, after)
@@ -49,15 +41,15 @@ def adapt(kernel_PD: Array, bias_D: Array, old: Pixels, new: Pixels) -> tuple[Ar
         kernel_PD = rearrange(kernel_NCD * scale_C[:, None], "n ch d -> (n ch) d")
         if after == 1:
             kernel_PD = recolour(kernel_PD, before, 1)
-    if old.patch != new.patch:
-        kernel_PD = resize(kernel_PD, old.patch, new.patch)
+    if old.patch_size != new.patch_size:
+        kernel_PD = resize(kernel_PD, old.patch_size, new.patch_size)
     return kernel_PD, bias_D
 
 
 def recolour(kernel_PD: Any, old: int, new: int) -> Any:
-    """For images of `new` channels: weights are repeated, and scaled to keep the response.
+    """Return a kernel for `new` channels: weights are repeated, and scaled to keep the response.
 
-    For one channel that is their sum: exact for a grey image that was given three times.
+    For one channel that is their sum: exact for a grey image that was given in every channel.
     """
     kernel = rearrange(kernel_PD, "(n ch) d -> n ch d", ch=old)
     kernel = kernel.sum(1, keepdims=True) if new == 1 else kernel[:, np.arange(new) % old]
@@ -66,10 +58,10 @@ def recolour(kernel_PD: Any, old: int, new: int) -> Any:
 
 
 def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
-    """For patches of another (rows, columns): PI-resize of FlexiViT (arXiv 2212.08013 section 3.4).
+    """Return a kernel for patches of size `new`: PI-resize (arXiv 2212.08013 section 3.4).
 
-    Patches that are enlarged bilinearly get exactly the embedding that they had; of smaller ones
-    the embedding is as near as can be, in the mean over patches of independent pixels.
+    A patch that is enlarged bilinearly keeps exactly its embedding; that of a shrunk patch is as
+    near as can be, in the mean over patches of independent pixels.
     """
     # The pseudo-inverse for both axes is made of those for each, as the resizing itself is.
     rows, cols = (np.linalg.pinv(_bilinear(o, n).T) for o, n in zip(old, new, strict=True))
@@ -81,6 +73,6 @@ def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Arra
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """The matrix (new, old) that resizes a row of pixels."""
+    """Return the matrix (new, old) that resizes a row of pixels."""
     with jax.ensure_compile_time_eval():  # a constant, inside jit too
         return np.asarray(jax.image.resize(np.eye(old), (new, old), "bilinear"), np.float64)

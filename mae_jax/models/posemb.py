@@ -6,6 +6,8 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
+from mae_jax.errors import UserError
+
 
 def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
     """(len(positions), width): sines of all frequencies, then their cosines (not interleaved)."""
@@ -23,10 +25,10 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
     Returns:
       (1 + rows * columns, width) float32.
     Raises:
-      ValueError: width is not divisible by 4.
+      UserError: width is not divisible by 4.
     """
     if width % 4:
-        raise ValueError(f"sine-cosine positions need a width divisible by 4, not {width}")
+        raise UserError(f"sine-cosine positions need a width divisible by 4, not {width}")
     rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     table_LD = np.concatenate(
         [_sincos_1d(width // 2, cols.ravel()), _sincos_1d(width // 2, rows.ravel())], axis=1
@@ -41,11 +43,11 @@ def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Arra
     aligned, no antialiasing.
 
     Raises:
-      ValueError: the table is not one of the old grid.
+      UserError: the table is not one of the old grid.
     """
     rows = 1 + old[0] * old[1]
     if table_1ND.shape[1] != rows:
-        raise ValueError(
+        raise UserError(
             f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
             f" {old[1]} patches and a cls token, which has {rows}"
         )

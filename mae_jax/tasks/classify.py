@@ -11,8 +11,9 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, flops, optim
-from mae_jax.config import nearest, steps
+from mae_jax.config import steps
 from mae_jax.data import mixup, pipeline
+from mae_jax.errors import UserError, nearest
 from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import classifier
 from mae_jax.models.patchify import patchify
@@ -30,11 +31,11 @@ def check(config: ConfigDict) -> None:
     """Check what a config says of fine-tuning.
 
     Raises:
-      ValueError: a value that cannot work.
+      UserError: a value that cannot work.
     """
 
     def refuse(key: str, value: Any, wanted: str) -> None:
-        raise ValueError(f"config.{key}={value!r}: {wanted}")
+        raise UserError(f"config.{key}={value!r}: {wanted}")
 
     m, o, mix, data = config.model, config.optim, config.mix, config.data
     pipeline.check(data)
@@ -93,7 +94,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     """The classifier of a config such as configs/finetune.py.
 
     Raises:
-      ValueError: a value of the config that cannot work, or a source without labels.
+      UserError: a value of the config that cannot work, or a source without labels.
     """
     check(config)
     m, o, data = config.model, config.optim, config.data

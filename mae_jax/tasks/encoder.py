@@ -13,10 +13,10 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint
-from mae_jax.config import nearest
-from mae_jax.distributed import say
+from mae_jax.distributed import log_once
+from mae_jax.errors import UserError, nearest
 from mae_jax.models import patch_embed, posemb
-from mae_jax.models.vit import Execution, grid_of
+from mae_jax.models.vit import ComputeConfig, grid_of
 
 PART = ("params", "encoder")  # of a checkpoint
 ATTENTION = ("xla", "cudnn")
@@ -33,40 +33,40 @@ def check_model(config: ConfigDict) -> None:
     """Check config.model, the rates of config.optim, and that each channel has a mean and std.
 
     Raises:
-      ValueError: a value that cannot work.
+      UserError: a value that cannot work.
     """
     m, o = config.model, config.optim
     for name in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads",
                  "channels", "scan_unroll"):  # fmt: skip
         if m.get(name, 1) < 1:
-            raise ValueError(f"config.model.{name}={m[name]} must be at least 1")
+            raise UserError(f"config.model.{name}={m[name]} must be at least 1")
     if m.mlp_ratio * min(m.width, m.get("decoder_width", m.width)) < 1:
-        raise ValueError(f"config.model.mlp_ratio={m.mlp_ratio} leaves nothing inside the MLPs")
+        raise UserError(f"config.model.mlp_ratio={m.mlp_ratio} leaves nothing inside the MLPs")
     if m.attention not in ATTENTION:
-        raise ValueError(
+        raise UserError(
             f"config.model.attention={m.attention!r}{nearest(m.attention, list(ATTENTION))}"
         )
     for name in ("dtype", "residual_dtype"):
         if m[name] not in DTYPES:
-            raise ValueError(f"config.model.{name}={m[name]!r}: give one of {', '.join(DTYPES)}")
+            raise UserError(f"config.model.{name}={m[name]!r}: give one of {', '.join(DTYPES)}")
     for name in ("blr", "min_lr", "weight_decay"):
         if not 0 <= o.get(name, 0) < math.inf:
-            raise ValueError(f"config.optim.{name}={o[name]} must be at least 0")
+            raise UserError(f"config.optim.{name}={o[name]} must be at least 0")
     for name in ("b1", "b2", "momentum"):
         if not 0 <= o.get(name, 0) < 1:
-            raise ValueError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")
+            raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")
     for name in ("mean", "std"):
         given, channels = len(config.data[name]), config.model.channels
         if given != channels:
-            raise ValueError(
+            raise UserError(
                 f"config.data.{name} has {given} numbers for images of {channels} channels: give"
                 " one for each channel"
             )
 
 
-def execution(model: ConfigDict, constrain: Callable[[Array], Array]) -> Execution:
+def compute(model: ConfigDict, constrain: Callable[[Array], Array]) -> ComputeConfig:
     """How config.model says that a network is run."""
-    return Execution(
+    return ComputeConfig(
         jnp.dtype(model.dtype),
         jnp.dtype(model.residual_dtype),
         model.scan_unroll,
@@ -90,13 +90,13 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
       target: the encoder that is wanted: arrays, whose shapes and shardings count.
 
     Raises:
-      ValueError: there is no encoder, it has other arrays or shapes, or channels that cannot be
+      UserError: there is no encoder, it has other arrays or shapes, or channels that cannot be
         adapted; both sides are shown.
     """
     saved = checkpoint.shapes(path, PART)
     if not saved:
         there = ", ".join(checkpoint.shapes(path, PART[:1])) or "none"
-        raise ValueError(
+        raise UserError(
             f"config.init_from: {path} holds no encoder; its parameters: {there}. Name a run of"
             " pre-training or fine-tuning, or what mae-jax convert --to=ours wrote"
         )
@@ -122,7 +122,7 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
     if positions is not None and "pos_embed" in saved:
         take("pos_embed")
     if "norm" in wanted and "norm" not in saved:
-        raise ValueError(
+        raise UserError(
             f"config.init_from: {path} is of a classifier that averages patches: its encoder has no"
             " final norm, which this task reads. Name the run of pre-training that it started from"
         )
@@ -147,7 +147,7 @@ def load_encoder(path: epath.Path, target: Any, config: ConfigDict) -> dict:
         resize = partial(posemb.resize, old=before, new=grid)
         found["pos_embed"] = jax.jit(resize, out_shardings=positions.sharding)(table)
     if told:
-        say(f"encoder of {path}: {'; '.join(told)}")
+        log_once(f"encoder of {path}: {'; '.join(told)}")
     return {name: found[name] for name in target}
 
 
@@ -169,7 +169,7 @@ def _adapted(
     try:
         return jax.jit(change, out_shardings=shardings)(dict(embed))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"config.init_from: the encoder of {path} is of {old}, this config of {new}: {error}."
             f" Set config.model.channels to {len(old.mean)} or 1, or pre-train with {len(new.mean)}"
         ) from None
@@ -186,7 +186,7 @@ def _grid_of_table(
       grid: that which is wanted; taken where nothing else is known and it may be right.
 
     Raises:
-      ValueError: it cannot be told.
+      UserError: it cannot be told.
     """
     if made is not None:
         return grid_of(tuple(made["model"]["image_size"]), tuple(made["model"]["patch_size"]))
@@ -194,7 +194,7 @@ def _grid_of_table(
         return grid
     side = math.isqrt(patches)
     if side**2 != patches:
-        raise ValueError(
+        raise UserError(
             f"config.init_from: {path} has positions for {patches} patches, which are no square,"
             " and no config.json that says what grid they are of: name the workdir of the run"
         )

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, optim
 from mae_jax.config import resolve, steps
 from mae_jax.data import pipeline, sources
+from mae_jax.errors import UserError
 from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
@@ -27,7 +28,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     """The objective of the paper, for a config such as configs/pretrain.py.
 
     Raises:
-      ValueError: a value of the config that cannot work; what it is, and what would.
+      UserError: a value of the config that cannot work; what it is, and what would.
     """
     m, data = config.model, config.data
     patch = tuple(m.patch_size)
@@ -50,12 +51,12 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     try:
         scores = jax.eval_shape(score, jax.random.key(0))
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"masking {config.masking.name!r} is no function (rng, batch, grid, ratio) -> scores"
             f" ({error})"
         ) from error
     if scores.shape != (2, num_patches):
-        raise ValueError(
+        raise UserError(
             f"masking {config.masking.name!r} returned scores of shape {scores.shape} for 2 images"
             f" of {num_patches} patches: it must return (batch, patches)"
         )
@@ -63,7 +64,7 @@ def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x
     like = jax.ShapeDtypeStruct((2, num_patches, values), jnp.float32)
     target = jax.eval_shape(make_target, like)
     if target.shape != like.shape:
-        raise ValueError(
+        raise UserError(
             f"target {config.target.name!r} returned shape {target.shape} for patches of shape"
             f" {like.shape}: it must return the same shape"
         )

@@ -1,0 +1,35 @@
+"""Write files so that a reader never sees half of one: beside the target, then renamed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds.
+
+    After an exception the temporary file is removed and `path` is what it was.
+    """
+    path = epath.Path(path)
+    part = path.parent / f"{path.name}.part-{os.getpid()}"
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a whole file, or leave the old one."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as JSON, or leave the old file."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

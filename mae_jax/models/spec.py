@@ -1,0 +1,303 @@
+"""The one description of a network (`ModelSpec`), and how it is run (`ComputeConfig`).
+
+Every module of `models/`, the FLOP counts, the names of other families and the JSON beside weights
+read `ModelSpec`. No parameter depends on `ComputeConfig`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from mae_jax.errors import UserError, nearest
+
+Size = tuple[int, int]  # (height, width)
+
+
+def patch_grid(image_size: Size, patch_size: Size) -> Size:
+    """Return the rows and columns of patches.
+
+    Raises:
+      UserError: the image is not a whole number of patches.
+    """
+    if len(image_size) != 2 or len(patch_size) != 2:
+        raise UserError(
+            f"image_size={tuple(image_size)} and patch_size={tuple(patch_size)} are written as"
+            " (height, width), such as (224, 224) and (16, 16)"
+        )
+    for side, image, patch in zip(("high", "wide"), image_size, patch_size, strict=True):
+        if patch < 1 or image < patch or image % patch:
+            below = max(image // max(patch, 1), 1) * patch
+            raise UserError(
+                f"an image {image} pixels {side} is not a whole number of patches of {patch}:"
+                f" choose an image size such as {below} or {below + patch}, or another patch size"
+            )
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """A stack of Transformer blocks with its position table: an encoder, or a decoder.
+
+    Args:
+      hidden: the width inside the MLPs.
+      drop_path: the rate of the last block; rates grow linearly from 0 at the first.
+      trained_positions: the position table is a parameter; otherwise it is sine-cosine.
+      name: what precedes the keys in error messages, such as 'decoder_'.
+
+    Raises:
+      UserError: a size below 1, a width that the heads do not divide, a rate outside [0, 1).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    drop_path: float = 0.0
+    trained_positions: bool = False
+    name: dataclasses.InitVar[str] = ""
+
+    def __post_init__(self, name: str) -> None:
+        for key in ("width", "heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{name}{key}={getattr(self, key)} must be at least 1")
+        if self.hidden < 1:
+            raise UserError(f"mlp_ratio leaves nothing inside the MLPs of {name}width={self.width}")
+        if self.width % self.heads:
+            raise UserError(
+                f"{name}width={self.width} is not divisible by {name}heads={self.heads}: choose a"
+                f" multiple such as {name}width={(self.width // self.heads + 1) * self.heads}"
+            )
+        if self.width % 4:
+            raise UserError(
+                f"{name}width={self.width}: sine-cosine positions need a width divisible by 4"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"drop_path={self.drop_path} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A network and the images that it takes.
+
+    An encoder alone, a masked autoencoder (with a `decoder`) or a classifier (with `classes`).
+
+    Args:
+      mean, std: of each channel, of pixels scaled to 0..1.
+      target_dim: how many numbers the decoder predicts for each patch (T); 0 = `patch_dim`.
+      tokens_in_encoder: the encoder sees hidden patches too, as mask tokens (paper, Table 1c).
+      target, mask_ratio: what the decoder was trained to predict, and from how much.
+      classes, pool: of the head. "avg" reads the mean of the patches, "cls" the cls token.
+
+    Raises:
+      UserError: sizes that do not fit each other.
+    """
+
+    image_size: Size
+    patch_size: Size
+    channels: int
+    encoder: ViTSpec
+    decoder: ViTSpec | None = None
+    target_dim: int = 0
+    tokens_in_encoder: bool = False
+    target: str = "norm_pixels"
+    mask_ratio: float = 0.75
+    classes: int = 0
+    pool: Literal["avg", "cls"] = "cls"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        patch_grid(self.image_size, self.patch_size)
+        if self.channels < 1:
+            raise UserError(f"channels={self.channels} must be at least 1")
+        if self.pool not in ("avg", "cls"):
+            raise UserError(f"pool={self.pool!r} is unknown: choose avg or cls")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise UserError(
+                    f"{name} has {len(getattr(self, name))} numbers for images of {self.channels}"
+                    " channels: give one for each channel"
+                )
+        if self.decoder and not self.target_dim:
+            object.__setattr__(self, "target_dim", self.patch_dim)
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """L, the patches of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the numbers of a patch."""
+        return math.prod(self.patch_size) * self.channels
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether the encoder ends in a LayerNorm: a classifier that averages has one of its own."""
+        return not self.classes or self.pool == "cls"
+
+    @property
+    def patches(self) -> str:
+        """What a patch is made of, in words."""
+        return f"{self.patch_size[0]} x {self.patch_size[1]} pixels of {self.channels} channel(s)"
+
+    def encoder_only(self) -> "ModelSpec":
+        """Return the description of the encoder, which has a final norm."""
+        return dataclasses.replace(
+            self, decoder=None, target_dim=0, classes=0, pool="cls", tokens_in_encoder=False
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "ModelSpec":
+        """Return what a run's config says: `config.to_dict()`, or the config.json of a workdir.
+
+        Args:
+          config: nested dicts with `model`, `data.mean` and `data.std`.
+          changes: fields that the config does not say, such as `classes` and `target_dim`.
+
+        Raises:
+          UserError: sizes that do not fit each other.
+        """
+        model, decoder = config["model"], None
+        if "decoder_width" in model and not changes.get("classes"):
+            decoder = _vit(model, "decoder_")
+        fields: dict[str, Any] = {
+            "image_size": tuple(model["image_size"]),
+            "patch_size": tuple(model["patch_size"]),
+            "channels": model["channels"],
+            "encoder": _vit(model, trained_positions=bool(changes.get("classes"))),
+            "decoder": decoder,
+            "tokens_in_encoder": config.get("masking", {}).get("tokens_in_encoder", False),
+            "target": config.get("target", {}).get("name", "norm_pixels"),
+            "mask_ratio": config.get("mask_ratio", 0.75),
+            "pool": model.get("pool", "cls"),
+            "mean": tuple(config["data"]["mean"]),
+            "std": tuple(config["data"]["std"]),
+        }
+        return cls(**fields | changes)
+
+    @classmethod
+    def from_params(cls, shapes: Mapping[str, tuple], config: Mapping[str, Any]) -> "ModelSpec":
+        """Return the network whose parameters these are.
+
+        Args:
+          shapes: parameter path -> shape, such as "encoder/stack/blocks/attn/qkv/kernel".
+          config: what shapes cannot tell: image and patch size, channels, mean, std, target.
+        """
+
+        def vit(side: str) -> ViTSpec:
+            depth, width, _, heads, _ = shapes[f"{side}/stack/blocks/attn/qkv/kernel"]
+            hidden = shapes[f"{side}/stack/blocks/mlp/fc1/kernel"][-1]
+            trained = f"{side}/pos_embed" in shapes
+            return ViTSpec(width, depth, heads, hidden, trained_positions=trained)
+
+        classes = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
+        decoded = "decoder/pred/kernel" in shapes
+        return cls.from_config(
+            config,
+            encoder=vit("encoder"),
+            decoder=vit("decoder") if decoded else None,
+            target_dim=shapes["decoder/pred/kernel"][-1] if decoded else 0,
+            tokens_in_encoder="encoder/mask_token" in shapes,
+            classes=classes,
+            pool="avg" if "fc_norm/scale" in shapes else "cls",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a config that `from_config` reads; the shapes of the parameters say the rest."""
+        e, d = self.encoder, self.decoder
+        model: dict[str, Any] = {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "channels": self.channels,
+            "width": e.width,
+            "depth": e.depth,
+            "heads": e.heads,
+            "mlp_ratio": e.hidden / e.width,
+        }
+        if d:
+            model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}
+        if self.classes:
+            model["pool"] = self.pool
+        return {
+            "mask_ratio": self.mask_ratio,
+            "target": {"name": self.target},
+            "model": model,
+            "data": {"mean": self.mean, "std": self.std},
+        }
+
+
+def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = False) -> ViTSpec:
+    width = model[f"{prefix}width"]
+    if model[f"{prefix}depth"] < 1:
+        raise UserError(f"{prefix}depth={model[f'{prefix}depth']} must be at least 1")
+    return ViTSpec(
+        width,
+        model[f"{prefix}depth"],
+        model[f"{prefix}heads"],
+        int(width * model.get("mlp_ratio", 4.0)),
+        drop_path=0.0 if prefix else model.get("drop_path", 0.0),
+        trained_positions=trained_positions,
+        name=prefix,
+    )
+
+
+ATTENTION = ("xla", "cudnn")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ComputeConfig(NamedTuple):
+    """How a network is run: speed, memory and rounding.
+
+    Args:
+      dtype: of matrix products; parameters, LayerNorm and softmax stay float32.
+      residual_dtype: of the residual stream.
+      scan_unroll: blocks per iteration of the loop over blocks; `depth` or more: no loop.
+      remat: compute each block again in the backward pass instead of keeping its inside.
+      attention: "cudnn" takes NVIDIA's fused kernel, everything else our own `attention.attend`.
+      constrain: applied to the residual stream around every block.
+    """
+
+    dtype: Any = jnp.float32
+    residual_dtype: Any = jnp.float32
+    scan_unroll: int = 1
+    remat: bool = False
+    attention: Literal["xla", "cudnn"] | None = None
+    constrain: Callable[[Array], Array] = lambda x: x
+
+    @classmethod
+    def from_config(
+        cls, model: Mapping[str, Any], constrain: Callable[[Array], Array] = lambda x: x
+    ) -> "ComputeConfig":
+        """Return how config.model says that a network is run.
+
+        Raises:
+          UserError: an unknown type or attention, or scan_unroll below 1.
+        """
+        for name, known in (
+            ("dtype", DTYPES),
+            ("residual_dtype", DTYPES),
+            ("attention", ATTENTION),
+        ):
+            if model[name] not in known:
+                raise UserError(f"config.model.{name}={model[name]!r}{nearest(model[name], known)}")
+        if model["scan_unroll"] < 1:
+            raise UserError(f"config.model.scan_unroll={model['scan_unroll']} must be at least 1")
+        return cls(
+            jnp.dtype(model["dtype"]),
+            jnp.dtype(model["residual_dtype"]),
+            model["scan_unroll"],
+            model["remat"],
+            model["attention"],
+            constrain,
+        )
