@@ -1,1 +1,1 @@
-"""The networks and their mathematics: jax, flax and einops only."""
+"""The networks and their mathematics. Imports jax, flax, einops and `errors` only."""

@@ -16,7 +16,7 @@ from mae_jax.errors import UserError
 
 
 class Mask(NamedTuple):
-    """What is kept and how to undo the shuffle."""
+    """Which patches are kept, and how to undo the shuffle."""
 
     keep_BK: Array  # row-major index of each kept patch, in the order that the encoder sees them
     restore_BL: Array  # where patch l stands in [kept patches, hidden patches]; "ids_restore"
@@ -24,7 +24,7 @@ class Mask(NamedTuple):
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
-    """trunc(L * (1 - ratio)), in floats as the official code has it: L=100 at 0.8 keeps 19.
+    """Return trunc(L * (1 - ratio)), in floats as the official code: L=100 at 0.8 keeps 19.
 
     Raises:
       UserError: the ratio keeps no patch, or hides none.
@@ -47,7 +47,7 @@ def keep_lowest(score_BL: Array, num: int) -> Mask:
 
 
 def random(rng: Array, batch: int, grid: tuple[int, int], ratio: float) -> Array:
-    """Uniform noise: every patch of every image is hidden independently of its place."""
+    """Return uniform noise: every patch is hidden independently of its place."""
     del ratio
     return jax.random.uniform(rng, (batch, math.prod(grid)))
 

@@ -10,14 +10,14 @@ from mae_jax.errors import UserError
 
 
 def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
-    """(len(positions), width): sines of all frequencies, then their cosines (not interleaved)."""
+    """Return (len(positions), width): the sines of all frequencies, then their cosines."""
     omega = 10000.0 ** -(np.arange(width // 2, dtype=np.float64) / (width / 2))
     angles = np.outer(positions, omega)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
-    """The fixed position table of a (rows, columns) grid, with the cls token's row of zeros first.
+    """Return the fixed position table of a (rows, columns) grid, the cls token's row of zeros first.
 
     The first half of the width encodes the column, the second half the row: the official
     checkpoints depend on this order (facebookresearch/mae#18). Computed in float64.
@@ -37,7 +37,7 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
-    """A position table for another (rows, columns) grid; the cls token's row, the first, stays.
+    """Resize a position table to another (rows, columns) grid; the cls token's row, the first, stays.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
     aligned, no antialiasing.

@@ -1,4 +1,4 @@
-"""What is trained on frozen features: a linear head behind a bare batch norm, an attentive head.
+"""Heads on frozen features: a linear one behind a bare batch norm, and an attentive one.
 
 Shape suffixes as in models/vit.py, and R heads that are trained side by side.
 """
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from mae_jax.models.vit import layer_norm, xavier
+from mae_jax.models.attention import xavier
+from mae_jax.models.vit import layer_norm
 
-EPSILON = 1e-6  # of batch and layer norm; REFERENCE section 4
+EPSILON = 1e-6  # of batch and layer norm; docs/REFERENCE.md section 4
 MOMENTUM = 0.9  # share of the old running statistics that stays; PyTorch calls it 0.1
 
 
@@ -31,9 +32,10 @@ def initial_stats(width: int) -> BatchStats:
 def batch_norm(x_BD: Array, stats: BatchStats, group: int, train: bool) -> tuple[Array, BatchStats]:
     """Normalise each feature, without scale and bias, as the official linear probe does.
 
-    In training by the statistics of each group of `group` consecutive images, which stands for the
-    batch of one GPU; the running statistics follow the first group, as those of the first GPU were
-    handed to all others, with the variance that divides by n - 1. Else by the running statistics.
+    Training takes the statistics of each group of `group` consecutive images, which stands for the
+    batch of one GPU. The running statistics follow the first group, as the official code hands
+    those of the first GPU to all others; their variance divides by n - 1. Evaluation takes the
+    running statistics.
 
     Args:
       group: divides the batch; used in training only.
@@ -53,19 +55,19 @@ def batch_norm(x_BD: Array, stats: BatchStats, group: int, train: bool) -> tuple
 
 
 def pool(tokens_BND: Array) -> dict[str, Array]:
-    """(B, D) float32 features of an encoder's tokens: cls, and the mean of those of patches."""
+    """Return (B, D) float32 features: the cls token, and the mean of the patch tokens."""
     tokens_BND = tokens_BND.astype(jnp.float32)
     return {"cls": tokens_BND[:, 0], "mean": tokens_BND[:, 1:].mean(1)}
 
 
 def bare_norm(x_BD: Array) -> Array:
-    """LayerNorm without scale and bias: what an untrained fc_norm does."""
+    """Apply a LayerNorm without scale and bias, as an untrained fc_norm does."""
     x_BD = x_BD - x_BD.mean(-1, keepdims=True)
     return x_BD / jnp.sqrt(jnp.square(x_BD).mean(-1, keepdims=True) + EPSILON)
 
 
 class LinearHead(nn.Module):
-    """Features to logits; starts from normal(0.01) and bias 0 (REFERENCE section 4)."""
+    """Features to logits; starts from normal(0.01) and bias 0 (docs/REFERENCE.md section 4)."""
 
     classes: int
 
@@ -94,13 +96,13 @@ class AttentiveHead(nn.Module):
 
 
 def init_heads(head: nn.Module, rng: Array, example: Array, count: int) -> dict:
-    """Parameters of `count` heads, stacked on a leading axis, all with the same start."""
+    """Return parameters of `count` heads, stacked on a leading axis, all with the same start."""
     params = head.init(rng, example)["params"]
     return jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), params)
 
 
 def apply_heads(head: nn.Module, params: dict, x: Array) -> Array:
-    """(B, R, Y): the logits of each head for the same features."""
+    """Return the logits (B, R, Y) of each head for the same features."""
 
     def one(p: dict) -> Any:
         return head.apply({"params": p}, x)

@@ -143,7 +143,7 @@ class ModelSpec:
 
     @property
     def final_norm(self) -> bool:
-        """Whether the encoder ends in a LayerNorm: a classifier that averages has one of its own."""
+        """Whether the encoder ends in a LayerNorm; a classifier that averages has its own."""
         return not self.classes or self.pool == "cls"
 
     @property
@@ -284,11 +284,8 @@ class ComputeConfig(NamedTuple):
         Raises:
           UserError: an unknown type or attention, or scan_unroll below 1.
         """
-        for name, known in (
-            ("dtype", DTYPES),
-            ("residual_dtype", DTYPES),
-            ("attention", ATTENTION),
-        ):
+        choices = {"dtype": DTYPES, "residual_dtype": DTYPES, "attention": ATTENTION}
+        for name, known in choices.items():
             if model[name] not in known:
                 raise UserError(f"config.model.{name}={model[name]!r}{nearest(model[name], known)}")
         if model["scan_unroll"] < 1:

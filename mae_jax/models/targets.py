@@ -16,7 +16,7 @@ def pixels(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:
 
 
 def norm_pixels(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:
-    """Return each patch minus its mean, over its standard deviation: the official `norm_pix_loss`."""
+    """Return each patch minus its mean, over its standard deviation: official `norm_pix_loss`."""
     patches_BLP = patchify(images_BHWC, patch_size)
     mean_BL1, std_BL1 = patch_statistics(patches_BLP)
     return (patches_BLP - mean_BL1) / std_BL1
