@@ -99,14 +99,16 @@ def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lam
             heartbeat=heartbeat,
         ) as reporter,
     ):
-        common = dict(evaluators=evaluators, report=reporter, stop_requested=stop_requested)
+        common: dict[str, Any] = dict(
+            evaluators=evaluators, report=reporter, stop_requested=stop_requested
+        )
         if schedule.total == 0:
             return train.evaluate(state, **common)
         if step is None:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
-        facts = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
-        for line in [*facts, started]:
+        lines = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
+        for line in [*lines, started]:
             reporter.log(line)
         batches = train.global_batches(task, mesh, start, config.batch_size)
         reporter.restart_clock(start)
