@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,17 @@ def compilation_cache(workdir: str) -> str:
     return f"{os.path.dirname(folder.rstrip('/'))}/compilation_cache"
 
 
-def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lambda _: None) -> Any:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    heartbeat: Callable[[str], None] = lambda _: None,
+    devices: Sequence[Any] | None = None,
+) -> Any:
     """Do what a config asks for in a workdir, from wherever that stands; return the state.
 
     Args:
       heartbeat: called with what just ended, such as "step 12".
+      devices: of the mesh; None = all.
 
     Raises:
       UserError: the config cannot work here, or the workdir belongs to another run.
@@ -53,7 +59,7 @@ def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lam
     from mae_jax.data.pipeline import steps_per_epoch
 
     with distributed.agreement("data") as facts:
-        mesh = sharding.make_mesh(**config.mesh)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
         task = tasks.build(config, sharding.constrain_batch(mesh))
         facts["the number of examples"] = task.num_examples
     per_epoch = 1
