@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.data import pipeline, transforms
+from mae_jax.data import crops, pipeline
 from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source
+from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
 
-Crop = Callable[[transforms.Picture, tuple[int, int]], np.ndarray]
+Crop = Callable[[Picture, tuple[int, int]], np.ndarray]
 
 
 def open_split(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> Source:
@@ -47,7 +48,7 @@ def fetch(tree: Any) -> Any:
 
 
 class Batches:
-    """Batches of images that are read as config.data and config.model say.
+    """Batches of images in the size that config.model says.
 
     Args:
       batch_size: of the global batch, rounded up to what the mesh divides.
@@ -58,7 +59,7 @@ class Batches:
     """
 
     def __init__(
-        self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = transforms.center_crop
+        self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = crops.center
     ):
         if batch_size < 1:
             raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
@@ -81,7 +82,6 @@ class Batches:
         model = self._config.model
         for batch in pipeline.eval_batches(
             source,
-            self._config.data,
             batch_size=self.size,
             image_size=tuple(model.image_size),
             channels=model.channels,
@@ -132,7 +132,7 @@ class Extractor:
         compute: Callable[[Any, Any, dict], Array],
         mesh: Mesh,
         batch_size: int,
-        crop: Crop = transforms.center_crop,
+        crop: Crop = crops.center,
     ):
         self._batches = Batches(config, mesh, batch_size, crop)
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))

@@ -22,19 +22,13 @@ from mae_jax.data import sources
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, figures, pixels
 from mae_jax.evals.features import Batches, fetch, require_images, split_name
+from mae_jax.metrics.summary import kind_of_images
 from mae_jax.models import masking
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.spec import patch_grid
 
 MASK_SEED = 0
 PICTURES = 6  # rows of the figure
-
-
-def kind(trained_on: float) -> str:
-    """Return what to call the images of a split of which that share is trained on."""
-    if not trained_on:
-        return "held-out images"
-    return "training images" if trained_on >= 1 else "images, some of them training images"
 
 
 class Evaluator:
@@ -175,7 +169,7 @@ class Evaluator:
         shown = [out["image_BHWC"], out["mask_BL"][: len(out["image_BHWC"])], out["pred_BHWC"]]
         counted = counted_B[: len(shown[0])]
         caption = (
-            f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind(self._trained_on)}):"
+            f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind_of_images(self._trained_on)}):"
             f" {self._config.mask_ratio:.0%} of the patches are hidden. The visible ones carry no"
             " loss, so that their predictions (third column) mean little."
             f" {pixels.CAPTIONS[self._config.target.name]}"

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data import robustness, transforms
+from mae_jax.data import crops, robustness
 from mae_jax.data.labels import open_labelled
 from mae_jax.data.sources import NotPrepared, Source
 from mae_jax.distributed import log_once
@@ -80,7 +80,7 @@ class Evaluator:
         for line in missing:
             log_once(line)
         extractor = partial(Extractor, config, predict["logits"], mesh, batch_size=cfg.batch_size)
-        self._cropped, self._uncropped = extractor(), extractor(crop=transforms.full_crop)
+        self._cropped, self._uncropped = extractor(), extractor(crop=crops.full)
 
     def _open_sets(self) -> tuple[dict[str, Source], list[str]]:
         """Return the sets that are there, and a line for each that is not."""
