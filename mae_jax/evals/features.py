@@ -58,9 +58,7 @@ class Batches:
       UserError: batch_size is not positive.
     """
 
-    def __init__(
-        self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = crops.center
-    ):
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = crops.center):
         if batch_size < 1:
             raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)

@@ -152,7 +152,8 @@ class Evaluator:
         """
         rows = np.zeros((len(local["image"]), 3), np.float32)
         for i in np.flatnonzero(local["counted"]):
-            levels_LP = np.asarray(patchify(local["image"][i : i + 1], self._patch_size)[0], float)
+            image_1HWC: Any = local["image"][i : i + 1].astype(float)
+            levels_LP: Any = patchify(image_1HWC, self._patch_size)[0]
             mask_L = mask_BL[self._batches.rows[i]]
             guesses = (
                 pixels.mean_colour(levels_LP, mask_L, self._config.model.channels),
@@ -168,8 +169,9 @@ class Evaluator:
         """Return the figure of the first images that count."""
         shown = [out["image_BHWC"], out["mask_BL"][: len(out["image_BHWC"])], out["pred_BHWC"]]
         counted = counted_B[: len(shown[0])]
+        kind = kind_of_images(self._trained_on)
         caption = (
-            f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind_of_images(self._trained_on)}):"
+            f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind}):"
             f" {self._config.mask_ratio:.0%} of the patches are hidden. The visible ones carry no"
             " loss, so that their predictions (third column) mean little."
             f" {pixels.CAPTIONS[self._config.target.name]}"

@@ -242,7 +242,7 @@ def figure(results: Results, facts: Mapping[str, Any]) -> bytes:
     shown = {**facts, **results.about, **tables(results)}
     chosen = worst(shown["per_class"])
     figure = Figure(figsize=(15, max(5.0, 1.6 + 0.28 * len(chosen))), layout="constrained", dpi=110)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
+    left, right = figure.subplots(1, 2)
     _draw_reliability(left, shown)
     _draw_classes(right, [shown["per_class"][y] for y in chosen], errors_of(results, chosen))
     top5 = f", top-5 {shown['top5']:.2f} %" if "top5" in shown else ""
@@ -264,7 +264,7 @@ def errors_of(results: Results, labels: list[int], count: int = 3) -> list[str]:
     errors: dict[int, list[str]] = {label: [] for label in labels}
     for label, predicted, images in confusions(results.predictions):
         if label in errors:
-            errors[label].append(f"{_short(names[predicted])} {images:,}")
+            errors[label].append(f"{_short(names[predicted])}: {images:,}")
     return [", ".join(words[:count]) for words in errors.values()]
 
 
@@ -282,7 +282,7 @@ def _draw_reliability(axis: Any, shown: Mapping[str, Any]) -> None:
         axis.bar(bin["from"], bin["accuracy"], width, align="edge", color="C0", edgecolor="white")
         centre = bin["from"] + width / 2
         axis.text(centre, bin["accuracy"] + 1, f"{bin['images']:,}", ha="center", fontsize=7)
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower right")
     axis.set(
         xlim=(0, 100),
         ylim=(0, 105),
@@ -304,5 +304,5 @@ def _draw_classes(axis: Any, rows: list[dict[str, Any]], errors: list[str]) -> N
         xlim=(0, 100),
         ylim=(len(rows) - 0.5, -0.5),
         xlabel="accuracy, %",
-        title=f"Accuracy of the {len(rows)} worst classes (images), and what they were taken for",
+        title="Classes of lowest accuracy (images), and what they were taken for",
     )
