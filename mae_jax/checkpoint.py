@@ -178,22 +178,21 @@ def restore_or_init(
     checkpointer: Checkpointer,
     target: Any,
     init: Callable[[], Any],
+    load: Callable[[epath.Path, Any], Any],
     *,
     resume: str = "",
     init_from: str = "",
-    load: Callable[[epath.Path, Any], Any] | None = None,
 ) -> tuple[Any, str]:
     """Return the state to start from, and a line that says where it comes from.
 
     The first of these that exists: a checkpoint in the own workdir; `resume`, the whole state of
-    another run; `init_from`, the parameters of another run; `init`.
+    another run; `init_from`, weights of another run; `init`.
 
     Args:
       target: shapes and shardings of a TrainState, on any mesh.
       init: () -> a fresh state in its shardings.
+      load: (checkpoint, fresh state) -> the state with the weights to take from `init_from`.
       resume, init_from: a workdir, a checkpoint in it, or "".
-      load: (checkpoint, fresh state) -> state: what to take from `init_from`; None for all
-        parameters.
 
     Raises:
       UserError: a checkpoint does not fit `target`, or a path holds no checkpoint.
@@ -208,11 +207,13 @@ def restore_or_init(
         return state, f"resumed at step {int(state.step)} from {path} (config.resume)"
     if init_from:
         path = find(init_from, "init_from")
-        if load is not None:
-            return load(path, init()), f"step 0, encoder of {path} (config.init_from)"
-        params = restore(path, target.params, PARAMS)
-        return init().replace(params=params), f"step 0, parameters of {path} (config.init_from)"
+        return load(path, init()), f"step 0, weights of {path} (config.init_from)"
     return init(), "from scratch"
+
+
+def load_params(checkpoint: epath.Path, state: Any) -> Any:
+    """Return `state` with all parameters of a checkpoint."""
+    return state.replace(params=restore(checkpoint, state.params, PARAMS))
 
 
 def find(path: str | os.PathLike, key: str) -> epath.Path:

@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from states import assert_equal, data_files, flip, init, save_steps, state_of, target
 
-from mae_jax import checkpoint, integrity
-from mae_jax.checkpoint import Checkpointer
+from mae_jax import integrity
+from mae_jax.checkpoint import Checkpointer, load_params, restore_or_init
 
 
 def start(workdir, **changes):
     with Checkpointer(workdir) as run:
-        return checkpoint.restore_or_init(run, target(), lambda: init(-1), **changes)
+        return restore_or_init(run, target(), lambda: init(-1), load_params, **changes)
 
 
 # ---- what is saved comes back -----------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, reason):
     save_steps(tmp_path, 10, 20)
     DAMAGE[reason](tmp_path)
     with Checkpointer(tmp_path) as run:
-        state, line = checkpoint.restore_or_init(run, target(), init)
+        state, line = restore_or_init(run, target(), init, load_params)
         assert_equal(state, init(10))
         assert line == f"resumed at step 10 from {tmp_path}/checkpoints/10"
         (warning,) = [text for text in capsys.readouterr().out.splitlines() if reason in text]
@@ -211,7 +211,7 @@ def test_own_workdir_before_resume_before_init_from_before_scratch(tmp_path):
     assert_equal(state, init(-1))
 
     state, line = start(own, init_from=str(third))
-    assert line == f"step 0, parameters of {third}/checkpoints/50 (config.init_from)"
+    assert line == f"step 0, weights of {third}/checkpoints/50 (config.init_from)"
     assert_equal(state, init(-1).replace(params=init(50).params))
 
     state, line = start(own, init_from=str(third), resume=str(other))
@@ -253,7 +253,13 @@ def test_parameters_of_another_model_are_refused(tmp_path):
             ValueError, match=r"params/dense/bias: float32\[16\] in the checkpoint, .*32"
         ),
     ):
-        checkpoint.restore_or_init(run, target(width=32), init, init_from=str(tmp_path / "other"))
+        restore_or_init(
+            run,
+            target(width=32),
+            lambda: init(width=32),
+            load_params,
+            init_from=str(tmp_path / "other"),
+        )
 
 
 # ---- errors in the background -----------------------------------------------------------------
