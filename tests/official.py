@@ -1,4 +1,4 @@
-"""State dicts with the official names: as our parameter tree (for golden numbers), and as .pth files."""
+"""State dicts with the official names: golden numbers, our parameter tree of them, .pth files."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from einops import rearrange
+
+from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
 def _block(state: dict, prefix: str, heads: int) -> dict:
@@ -59,6 +61,17 @@ def encoder_params(state: dict, depth: int, heads: int) -> dict:
     if "norm.weight" in state:
         params["norm"] = _norm(state, "norm")
     return params
+
+
+def mae_spec(meta: dict) -> ModelSpec:
+    width, decoder_width = meta["embed_dim"], meta["dec_dim"]
+    return ModelSpec(
+        (meta["img"],) * 2,
+        (meta["patch"],) * 2,
+        3,
+        ViTSpec(width, meta["depth"], meta["heads"], 4 * width),
+        ViTSpec(decoder_width, meta["dec_depth"], meta["dec_heads"], 4 * decoder_width),
+    )
 
 
 def mae_params(state: dict, meta: dict) -> dict:

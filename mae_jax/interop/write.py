@@ -35,7 +35,7 @@ def refuse_pth(path: Path) -> None:
     if path.suffix in (".pth", ".pt", ".bin"):
         raise UserError(
             f"{path}: {path.suffix} files are read, not written. Name the output"
-            f" {path.with_suffix('.safetensors').name}: a safetensors file, which PyTorch reads with"
+            f" {path.with_suffix('.safetensors').name}: PyTorch reads safetensors files with"
             " safetensors.torch.load_file"
         )
 
