@@ -16,11 +16,11 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
     The body writes a file there, or a folder, whose final name must be free. After an exception the
     temporary file or folder is removed and `path` is what it was.
     """
-    path = epath.Path(path)
-    part = path.parent / f"{path.name}.part-{os.getpid()}"
+    target = epath.Path(path)
+    part = target.parent / f"{target.name}.part-{os.getpid()}"
     try:
         yield part
-        part.replace(path)
+        part.replace(target)
     finally:
         if part.is_dir():
             part.rmtree()
