@@ -17,7 +17,7 @@ probe, training checkpoint), a Hugging Face ViTMAE or ViT directory, a timm .saf
 workdir of this project or one of its checkpoints, also in a bucket. Nothing in a file is ever run.
 OUTPUT, by --to:
     ours      a workdir, for --config.init_from=OUTPUT and mae_jax.load
-    official  a .pth with the official names
+    official  a .safetensors with the official names
     timm      a .safetensors with timm's names; encoders and classifiers
     hf        a directory for from_pretrained: ViTMAEForPreTraining, or ViTModel of an encoder
 """
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
 
 
 def options(values: flags.FlagValues) -> dict[str, Any]:
-    """The flags as arguments of `pretrained.open_weights`."""
+    """The flags as arguments of `interop.open.open_weights`."""
 
     def numbers(name: str) -> tuple[float, ...] | None:
         given = getattr(values, name)
@@ -114,15 +114,17 @@ def size(name: str, text: str | None) -> tuple[int, int] | None:
 def main(argv: list[str]) -> int:
     source, output, values = parse(argv)
     arguments = options(values)
-    from mae_jax import pretrained
     from mae_jax.interop import write
+    from mae_jax.interop.open import open_weights, save
 
+    if values.to in ("official", "timm"):
+        write.refuse_pth(output)
     with write.whole(output) as part:
-        spec, params, report, about = pretrained.open_weights(source, **arguments)
+        spec, params, report, about = open_weights(source, **arguments)
         print("\n".join(report))
         about = about | {"licence": values.licence}
         if values.to == "ours":
-            pretrained.save(part, spec, params, about["origin"])
+            save(part, spec, params, about["origin"])
         elif values.to == "hf":
             write.hf(part, spec, params, about)
         else:
