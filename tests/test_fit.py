@@ -150,7 +150,7 @@ def test_configs_take_arguments_overrides_and_lie_anywhere(tmp_path):
         ({"data.mean": (0.5, 0.5)}, "config.data.mean has 2 numbers for images of 1 channel"),
         ({"data.source": "folder:/nowhere"}, "nowhere"),
         ({"data.crop": "centre"}, "nearest: center"),
-        ({"data.crop": "mae_jax.data.transforms.center_crop"}, "is no function .picture"),
+        ({"data.crop": "mae_jax.data.transforms.decode"}, "is no function .picture"),
         ({"target.name": "jax.numpy.mean"}, r"returned shape \(\) for patches of shape"),
         ({"masking.name": "keep_lowest"}, "is no function .rng, batch, grid, ratio"),
         ({"model.attention": "flash"}, "config.model.attention='flash'; "),
