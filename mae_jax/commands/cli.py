@@ -1,0 +1,199 @@
+"""What commands share: flags, the weights and images that flags name, and a progress bar."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from mae_jax.errors import UserError
+
+
+def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Parse a command line into `values`; return the arguments that are no flags.
+
+    --help prints `usage` and all flags, and ends the process.
+
+    Raises:
+      UserError: a flag that is unknown, or whose value has the wrong type.
+    """
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    try:
+        rest = values([f"mae-jax {command}", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if values.help:
+        print(usage)
+        print(values.get_help())
+        raise SystemExit(0)
+    return rest
+
+
+class Parser(flags.ArgumentParser):
+    """What reads the text of a flag: a function that raises ValueError with what to write."""
+
+    def __init__(self, parse: Callable[[str], Any]):
+        self.parse = parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """Return (height, width) of '224' or '224x448'."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise ValueError("write SIDE or HEIGHTxWIDTH, such as 224 or 224x448")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Return the numbers of '0.5,0.25'."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError("write numbers with commas between them") from None
+
+
+# --- weights ---
+
+WEIGHT_FLAGS = (
+    *("part", "image_size", "file_image_size", "channels", "heads", "decoder_heads", "target"),
+    *("mean", "std", "averaged", "allow_unused"),
+)
+
+
+def define_weight_flags(values: flags.FlagValues) -> None:
+    """Define WEIGHT_FLAGS, which say how weights are read."""
+    flags.DEFINE_enum("part", "all", ("all", "encoder"), "what to read", flag_values=values)
+    for name, parse, text in (
+        ("image_size", size, "of the images that the model takes: SIDE or HEIGHTxWIDTH"),
+        ("file_image_size", size, "of the file, where its patches are not in a square"),
+        ("mean", numbers, "of each channel, of pixels from 0 to 1"),
+        ("std", numbers, "of each channel, of pixels from 0 to 1"),
+    ):
+        flags.DEFINE(Parser(parse), name, None, text, flag_values=values)
+    for name, text in (
+        ("channels", "of the images that the model takes; with --part=encoder"),
+        ("heads", "of the encoder, where the file does not say"),
+        ("decoder_heads", "of the decoder, where the file does not say"),
+    ):
+        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
+    for name, text in (
+        ("averaged", "take the averaged weights of a run with config.ema"),
+        ("allow_unused", "ignore tensors that the network does not have"),
+    ):
+        flags.DEFINE_bool(name, False, text, flag_values=values)
+    targets, text = ("pixels", "norm_pixels"), "of the decoder, where the file does not say"
+    flags.DEFINE_enum("target", None, targets, text, flag_values=values)
+
+
+def weight_options(values: flags.FlagValues) -> dict[str, Any]:
+    """Return WEIGHT_FLAGS as keyword arguments of `mae_jax.load`."""
+    return {name: getattr(values, name) for name in WEIGHT_FLAGS}
+
+
+# --- images ---
+
+
+def define_images(values: flags.FlagValues, split: str) -> None:
+    """Define the flags that say which images of a data source are read."""
+    flags.DEFINE_string(
+        "split", split, "of a data source, or slices as in tfds", flag_values=values
+    )
+    flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
+
+
+def open_images(
+    paths: Sequence[str], split: str, data_dir: str, folder_split: str = "train"
+) -> list[Any]:
+    """Return the data sources of paths: one for all files, one for each folder and dataset.
+
+    Args:
+      paths: image files, text files (.txt) with the path of an image in every line, folders, and
+        data sources such as bundled:photos.
+      folder_split: which images of a folder.
+
+    Raises:
+      UserError: a path is none of these, or there is no image.
+    """
+    from mae_jax.data import sources
+
+    files: list[str] = []
+    opened: list[Any] = []
+    for path in paths:
+        if Path(path).is_dir():
+            opened.append(sources.open_source(f"folder:{path}", folder_split, data_dir))
+        elif not Path(path).is_file():
+            opened.append(sources.open_source(path, split, data_dir))
+        elif path.endswith(".txt"):
+            lines = os.fsdecode(Path(path).read_bytes()).splitlines()
+            files += [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
+        else:
+            files.append(path)
+    if not files and not opened:
+        raise UserError(f"{', '.join(paths)}: no image is listed there")
+    if files:
+        unlabelled = np.full(len(files), -1, np.int32)
+        opened.insert(0, sources.FolderSource("", files, unlabelled, None))
+    return opened
+
+
+class Example(NamedTuple):
+    """An image as a model takes it, and what a data source says about it."""
+
+    image_HWC: np.ndarray  # uint8; zeros if the image cannot be read
+    name: str
+    label: int  # -1 = none
+    error: str  # why the image cannot be read; '' = it can
+
+
+def read_example(source: Any, index: int, shape: tuple[int, int, int]) -> Example:
+    """Return the centre crop of an image of a data source, in the shape (H, W, C)."""
+    from mae_jax.data import transforms
+
+    record = source[index]
+    try:
+        if "unreadable" in record:
+            raise transforms.BadImage(record["unreadable"])
+        picture = transforms.decode(record["image"], shape[-1])
+        image, error = transforms.center_crop(picture, shape[:2]), ""
+    except transforms.BadImage as reason:
+        image, error = np.zeros(shape, np.uint8), str(reason)
+    return Example(image, record["name"], record["label"], error)
+
+
+def first_ten(unreadable: Sequence[tuple[str, str]]) -> str:
+    """Return the first ten of (name of an image, why it cannot be read), as text."""
+    shown = [f"{name} ({reason})" for name, reason in unreadable[:10]]
+    return ", ".join(shown) + (", ..." if len(unreadable) > len(shown) else "")
+
+
+# --- progress ---
+
+
+@contextlib.contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with every number of units done.
+
+    Draws a bar on a terminal, and prints a line at every tenth of `total` elsewhere.
+    """
+    if sys.stderr.isatty():
+        from rich import progress as rich
+
+        columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+        with rich.Progress(rich.TextColumn(unit), *columns) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done * 10 // total, done + count
+        if done * 10 // total > before:
+            print(f"{done:,} of {total:,} {unit}", flush=True)
+
+    yield advance
