@@ -1,6 +1,7 @@
 """What commands share: flags, the weights and images that flags name, and a progress bar."""
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -
         raise UserError(str(error)) from None
     if values.help:
         print(usage)
-        print(values.get_help())
+        print(values.get_help(include_special_flags=False))
         raise SystemExit(0)
     return rest
 
@@ -67,27 +68,20 @@ WEIGHT_FLAGS = (
 
 def define_weight_flags(values: flags.FlagValues) -> None:
     """Define WEIGHT_FLAGS, which say how weights are read."""
+    sides, channels = Parser(size), Parser(numbers)
+    unsaid = "where the file does not say"
+    targets = ("pixels", "norm_pixels")
     flags.DEFINE_enum("part", "all", ("all", "encoder"), "what to read", flag_values=values)
-    for name, parse, text in (
-        ("image_size", size, "of the images that the model takes: SIDE or HEIGHTxWIDTH"),
-        ("file_image_size", size, "of the file, where its patches are not in a square"),
-        ("mean", numbers, "of each channel, of pixels from 0 to 1"),
-        ("std", numbers, "of each channel, of pixels from 0 to 1"),
-    ):
-        flags.DEFINE(Parser(parse), name, None, text, flag_values=values)
-    for name, text in (
-        ("channels", "of the images that the model takes; with --part=encoder"),
-        ("heads", "of the encoder, where the file does not say"),
-        ("decoder_heads", "of the decoder, where the file does not say"),
-    ):
-        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
-    for name, text in (
-        ("averaged", "take the averaged weights of a run with config.ema"),
-        ("allow_unused", "ignore tensors that the network does not have"),
-    ):
-        flags.DEFINE_bool(name, False, text, flag_values=values)
-    targets, text = ("pixels", "norm_pixels"), "of the decoder, where the file does not say"
-    flags.DEFINE_enum("target", None, targets, text, flag_values=values)
+    flags.DEFINE(sides, "image_size", None, "SIDE or HEIGHTxWIDTH to take", flag_values=values)
+    flags.DEFINE(sides, "file_image_size", None, f"the same, {unsaid}", flag_values=values)
+    flags.DEFINE_integer("channels", None, "to take; with --part=encoder", 1, flag_values=values)
+    flags.DEFINE_integer("heads", None, unsaid, 1, flag_values=values)
+    flags.DEFINE_integer("decoder_heads", None, unsaid, 1, flag_values=values)
+    flags.DEFINE_enum("target", None, targets, unsaid, flag_values=values)
+    flags.DEFINE(channels, "mean", None, "of channels, at 0..1", flag_values=values)
+    flags.DEFINE(channels, "std", None, "of channels, at 0..1", flag_values=values)
+    flags.DEFINE_bool("averaged", False, "weights of a run with config.ema", flag_values=values)
+    flags.DEFINE_bool("allow_unused", False, "ignore other tensors", flag_values=values)
 
 
 def weight_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -109,36 +103,40 @@ def define_images(values: flags.FlagValues, split: str) -> None:
 def open_images(
     paths: Sequence[str], split: str, data_dir: str, folder_split: str = "train"
 ) -> list[Any]:
-    """Return the data sources of paths: one for all files, one for each folder and dataset.
+    """Return data sources: one for files that follow each other, one for any other path.
 
     Args:
       paths: image files, text files (.txt) with the path of an image in every line, folders, and
         data sources such as bundled:photos.
-      folder_split: which images of a folder.
+      folder_split: the split of folders.
 
     Raises:
       UserError: a path is none of these, or there is no image.
     """
     from mae_jax.data import sources
 
-    files: list[str] = []
     opened: list[Any] = []
-    for path in paths:
-        if Path(path).is_dir():
-            opened.append(sources.open_source(f"folder:{path}", folder_split, data_dir))
-        elif not Path(path).is_file():
-            opened.append(sources.open_source(path, split, data_dir))
-        elif path.endswith(".txt"):
-            lines = os.fsdecode(Path(path).read_bytes()).splitlines()
-            files += [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
-        else:
-            files.append(path)
-    if not files and not opened:
+    for files, group in itertools.groupby(paths, os.path.isfile):
+        if files:
+            names = [name for path in group for name in _listed(path)]
+            unlabelled = np.full(len(names), -1, np.int32)
+            opened.append(sources.FolderSource("", names, unlabelled, None))
+            continue
+        for path in group:
+            folder = os.path.isdir(path)
+            name, part = (f"folder:{path}", folder_split) if folder else (path, split)
+            opened.append(sources.open_source(name, part, data_dir))
+    if not any(map(len, opened)):
         raise UserError(f"{', '.join(paths)}: no image is listed there")
-    if files:
-        unlabelled = np.full(len(files), -1, np.int32)
-        opened.insert(0, sources.FolderSource("", files, unlabelled, None))
     return opened
+
+
+def _listed(path: str) -> list[str]:
+    """Return the files in the lines of a .txt, relative to its folder; or the file itself."""
+    if not path.endswith(".txt"):
+        return [path]
+    lines = os.fsdecode(Path(path).read_bytes()).splitlines()
+    return [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
 
 
 class Example(NamedTuple):
