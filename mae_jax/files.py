@@ -15,11 +15,11 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
 
     After an exception the temporary file is removed and `path` is what it was.
     """
-    path = epath.Path(path)
-    part = path.parent / f"{path.name}.part-{os.getpid()}"
+    target = epath.Path(path)
+    part = target.parent / f"{target.name}.part-{os.getpid()}"
     try:
         yield part
-        part.replace(path)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 

@@ -150,14 +150,14 @@ class Example(NamedTuple):
 
 def read_example(source: Any, index: int, shape: tuple[int, int, int]) -> Example:
     """Return the centre crop of an image of a data source, in the shape (H, W, C)."""
-    from mae_jax.data import transforms
+    from mae_jax.data import crops, transforms
 
     record = source[index]
     try:
         if "unreadable" in record:
             raise transforms.BadImage(record["unreadable"])
         picture = transforms.decode(record["image"], shape[-1])
-        image, error = transforms.center_crop(picture, shape[:2]), ""
+        image, error = crops.center(picture, shape[:2]), ""
     except transforms.BadImage as reason:
         image, error = np.zeros(shape, np.uint8), str(reason)
     return Example(image, record["name"], record["label"], error)
