@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -89,8 +90,8 @@ def test_a_row_for_each_image_in_order_and_nothing_for_bad_ones(folder, tmp_path
     [("mean", None), ("patches", None), ("tokens", 1), ("cls", 2)],
 )
 def test_features_and_layers_are_those_of_the_model(feature, layer, folder, tmp_path):
-    (folder / BAD[0]).unlink()
-    (folder / BAD[1]).unlink()
+    for name in BAD:
+        (folder / name).unlink()
     flag = [] if layer is None else [f"--layer={layer}"]
     found = run(tmp_path / "a.npy", folder, f"--feature={feature}", *flag)
     images = pictures(folder, found["name"].tolist())
@@ -149,44 +150,34 @@ def test_killed_it_goes_on_where_it_stopped_with_the_same_bytes(suffix, tmp_path
     assert not Path(f"{out}.part").exists()
 
 
-def test_rows_cut_short_by_a_crash_are_written_again(folder, tmp_path, capsys):
-    out, options = tmp_path / "a.npy", (folder, "--batch_size=4")
-    wanted = run(out, *options)
-    text = Path(f"{out}.csv").read_bytes()
-    for cut in (8, 1, 0):  # bytes at the end of the second batch
-        features = np.load(out)
-        out.unlink()
-        features[8:] = 0
-        np.save(tmp_path / "part.npy", features)
-        (tmp_path / "part.npy").rename(f"{out}.part")
-        Path(f"{out}.csv").write_bytes(text[: len(text) - cut])
-        assert_same(run(out, *options), wanted)
-        assert "were done before: going on" in capsys.readouterr().out
+def interrupt(out: Path, *arguments) -> None:
+    """Embed all images, and stop before the output is made of them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed, "finish", Mock(side_effect=KeyboardInterrupt))
+        run(out, *arguments)
+    assert not out.exists() and len(np.load(f"{out}.part")) == 10
 
 
-def interrupt(out: Path, folder: Path, *arguments) -> None:
-    """Embed until the last image, which is not read: the batches before it are done."""
-    decode, last = transforms.decode, (folder / "dog/9.png").read_bytes()
-
-    def fail(image, *arguments):
-        if image == last:
-            raise MemoryError
-        return decode(image, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "decode", fail)
-        with pytest.raises(MemoryError):
-            run(out, folder, *arguments)
-    assert not out.exists() and Path(f"{out}.part").exists()
+@pytest.mark.parametrize("cut", [8, 1, 0])
+def test_rows_cut_short_by_a_crash_are_written_again(cut, folder, tmp_path, capsys):
+    out = tmp_path / "a.npy"
+    interrupt(out, folder, "--batch_size=8")
+    features, text = np.load(f"{out}.part", mmap_mode="r+"), Path(f"{out}.csv").read_bytes()
+    features[8:] = 0
+    features.flush()
+    Path(f"{out}.csv").write_bytes(text[: len(text) - cut])
+    found = run(out, folder, "--batch_size=8")
+    assert "8 of 10 images were done before: going on" in capsys.readouterr().out
+    assert_same(found, run(tmp_path / "b.npy", folder, "--batch_size=8"))
 
 
 def test_an_interruption_by_other_weights_or_options_starts_again(folder, tmp_path, capsys):
     out = tmp_path / "a.npy"
-    interrupt(out, folder, "--batch_size=8")
-    found = run(out, folder, "--batch_size=8", "--feature=mean")
+    interrupt(out, folder)
+    found = run(out, folder, "--feature=mean")
     assert "changed since the interruption: starting again" in capsys.readouterr().out
     out.unlink()
-    assert_same(run(out, folder, "--batch_size=8", "--feature=mean"), found)
+    assert_same(run(out, folder, "--feature=mean"), found)
 
 
 def test_what_is_complete_is_not_done_again_and_what_is_other_is_kept(folder, tmp_path, capsys):
@@ -206,29 +197,27 @@ def test_another_folder_with_the_same_names_is_another_plan(folder, tmp_path, mo
     run(out, folder)
     with pytest.raises(ValueError, match="is there already"):
         run(out, other)
-    (folder / "list.txt").write_text("cat/0.png\n")
-    for place in (folder, other):
-        monkeypatch.chdir(place)
-        (place / "list.txt").write_text("cat/0.png\n")
-        if place == folder:
-            run(tmp_path / "b.npy", "list.txt")
+    for root in (folder, other):
+        (root / "list.txt").write_text("cat/0.png\n")
+    monkeypatch.chdir(folder)
+    run(tmp_path / "b.npy", "list.txt")
+    monkeypatch.chdir(other)
     with pytest.raises(ValueError, match="is there already"):
         run(tmp_path / "b.npy", "list.txt")
 
 
 def test_images_written_again_under_their_names_are_another_plan(folder, tmp_path, capsys):
     out = tmp_path / "a.npy"
-    options = (folder, "--batch_size=4")
-    interrupt(out, *options)
+    interrupt(out, folder)
     shutil.copy(folder / "dog/9.png", folder / "cat/0.png")
-    found = run(out, *options)
+    found = run(out, folder)
     assert "changed since the interruption: starting again" in capsys.readouterr().out
     np.testing.assert_allclose(found["features"][0], found["features"][9], atol=1e-5)
     # As long as it was, and as old to the second.
     before = os.stat(folder / "cat/0.png")
     os.utime(folder / "cat/0.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(ValueError, match="is there already"):
-        run(out, *options)
+        run(out, folder)
 
 
 def test_shards_of_two_hosts_are_disjoint_and_complete(folder, tmp_path):
