@@ -66,7 +66,9 @@ def make_builder(name: str, **options: Any) -> Any:
         return None
     own = tfds.builder_cls(name)
     # What tfds would look for beside the file that defines the class:
-    found = dict(name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos)
+    found = dict(
+        __module__=__name__, name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos
+    )
     kind = types.new_class(
         "Builder", (reading, own), {"skip_registration": True}, lambda body: body.update(found)
     )
