@@ -10,7 +10,7 @@ from PIL import Image
 
 from mae_jax import files
 from mae_jax.data import arrayrecord
-from mae_jax.data.sources import FolderSource
+from mae_jax.data.folder import FolderSource
 from mae_jax.data.transforms import ORIENTATION, BadImage, decode
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards

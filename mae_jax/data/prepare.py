@@ -22,8 +22,9 @@ import tensorflow_datasets as tfds
 
 from mae_jax import files
 from mae_jax.data import arrayrecord, imagenet, pack
+from mae_jax.data.folder import open_folder
 from mae_jax.data.process import follow_parent
-from mae_jax.data.sources import FolderSource, find_tfds, open_source
+from mae_jax.data.sources import find_tfds
 from mae_jax.errors import UserError
 
 # (unit, how many there are) -> a context that yields what is called with every number of units done
@@ -61,8 +62,7 @@ def prepare_folder(
         raise UserError(f"--name={name}: use small letters, digits and _, such as my_images")
     if name in tfds.list_builders(with_community_datasets=False):
         raise UserError(f"--name={name} is a dataset that tfds knows; choose another name")
-    images = open_source(f"folder:{source}", "train")
-    assert isinstance(images, FolderSource)
+    images = open_folder(source, "train")
     plan = {
         "source": images.root,
         "files": len(images),

@@ -1,4 +1,4 @@
-"""Test sets of robustness: the classes of ImageNet-A and -R, and the parts of ImageNet-C."""
+"""Test sets of robustness: the classes of ImageNet-A and ImageNet-R, the parts of ImageNet-C."""
 
 from pathlib import Path
 
@@ -81,22 +81,25 @@ IMAGENET_R = tuple(_R.split())
 
 
 def positions(names: list[str] | tuple[str, ...], known: list[str], what: str) -> np.ndarray:
-    """Where each name stands among the classes that a model knows, int32 (len(names),).
+    """Return the position of each name among the classes of a model, int32 (len(names),).
+
+    Args:
+      what: whose names they are, for the error message.
 
     Raises:
-      UserError: it does not know one; `what` says whose class it is.
+      UserError: the model has no class of a name.
     """
-    place = {name: i for i, name in enumerate(known)}
-    if unknown := [name for name in names if name not in place]:
+    position = {name: i for i, name in enumerate(known)}
+    if unknown := [name for name in names if name not in position]:
         raise UserError(
             f"{what} has {len(unknown)} of {len(names)} classes, such as {unknown[0]!r}, that the"
             f" model does not know; it knows {len(known)}: {', '.join(known[:3])}, ..."
         )
-    return np.array([place[name] for name in names], np.int32)
+    return np.array([position[name] for name in names], np.int32)
 
 
 def find_corruptions(source: str, data_dir: str = "") -> tuple[list[str], list[str]]:
-    """The corruptions of an ImageNet-C whose five severities are there, and those parts that lack.
+    """Find the corruptions of an ImageNet-C whose five severities are there, and missing parts.
 
     Args:
       source: "folder:PATH" of PATH/CORRUPTION/SEVERITY/CLASS/FILE (or PATH/GROUP/CORRUPTION/...,
@@ -119,10 +122,10 @@ def find_corruptions(source: str, data_dir: str = "") -> tuple[list[str], list[s
 def open_corruption(
     source: str, corruption: str, severity: int, data_dir: str = ""
 ) -> sources.Source:
-    """One part of an ImageNet-C; see `find_corruptions`.
+    """Open one part of an ImageNet-C; see `find_corruptions` for `source`.
 
     Raises:
-      UserError: it is not there.
+      UserError: the part is not there.
     """
     if source.startswith("folder:"):
         return sources.open_source(f"folder:{_folder(source, corruption, severity)}", "train")
