@@ -382,7 +382,9 @@ def coloured(tmp_path_factory):
 
 def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
     """Of a folder and of a tfds dataset: one is learned, the other measured, then reversed."""
-    prepare.prepare_folder(str(coloured / "train"), "mine", data_dir=str(tmp_path))
+    prepare.main(
+        ["folder", f"--source={coloured / 'train'}", "--name=mine", f"--data_dir={tmp_path}"]
+    )
     folder = f"folder:{coloured}/test"
     for learned, measured in (("mine", folder), (folder, "mine")):
         run = tmp_path / learned.partition(":")[0]
