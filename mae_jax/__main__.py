@@ -47,14 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def descriptions() -> dict[str, str]:
-    """The commands and the first line of each one's docstring, read without importing them."""
+    """Return the commands and the first line of each one's docstring, without importing them.
+
+    Modules without a function `main` hold what commands share, and are no commands.
+    """
     found = {}
     for module in pkgutil.iter_modules(commands.__path__):
         spec = module.module_finder.find_spec(module.name, None)
         if spec and spec.origin:
-            source = Path(spec.origin).read_text(encoding="utf-8")
-            lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
-            found[module.name] = lines[0] if lines else ""
+            source = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            if any(
+                isinstance(node, ast.FunctionDef) and node.name == "main" for node in source.body
+            ):
+                lines = (ast.get_docstring(source) or "").splitlines()
+                found[module.name] = lines[0] if lines else ""
     return found
 
 
