@@ -52,7 +52,9 @@ class TrainImages:
         """
         data = config.data
         pipeline.check(data)
-        source = (open_labelled if labelled else open_source)(data.source, data.split, data.data_dir)
+        source = (open_labelled if labelled else open_source)(
+            data.source, data.split, data.data_dir
+        )
         classes = (source.num_classes or 0) if labelled else 0
         return cls(source, data, spec, config.batch_size, config.seed, classes)
 
