@@ -20,10 +20,10 @@ FLOORS = [
     {"train", "report", "pretrained", "plan"},
     {"evals"},
     {
-        *("data", "checkpoint", "integrity", "provenance", "distributed"),
+        *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
         *("optim", "sharding", "metrics", "interop"),
     },
-    {"models", "flops", "config", "errors", "files", "hlo", "configs"},
+    {"models", "flops", "config", "errors", "files", "hlo", "traffic", "configs"},
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
