@@ -13,7 +13,8 @@ from etils import epath
 def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the body succeeds.
 
-    After an exception the temporary file is removed and `path` is what it was.
+    The body writes a file there, or a folder, whose final name must be free. After an exception the
+    temporary file or folder is removed and `path` is what it was.
     """
     target = epath.Path(path)
     part = target.parent / f"{target.name}.part-{os.getpid()}"
@@ -21,6 +22,8 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
         yield part
         part.replace(target)
     finally:
+        if part.is_dir():
+            part.rmtree()
         part.unlink(missing_ok=True)
 
 

@@ -94,8 +94,7 @@ class Task(Protocol):
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
         """Return a fresh state with what config.init_from takes of a checkpoint: parameters."""
-        params = checkpoint.restore(path, {"params": state.params})["params"]
-        return dataclasses.replace(state, params=params)
+        return checkpoint.load_params(path, state)
 
 
 def stream(seed: int, name: str, step: Array | int) -> Array:

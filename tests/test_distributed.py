@@ -186,7 +186,7 @@ def test_a_workdir_that_is_not_shared_is_refused_by_all(folder):
 
 def test_a_host_without_the_others_says_so_and_ends(folder):
     port = hosts.free_port()
-    common = [*hosts.flags(folder, folder / "lonely"), "--config.connect_seconds=3"]
+    common = [*hosts.flags(folder, folder / "lonely"), "--config.hosts.connect_seconds=3"]
     start = [hosts.sys.executable, "-m", "mae_jax", "train", *common, "--num_hosts=2"]
     run = hosts.Processes(
         [

@@ -279,7 +279,7 @@ def test_fewer_images_can_be_asked_for(folder):
 def test_training_images_are_called_so(trained, words, folder, tmp_path, monkeypatch):
     captions = []
     monkeypatch.setattr(
-        figures, "reconstructions", lambda *images, patch, caption: captions.append(caption)
+        figures, "reconstructions", lambda *images, patch_size, caption: captions.append(caption)
     )
     config = config_of(folder, split="train[5:]")
     config.data.split = trained
@@ -332,13 +332,15 @@ def test_figure_shows_four_tiles_of_each_image(size, channels):
     predictions = 255 - images
     mask = np.ones((2, height // 4 * (width // 4)))
     mask[0, 0] = mask[1, -1] = 0
-    page = figures.reconstructions(images, mask, predictions, patch=(4, 4), caption="a caption")
+    page = figures.reconstructions(
+        images, mask, predictions, patch_size=(4, 4), caption="a caption"
+    )
     assert page.dtype == np.uint8
     rgb = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     pasted = predictions.copy()
     pasted[0, :4, :4] = images[0, :4, :4]
     pasted[1, -4:, -4:] = images[1, -4:, -4:]
-    masked = np.broadcast_to(np.array(figures.HIDDEN, np.uint8), (2, *size, 3)).copy()
+    masked = np.broadcast_to(figures.HIDDEN, (2, *size, 3)).copy()
     masked[0, :4, :4] = images[0, :4, :4, rgb].transpose(1, 2, 0)
     masked[1, -4:, -4:] = images[1, -4:, -4:, rgb].transpose(1, 2, 0)
     factor = max(1, -(-figures.TILE // max(size)))

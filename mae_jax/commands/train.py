@@ -75,7 +75,7 @@ def run(
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
     shapes, init = train.lay_out(task, tx, config.seed, mesh)
     state, started = checkpoint.restore_or_init(
-        saver, shapes, init, resume=config.resume, init_from=config.init_from, load=task.load
+        saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
     )
     start = int(state.step)
     if start > schedule.total or (start == schedule.total > 0 and config.resume):
@@ -127,6 +127,7 @@ def main(argv: list[str]) -> int:
     hosts = (values.coordinator, values.num_hosts, values.host)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
+    from flax.traverse_util import flatten_dict
 
     from mae_jax import distributed, provenance, train
     from mae_jax.data.workers import WorkerLost
@@ -145,9 +146,8 @@ def main(argv: list[str]) -> int:
     try:
         with distributed.watchdog(config.hosts.stall_seconds) as heartbeat:
             with distributed.agreement("config and code") as facts:
-                facts |= provenance.flat(
-                    {"config": json.loads(config.to_json()), "workdir": workdir}
-                )
+                facts |= flatten_dict({"config": json.loads(config.to_json())}, sep=".")
+                facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             run(config, workdir, heartbeat)
     except train.NonFiniteError as error:  # on all hosts alike

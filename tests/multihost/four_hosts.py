@@ -72,7 +72,7 @@ def test_the_one_of_four_that_differs_is_named_by_all(folder):
 
 
 def test_three_of_four_hosts_do_not_start_without_the_fourth(folder):
-    common = [*hosts.flags(folder, folder / "three"), "--config.connect_seconds=15"]
+    common = [*hosts.flags(folder, folder / "three"), "--config.hosts.connect_seconds=15"]
     joined = [f"--coordinator=localhost:{hosts.free_port()}", "--num_hosts=4"]
     start = [hosts.sys.executable, "-m", "mae_jax", "train", *common, *joined]
     run = hosts.Processes([[*start, f"--host={host}"] for host in range(3)], 1)
