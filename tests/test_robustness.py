@@ -380,7 +380,8 @@ def coloured(tmp_path_factory):
 
 def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
     """Of a folder and of a tfds dataset: one is learned, the other measured, then reversed."""
-    prepare.prepare_folder(str(coloured / "train"), "mine", data_dir=str(tmp_path))
+    source = ["folder", f"--source={coloured}/train", "--name=mine"]
+    assert prepare.main([*source, f"--data_dir={tmp_path}", "--workers=1"]) == 0
     folder = f"folder:{coloured}/test"
     for learned, measured in (("mine", folder), (folder, "mine")):
         workdir = tmp_path / learned.partition(":")[0]
