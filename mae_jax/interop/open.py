@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax import checkpoint
+from mae_jax import checkpoint, integrity
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
 from mae_jax.interop import infer, names, read
@@ -278,6 +278,6 @@ def save(directory: str | os.PathLike, spec: ModelSpec, params: dict, origin: st
             saver.save(step / "state", args=tree)
     finally:
         logger.setLevel(level)
-    write_json(step / checkpoint.DIGESTS, checkpoint.digests(epath.Path(step)))
+    integrity.write_digests(epath.Path(step))
     task = "classify" if spec.classes else "pretrain"
     write_json(root / "config.json", {"task": task, "converted_from": origin} | spec.to_json())
