@@ -94,7 +94,7 @@ class Task(Protocol):
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
         """Return a fresh state with what config.init_from takes of a checkpoint: parameters."""
-        return checkpoint.load_params(path, state)
+        return state.replace(params=checkpoint.restore(path, state.params, checkpoint.PARAMS))
 
 
 def stream(seed: int, name: str, step: Array | int) -> Array:
