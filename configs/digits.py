@@ -16,11 +16,11 @@ training images (for 1 and 10 % of the labels; 100 % takes that of 10); probes c
 last tenth. The 360 test images chose nothing.
 """
 
-from configs.common import parse_arg
-from configs.finetune import get_config as finetune_recipe
-from configs.knn import get_config as knn_recipe
-from configs.linprobe import get_config as probe_recipe
-from configs.pretrain import get_config as pretrain_recipe
+from mae_jax.configs.common import parse_arg
+from mae_jax.configs.finetune import get_config as finetune_recipe
+from mae_jax.configs.knn import get_config as knn_recipe
+from mae_jax.configs.linprobe import get_config as probe_recipe
+from mae_jax.configs.pretrain import get_config as pretrain_recipe
 
 SOURCE = "source=bundled:digits,test=test"
 # Percent of the labels -> images, images of a step, steps
@@ -47,7 +47,7 @@ def get_config(arg=None):
         dtype="float32", scan_unroll=4,
     )  # fmt: skip
     config.data.update(
-        source="bundled:digits", mean=(0.5,), std=(0.5,), crop_scale=(0.6, 1.0), flip=0.0, threads=2
+        source="bundled:digits", mean=(0.5,), std=(0.5,), crop_scale=(0.6, 1.0), flip=0.0
     )
     config.checkpoint.update(every="1000 steps", keep_every="")
     config.log_every = "100 steps"

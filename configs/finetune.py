@@ -22,8 +22,8 @@ Paper's numbers, not measured here (top-1, 1600 epochs of pre-training): B/16 83
 
 from ml_collections import ConfigDict
 
-from configs.common import adopt, parse_arg, pretraining
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.common import adopt, parse_arg, pretraining
+from mae_jax.configs.pretrain import get_config as recipe
 
 # By the depth of B, L and H
 FINETUNE = {

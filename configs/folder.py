@@ -6,8 +6,8 @@ Arguments: variant, epochs, batch_size, image_size. A ViT-S/16 at 224 pixels wit
 fits a GPU with 8 GB. Nothing of it was tuned; with few images, train longer.
 """
 
-from configs.common import parse_arg
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.common import parse_arg
+from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):

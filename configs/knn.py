@@ -12,8 +12,8 @@ The paper has no number for either; others found k-NN on MAE's features low.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
-from configs.linprobe import get_config as linprobe
+from mae_jax.configs.common import parse_arg
+from mae_jax.configs.linprobe import get_config as linprobe
 
 
 def get_config(arg=None):

@@ -21,8 +21,8 @@ The attentive head is not of the paper, and its settings were not tuned.
 
 from ml_collections import ConfigDict
 
-from configs.common import adopt, parse_arg, pretraining
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.common import adopt, parse_arg, pretraining
+from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):

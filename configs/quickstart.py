@@ -6,7 +6,7 @@ A few minutes on 2 CPU cores, no download beyond the packages. The target is pla
 those give the better pictures; the recipe for features is configs/pretrain.py.
 """
 
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):

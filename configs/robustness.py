@@ -19,8 +19,8 @@ Sketch 34.5, 45.3, 49.6, 50.9.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg, pretraining
-from configs.finetune import get_config as finetune
+from mae_jax.configs.common import parse_arg, pretraining
+from mae_jax.configs.finetune import get_config as finetune
 
 
 def get_config(arg=None):
@@ -48,5 +48,5 @@ def get_config(arg=None):
             )
         )
     )  # fmt: skip
-    config.stall_seconds = 0  # it may take hours
+    config.hosts.stall_seconds = 0  # the measurement may take hours
     return config

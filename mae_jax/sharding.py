@@ -1,7 +1,7 @@
-"""Where every array lives: the mesh, one table of rules for parameters, and the rows of each host.
+"""Place every array: the mesh, one table of rules for parameters, and the rows of each host.
 
 Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits
-heads and hidden units. One size may be -1: what is left of the devices.
+heads and hidden units. One size may be -1: all remaining devices.
 """
 
 import math
@@ -22,8 +22,8 @@ from mae_jax.optim import path_name
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# The first pattern found in a path decides. Optimizer moments have the paths of their parameters
-# inside theirs, and so the same rule. Blocks have a leading layer axis, which is never split.
+# The first pattern that is found in a path decides. The path of an optimizer moment contains that of
+# its parameter, and so gets the same rule. Blocks have a leading layer axis, which is never split.
 RULES = (
     (r"stack/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # layer D 3 S F
     (r"stack/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
@@ -32,47 +32,47 @@ RULES = (
     (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
     (r"stack/blocks/mlp/fc2/kernel$", P(None, "tensor", "fsdp")),
     (r"(params|mu|nu|ema)/(online/)?head/kernel$", P("fsdp")),  # D Y: Y may be any number
-    (r"pred/kernel$", P("fsdp")),  # E P: the values of a patch, 588 of 14 x 14, divide by little
+    (r"pred/kernel$", P("fsdp")),  # E T: T may be odd (588 for 14 x 14 pixels)
     (r"(patch_embed|embed|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
     (r"(scale|bias|token|count|step|mean|var)$", P()),
 )
-# An array with more elements, and more than a thousandth of the whole state, that nothing splits is
-# taken for a mistake in the rules.
+# An array that nothing splits, with more elements than this and more than a thousandth of the whole
+# state, is a mistake in the rules.
 LARGE = 2**17
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of all devices, or of those given.
+    """Return a mesh of all devices, or of those given.
 
     Raises:
       UserError: the sizes do not multiply out to the number of devices; or see `arrange`.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    found = jax.devices() if devices is None else list(devices)
-    count = len(found)
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    shape = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-        raise UserError(f"mesh {said}: sizes must be at least 1, and at most one of them -1")
+        raise UserError(f"mesh {shape}: sizes must be at least 1, and at most one of them -1")
     if count % known or (not free and known != count):
         raise UserError(
-            f"mesh {said} needs {'a multiple of ' if free else ''}{known} devices, there are"
-            f" {count}: change config.mesh (one size may be -1: what is left)"
+            f"mesh {shape} needs {'a multiple of ' if free else ''}{known} devices, there are"
+            f" {count}: change config.mesh (one size may be -1: all that remain)"
         )
     for name in free:
         sizes[name] = count // known
-    return Mesh(arrange(sizes, found), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the shape of a mesh, neighbours on the chips' network beside each other.
+    """Return the devices in the shape of a mesh, neighbours on the chips' network side by side.
 
-    Of several slices, which only the slow data-center network joins, as many as can be are put on
-    the data axis, outermost, where there is one gradient a step to exchange, and the rest on fsdp.
+    Several slices are joined by the slow data-center network only. As many of them as possible lie
+    on the data axis, outermost, which exchanges one gradient a step, and the rest on fsdp.
 
     Raises:
       UserError: neither axis can be cut into the slices.
@@ -80,9 +80,9 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     outer = (math.gcd(sizes["data"], slices), slices // math.gcd(sizes["data"], slices), 1)
     if sizes["fsdp"] % outer[1]:
-        said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        shape = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"mesh {said} cannot be cut into {slices} slices: choose data as a multiple of {slices}"
+            f"mesh {shape} cannot be cut into {slices} slices: choose data as a multiple of {slices}"
         )
     inner = tuple(size // parts for size, parts in zip(sizes.values(), outer, strict=True))
     if slices == 1:
@@ -101,7 +101,7 @@ def _rule(path: tuple) -> P:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The sharding of every array of a state (or of its shapes), by RULES.
+    """Return the sharding of every array of a state (or of its shapes), by RULES.
 
     Raises:
       UserError: a path without a rule; an axis that does not divide; or a large array that stays
@@ -132,20 +132,32 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose leading axis is the batch."""
+    """Return the sharding of arrays whose leading axis is the batch."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
-    """Keeps activations split by batch, and by nothing else.
+    """Return a function that keeps activations split by batch, and by nothing else.
 
     Without it XLA may turn FSDP into splitting features, and hold the whole batch on every device.
+    A batch that the mesh does not divide, such as the one example of an init, passes unchanged.
     """
-    return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+
+    def constrain(x: Array) -> Array:
+        if len(x) % ways:
+            return x
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+    return constrain
 
 
 def check_batch(mesh: Mesh, batch_size: int, grad_accum: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of images in every pass."""
+    """Check that every device gets the same number of images in every pass.
+
+    Raises:
+      UserError: the batch is not divisible by data x fsdp x grad_accum.
+    """
     if batch_size < 1 or grad_accum < 1:
         raise UserError(
             f"batch_size={batch_size} and grad_accum={grad_accum} must both be at least 1"
@@ -161,19 +173,15 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accum: int = 1) -> None:
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this host's devices hold, sorted."""
+    """Return the rows of a global batch that this host's devices hold, sorted."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, Array]:
-    """This host's rows (in the order of `host_rows`) as global arrays on the mesh."""
-    sharding, rows = batch_sharding(mesh), host_rows(mesh, batch_size)
-
-    def put(local: np.ndarray) -> Array:
-        def shard(index):
-            return local[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
-
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
-
-    return {name: put(value) for name, value in batch.items()}
+    """Return this host's rows (in the order of `host_rows`) as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+        for name, x in batch.items()
+    }

@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from mae_jax import metrics
+from mae_jax.metrics.figure import loss_figure
+from mae_jax.metrics.progress import Progress
+from mae_jax.metrics.writer import Writer, read
 
 
 def steps(workdir: Path) -> list[int]:
-    return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
+    return [line["step"] for line in read(workdir / "metrics.jsonl")]
 
 
 def events(workdir: Path) -> list[Event]:
@@ -33,8 +35,8 @@ def events(workdir: Path) -> list[Event]:
     return found
 
 
-def run(workdir: Path, start: int, reported: list[int]) -> metrics.Writer:
-    writer = metrics.Writer(workdir, start)
+def run(workdir: Path, start: int, reported: list[int]) -> Writer:
+    writer = Writer(workdir, start)
     for step in reported:
         writer.scalars(step, {"train/loss": 1.0 / (step + 1), "train/lr": 1e-3})
     return writer
@@ -48,8 +50,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     run(tmp_path, 20, [30, 40, 50, 60])
     assert steps(tmp_path) == [0, 10, 20, 30, 40, 50, 60]
     assert all(
-        line["train/loss"] == 1 / (line["step"] + 1)
-        for line in metrics.read(tmp_path / "metrics.jsonl")
+        line["train/loss"] == 1 / (line["step"] + 1) for line in read(tmp_path / "metrics.jsonl")
     )
 
 
@@ -82,7 +83,7 @@ def test_tensorboard_forgets_exactly_the_steps_that_are_written_again(tmp_path):
 
 
 def test_metrics_that_are_not_finite_stay_readable_by_strict_parsers(tmp_path):
-    metrics.Writer(tmp_path, 0).scalars(1, {"a": float("nan"), "b": float("inf"), "c": 2.0})
+    Writer(tmp_path, 0).scalars(1, {"a": float("nan"), "b": float("inf"), "c": 2.0})
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is not JSON")
@@ -93,9 +94,11 @@ def test_metrics_that_are_not_finite_stay_readable_by_strict_parsers(tmp_path):
 
 def test_pictures_arrive_unchanged(tmp_path):
     image = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
-    writer = metrics.Writer(tmp_path, 0)
+    writer = Writer(tmp_path, 0)
     writer.images(120, {"reconstruction": image})
+    writer.file("tables/results.json", b"{}")
     writer.close()
+    assert (tmp_path / "tables/results.json").read_bytes() == b"{}"
     stored = Image.open(tmp_path / "images/reconstruction_0000120.png")
     np.testing.assert_array_equal(np.asarray(stored), image)
     shown = [(e.step, v.image) for e in events(tmp_path) for v in e.summary.value]
@@ -106,9 +109,10 @@ def test_only_the_first_host_reports_and_every_host_logs(tmp_path, monkeypatch, 
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     writer = run(tmp_path, 0, [1])
     writer.images(1, {"a": np.zeros((2, 2, 3), np.uint8)})
+    writer.file("results.json", b"{}")
     writer.log("hello")
     writer.close()
-    with metrics.Progress(10, 0, "test") as progress:
+    with Progress(10, 0, "test") as progress:
         progress.log("hello")
         progress.update(1, loss=1.0, lr=1.0, images_per_sec=1.0, data_wait=0.0)
     files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
@@ -122,22 +126,22 @@ def test_an_object_store_gets_whole_files(monkeypatch):
     from fsspec.implementations.memory import MemoryFileSystem
 
     fsspec.register_implementation("s3", MemoryFileSystem, clobber=True)
-    monkeypatch.setattr(metrics.Writer, "_board", lambda self: pytest.fail("not of this test"))
-    first = metrics.Writer("s3://bucket/run", 0)
+    monkeypatch.setattr(Writer, "_board", lambda self: pytest.fail("not of this test"))
+    first = Writer("s3://bucket/run", 0)
     first._metrics.append('{"step": 10}')
     first._metrics.append('{"step": 20}')
     first.flush()
     first.close()
-    second = metrics.Writer("s3://bucket/run", 10)
+    second = Writer("s3://bucket/run", 10)
     second._metrics.append('{"step": 20, "again": true}')
     second.log("hello")
     second.flush()
-    lines = metrics.read("s3://bucket/run/metrics.jsonl")
+    lines = read("s3://bucket/run/metrics.jsonl")
     assert lines == [{"step": 10}, {"step": 20, "again": True}]
 
 
 SHOW = """
-from mae_jax.metrics import Progress
+from mae_jax.metrics.progress import Progress
 with Progress(2000, 0, "pretrain") as progress:
     progress.log("parameters: 1,000 [not markup]")
     for step in (1, 1000, 2000):
@@ -187,10 +191,10 @@ def test_progress_on_a_terminal_shows_everything_in_one_line(columns):
 
 def test_loss_figure_draws_what_there_is(tmp_path):
     writer = run(tmp_path, 0, range(0, 100, 10))
-    metrics.loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     narrow = Image.open(tmp_path / "loss.png").size
     writer.scalars(50, {"eval/loss": 0.5, "eval/rmse": 30.0, "eval/rmse_mean_colour": 50.0})
-    metrics.loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     wide = Image.open(tmp_path / "loss.png").size
     assert wide[0] > 1.8 * narrow[0]
 
@@ -198,11 +202,14 @@ def test_loss_figure_draws_what_there_is(tmp_path):
 def test_loss_figure_of_nothing_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')
     with pytest.raises(ValueError, match="holds no train/loss yet"):
-        metrics.loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+        loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 
 def test_importing_metrics_does_not_import_what_draws():
-    code = "import sys, mae_jax.metrics; print([m for m in sys.modules if m in %r])"
+    code = (
+        "import sys; from mae_jax.metrics import figure, progress, writer;"
+        " print([m for m in sys.modules if m in %r])"
+    )
     heavy = ["matplotlib", "tensorboardX", "rich", "PIL"]
     root = Path(__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code % heavy], cwd=root, capture_output=True)

@@ -161,7 +161,7 @@ def embed(
     """
     import grain
 
-    from mae_jax.data import transforms
+    from mae_jax.data import crops, transforms
 
     def load(index: int) -> tuple[np.ndarray, str, int, str]:
         record = source[index]
@@ -170,7 +170,7 @@ def embed(
             if "unreadable" in record:
                 raise transforms.BadImage(record["unreadable"])
             picture = transforms.decode(record["image"], shape[-1])
-            return transforms.center_crop(picture, shape[:2]), name, label, ""
+            return crops.center(picture, shape[:2]), name, label, ""
         except transforms.BadImage as error:
             return np.zeros(shape, np.uint8), name, label, str(error)
 

@@ -82,7 +82,7 @@ def read_images(
     Raises:
       UserError: a place is none, a file cannot be read, or there is no image.
     """
-    from mae_jax.data import sources, transforms
+    from mae_jax.data import crops, sources, transforms
 
     names: list[str] = []
     images: list[np.ndarray] = []
@@ -101,7 +101,7 @@ def read_images(
             except transforms.BadImage as error:
                 raise UserError(f"{record['name']} cannot be read: {error}") from None
             names.append(str(record["name"]))
-            images.append(transforms.center_crop(picture, size))
+            images.append(crops.center(picture, size))
     return names, np.stack(images)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from mae_jax.errors import UserError, nearest
+
 Picture = Image.Image | np.ndarray
 Box = tuple[int, int, int, int]  # left, top, width, height
 
@@ -131,43 +133,7 @@ def _convert(picture: Picture, channels: int) -> Picture:
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-# --- cropping: a picture and the size wanted (height, width), to uint8 [height, width, C] ---
-
-
-def random_resized_crop(
-    picture: Picture,
-    size_HW: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-    resizer: str = "pillow",
-) -> np.ndarray:
-    """Crop a random box, resize it (REFERENCE section 2).
-
-    The box is cut out before it is resized, so that no pixel around it takes part.
-
-    Args:
-      resizer: one of RESIZERS.
-    """
-    box = random_box(*_size(picture)[::-1], scale, ratio, rng)
-    return RESIZERS[resizer](picture, box, *size_HW[::-1])
-
-
-def probe_crop(
-    picture: Picture,
-    size_HW: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-    resizer: str = "pillow",
-) -> np.ndarray:
-    """The linear probe's own random resized crop (REFERENCE section 4).
-
-    Args:
-      resizer: one of RESIZERS.
-    """
-    box = probe_box(*_size(picture)[::-1], scale, ratio, rng)
-    return RESIZERS[resizer](picture, box, *size_HW[::-1])
+# --- resizing a part of a picture to uint8 [height, width, C] ---
 
 
 def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
@@ -203,6 +169,22 @@ def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarr
 
 
 RESIZERS = {"pillow": resize_pillow, "fast": resize_fast}
+
+
+def require_resizer(name: str) -> None:
+    """Raise a UserError if there is no such resizer or its package is not installed."""
+    if name not in RESIZERS:
+        raise UserError(
+            f"config.data.resizer={name!r}{nearest(name, RESIZERS)}: give one of"
+            f" {', '.join(RESIZERS)}"
+        )
+    try:
+        RESIZERS[name](Image.new("L", (1, 1)), (0, 0, 1, 1), 1, 1)
+    except ImportError as error:
+        raise UserError(
+            f"config.data.resizer={name!r}: pip install cykooz-resizer, or leave it at pillow"
+            f" ({error})"
+        ) from error
 
 
 def random_box(
@@ -252,38 +234,13 @@ def probe_box(
     return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
-def center_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:
-    """Resize the shorter side, crop the centre, as in evaluation (REFERENCE section 3).
-
-    The shorter side becomes size * 256 / 224, rounded down, up to size 224; beyond, size.
-    """
-    margin = 256 if max(size_HW) <= 224 else 224
-    return _resized_crop(picture, size_HW, margin, lambda slack: round(slack / 2))
-
-
-def full_crop(picture: Picture, size_HW: tuple[int, int]) -> np.ndarray:
-    """Resize the shorter side to the size itself, crop the centre: keeps what has the size as is.
-
-    For images that were cropped before, such as those of ImageNet-C.
-    """
-    return _resized_crop(picture, size_HW, 224, lambda slack: round(slack / 2))
-
-
-def fixed_crop(picture: Picture, size_HW: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Resize the shorter side to size * 256 / 224, crop anywhere.
-
-    For "crop, fixed size" of the paper's Table 1e, which gives no numbers: the margin is ours.
-    """
-    return _resized_crop(picture, size_HW, 256, lambda slack: int(rng.integers(slack + 1)))
-
-
-def _resized_crop(
+def resized_crop(
     picture: Picture, size_HW: tuple[int, int], margin: int, offset: Callable[[int], int]
 ) -> np.ndarray:
     """Resize to the smallest size that covers size * margin / 224, crop at offset(what is left)."""
     crop_h, crop_w = size_HW
     least_w, least_h = crop_w * margin // 224, crop_h * margin // 224
-    height, width = _size(picture)
+    width, height = width_height(picture)
     # Of a very long strip only the middle is resized: all of it might not fit into memory.
     cut_w = min(width, -(-MAX_STRETCH * least_w * height // least_h))
     cut_h = min(height, -(-MAX_STRETCH * least_h * width // least_w))
@@ -311,9 +268,9 @@ def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Genera
     return _edit(image_HWC, (0, 0, width, height), lambda whole: whole.transpose(flip))
 
 
-def _size(picture: Picture) -> tuple[int, int]:
-    """(height, width)"""
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+def width_height(picture: Picture) -> tuple[int, int]:
+    """Return the size of a picture in Pillow's order."""
+    return picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
 
 
 def _cut(array_HWC: np.ndarray, box: Box) -> np.ndarray:

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.data import pipeline, sources, transforms
+from mae_jax.data import crops, pipeline, sources, transforms
+from mae_jax.data.labels import open_labelled, require_disjoint, require_labels  # noqa: F401
 from mae_jax.errors import UserError, nearest
 
 
@@ -24,37 +25,6 @@ class Features(NamedTuple):
     x: Array  # (..., B, D) float32, or whatever is computed of each image
     label: Array  # (..., B) int32
     counted: Array  # (..., B) bool; False: padding, or an image that cannot be read
-
-
-def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
-    """A source whose images have labels.
-
-    Raises:
-      UserError: it has none, or see `sources.open_source`.
-    """
-    source = sources.open_source(name, split, data_dir)
-    if not source.num_classes:
-        raise UserError(
-            f"{name!r} has no labels, which are needed here: a folder has them if every image lies"
-            " at PATH/CLASS/FILE, a tfds dataset if it has a ClassLabel under 'label'"
-        )
-    return source
-
-
-def require_disjoint(what: str, one: sources.Source, other: sources.Source, way_out: str) -> None:
-    """Raises UserError if two sources have images in common; 'A and B', and what to do."""
-    if count := sources.shared(one, other):
-        raise UserError(f"{what} have {count:,} images in common: {way_out}")
-
-
-def require_labels(label_B: np.ndarray, classes: int) -> None:
-    """Raises UserError if a label is not one of the classes."""
-    wrong = label_B[(label_B < 0) | (label_B >= classes)]
-    if len(wrong):
-        raise UserError(
-            f"an image has label {wrong[0]}, and labels go from 0 to {classes - 1}: choose a split"
-            " whose images are labelled (the public test images of ImageNet are not)"
-        )
 
 
 def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any, dict], Array]:
@@ -90,7 +60,7 @@ class Extractor:
         mesh: Mesh,
         *,
         batch_size: int,
-        crop: Callable[[transforms.Picture, tuple[int, int]], np.ndarray] = transforms.center_crop,
+        crop: Callable[[transforms.Picture, tuple[int, int]], np.ndarray] = crops.center,
     ):
         if batch_size < 1:
             raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
@@ -112,7 +82,6 @@ class Extractor:
         model, classes = self._config.model, source.num_classes or 0
         for batch in pipeline.eval_batches(
             source,
-            self._config.data,
             batch_size=self.batch_size,
             image_size=tuple(model.image_size),
             channels=model.channels,

@@ -131,7 +131,6 @@ class Evaluator:
         """(this host's rows, which rows of the global batch count, the global arrays)."""
         batches = pipeline.eval_batches(
             self._source,
-            self._config.data,
             batch_size=self._batch_size,
             image_size=self._size,
             channels=self._config.model.channels,

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data import robustness, transforms
+from mae_jax.data import crops, robustness
 from mae_jax.data.sources import NotPrepared, Source
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError, nearest
@@ -98,7 +98,7 @@ class Evaluator:
             log_once(line)
         extractor: Any = dict(compute=predict["logits"], mesh=mesh, batch_size=cfg.batch_size)
         self._extractor = Extractor(config, **extractor)
-        self._uncropped = Extractor(config, **extractor, crop=transforms.full_crop)
+        self._uncropped = Extractor(config, **extractor, crop=crops.full)
 
     def _open(self, corruption: str, severity: int) -> Source:
         return robustness.open_corruption(self._corrupted, corruption, severity, self._data_dir)

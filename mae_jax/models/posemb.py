@@ -17,7 +17,7 @@ def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
 
 
 def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
-    """Return the fixed position table of a (rows, columns) grid, the cls token's row of zeros first.
+    """Return the fixed position table of a (rows, columns) grid; the first row, of cls, is zeros.
 
     The first half of the width encodes the column, the second half the row: the official
     checkpoints depend on this order (facebookresearch/mae#18). Computed in float64.
@@ -37,7 +37,7 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
-    """Resize a position table to another (rows, columns) grid; the cls token's row, the first, stays.
+    """Resize a position table to another (rows, columns) grid; the first row, of cls, stays.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
     aligned, no antialiasing.

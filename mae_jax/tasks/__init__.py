@@ -1,1 +1,27 @@
-"""Objectives: each module builds a Task, the pure functions that the training loop drives."""
+"""Objectives: each module has a class `Task`, which the loop trains."""
+
+import sys
+from collections.abc import Callable
+
+from jax import Array
+from ml_collections import ConfigDict
+
+from mae_jax import train
+from mae_jax.config import resolve
+
+
+def build(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> train.Task:
+    """Return the task that `config.task` names: a module here, or a dotted path to a fork's own.
+
+    Args:
+      constrain: keeps activations split by batch; see `sharding.constrain_batch`.
+
+    Raises:
+      UserError: there is no such task, or a value of the config cannot work.
+    """
+    task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, constrain)
+    if config.get("online_probe", False):
+        from mae_jax.tasks import online
+
+        task = online.Task.around(task)
+    return task

@@ -1,49 +1,196 @@
 """Classification: fine-tune a pre-trained encoder, or train one from scratch, with labels."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, flops, optim
-from mae_jax.config import steps
-from mae_jax.data import mixup, pipeline
-from mae_jax.errors import UserError, nearest
-from mae_jax.evals.features import open_labelled, require_labels
+from mae_jax import checkpoint, flops, optim, train
+from mae_jax.data import mixup
+from mae_jax.errors import nearest
 from mae_jax.models import classifier
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import grid_of
-from mae_jax.tasks.encoder import check_model, execution, load_encoder, normalize
-from mae_jax.train import Task
+from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.tasks import common
+from mae_jax.tasks.common import refuse
+from mae_jax.tasks.init_from import load_encoder
 
-DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; REFERENCE section 3
-# Of a checkpoint, what a classifier is started from as a whole, with its head
+DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; docs/REFERENCE.md section 3
+# The part of a checkpoint that a whole classifier, with its head, starts from.
 WHOLE = {"finetuned": checkpoint.PARAMS, "averaged": checkpoint.AVERAGED}
 STARTS = ("pretrained", *WHOLE, "xavier", "normal")
 
 
+@dataclass(frozen=True)
+class Task(train.Task):
+    """Fine-tuning, or supervised training from scratch, as configs/finetune.py describes it."""
+
+    network: classifier.Classifier
+    images: common.TrainImages
+    config: ConfigDict
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x
+    ) -> "Task":
+        """Return the task of a config such as configs/finetune.py.
+
+        Raises:
+          UserError: a value of the config cannot work, or the images have no labels.
+        """
+        common.check_optim(config.optim)
+        spec = ModelSpec.from_config(config.to_dict(), classes=1)
+        check(config)
+        images = common.TrainImages.from_config(config, spec, labelled=True)
+        spec = ModelSpec.from_config(config.to_dict(), classes=images.classes)
+        compute = ComputeConfig.from_config(config.model, constrain)
+        return cls(classifier.Classifier(spec, compute), images, config)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.network.spec
+
+    @property
+    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return self.images.inputs()
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.images.source)
+
+    @property
+    def flops_per_example(self) -> float:
+        return flops.encoder(self.spec) + 2.0 * self.spec.encoder.width * self.spec.classes
+
+    @property
+    def partly_frozen(self) -> bool:
+        """Whether only the last config.trained_blocks blocks are trained (paper, Figure 9)."""
+        return 0 <= self.config.trained_blocks < self.spec.encoder.depth
+
+    @property
+    def flops_multiplier(self) -> float:
+        """The cost of an update in forward passes: no backward pass goes into frozen blocks."""
+        if not self.partly_frozen:
+            return 3.0
+        vit, blocks = self.spec.encoder, self.config.trained_blocks
+        if blocks == 0.5:
+            blocks = vit.hidden / (2 * vit.width + vit.hidden)  # the MLP's share of a block
+        return 1 + 2 * blocks / vit.depth
+
+    def init(self, rng: Array) -> tuple[dict, dict]:
+        params_rng, scratch_rng = jax.random.split(rng)
+        patches_BLP = jnp.zeros((1, self.spec.num_patches, self.spec.patch_dim))
+        params: Any = self.network.init(params_rng, patches_BLP)["params"]
+        if self.config.start == "normal":
+            params = classifier.scratch_init(params, scratch_rng)
+        return params, self.averaged(params)
+
+    def averaged(self, params: Any) -> dict:
+        """Return the state of averaged weights that start from `params`; {} without config.ema."""
+        return {"ema": jax.tree.map(jnp.copy, params)} if self.config.ema else {}
+
+    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+        """Normalise, erase, mix: in this order, as the official code does."""
+        mix, constrain = self.config.mix, self.network.compute.constrain
+        image_BHWC = constrain(common.normalize(batch["image"], self.spec))
+        target_BY = mixup.smooth(batch["label"], self.spec.classes, self.config.smoothing)
+        if self.config.erase:
+            image_BHWC = mixup.erase(image_BHWC, rng("erase"), self.config.erase)
+        if mix.mixup or mix.cutmix:
+            groups = len(image_BHWC) // mix.group
+            alphas = {"mixup": mix.mixup, "cutmix": mix.cutmix}
+            drawn = mixup.draw_mix(rng("mix"), groups, *self.spec.image_size, **alphas)
+            image_BHWC = constrain(mixup.mix_images(image_BHWC, drawn))
+            target_BY = mixup.mix_targets(target_BY, drawn)
+        return {"normalized": image_BHWC, "target": target_BY}
+
+    def loss(
+        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+    ) -> tuple[Array, tuple[dict, dict]]:
+        patches_BLP = patchify(batch["normalized"], self.spec.patch_size)
+        rngs = {"drop_path": rng("drop_path")}
+        out: Any
+        if self.partly_frozen:
+            out = classifier.apply_partly_frozen(
+                self.network, params, patches_BLP, self.config.trained_blocks, not train, rngs
+            )
+        else:
+            out = self.network.apply({"params": params}, patches_BLP, not train, rngs=rngs)
+        loss_B = optax.softmax_cross_entropy(out.logits_BY, batch["target"])
+        return loss_B.mean(), (extra, {})
+
+    def classify(self, params: dict, batch: dict) -> classifier.Output:
+        """Return features and logits of whole images."""
+        images_BHWC = common.normalize(batch["image"], self.spec)
+        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        out: Any = self.network.apply({"params": params}, patches_BLP)
+        return out
+
+    def predict(self) -> Mapping[str, Callable]:
+        def features(params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+            return {"pooled": self.classify(params, batch).features_BD}
+
+        def logits(params: dict, extra: dict, batch: dict) -> Array:
+            return self.classify(params, batch).logits_BY
+
+        def averaged_logits(params: dict, extra: dict, batch: dict) -> Array:
+            return self.classify(extra["ema"], batch).logits_BY
+
+        predict = {"features": features, "logits": logits}
+        return predict | ({"averaged_logits": averaged_logits} if self.config.ema else {})
+
+    def load(self, path: Any, state: train.TrainState) -> train.TrainState:
+        """Return a fresh state with the encoder of a checkpoint, or with the whole classifier."""
+        if self.config.start in WHOLE:
+            params = checkpoint.restore(path, state.params, WHOLE[self.config.start])
+        else:
+            encoder = load_encoder(path, state.params["encoder"], self.spec)
+            params = state.params | {"encoder": encoder}
+        return state.replace(params=params, extra=self.averaged(params))
+
+    def optimizer(
+        self, total_steps: int, steps_per_epoch: int
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        o, batch_size = self.config.optim, self.config.batch_size
+        schedule = common.learning_rate(o, batch_size, total_steps, steps_per_epoch)
+        return common.adamw(o, schedule, DECAYED, self.scales), schedule
+
+    def scales(self, params: Any) -> Any:
+        """Return learning-rate multipliers; 0 freezes a parameter (and its weight decay)."""
+        scales = optim.layer_scales(params, self.config.optim.layer_decay)
+        if not self.partly_frozen:
+            return scales
+        trained = classifier.trained_share(params, self.config.trained_blocks)
+        return jax.tree.map(np.multiply, scales, trained)
+
+    def after_update(self, state: train.TrainState) -> train.TrainState:
+        """Return the state with its averaged weights moved towards the new ones (config.ema)."""
+        if not self.config.ema:
+            return state
+        ema = optax.incremental_update(state.params, state.extra["ema"], 1 - self.config.ema)
+        return state.replace(extra=state.extra | {"ema": ema})
+
+    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
+        return self.images.batches(start_step, rows)
+
+
 def check(config: ConfigDict) -> None:
-    """Check what a config says of fine-tuning.
+    """Check the values of a config that only this task reads.
 
     Raises:
       UserError: a value that cannot work.
     """
-
-    def refuse(key: str, value: Any, wanted: str) -> None:
-        raise UserError(f"config.{key}={value!r}: {wanted}")
-
-    m, o, mix, data = config.model, config.optim, config.mix, config.data
-    pipeline.check(data)
-    check_model(config)
+    m, data = config.model, config.data
     if data.augment and m.channels not in (1, 3):
         refuse("data.augment", data.augment, f"is for 1 or 3 channels, not {m.channels}: set it ''")
     if config.start not in STARTS:
-        refuse("start", config.start, f"unknown{nearest(config.start, list(STARTS))}")
+        refuse("start", config.start, f"unknown{nearest(config.start, STARTS)}")
     loaded = config.start in ("pretrained", *WHOLE)
     if loaded and not (config.init_from or config.resume):
         refuse(
@@ -57,181 +204,30 @@ def check(config: ConfigDict) -> None:
     n = config.trained_blocks
     if n not in (-1, 0.5) and (n % 1 or not 0 <= n <= m.depth):
         refuse("trained_blocks", n, f"give -1 (all), 0.5 (the last MLP), or 0 to {m.depth} blocks")
-    if not 0 < o.layer_decay <= 1:
-        refuse("optim.layer_decay", o.layer_decay, "must be above 0 and at most 1")
-    for key, value in (("smoothing", config.smoothing), ("erase", config.erase)):
-        if not 0 <= value <= 1:
-            refuse(key, value, "must be from 0 to 1")
+    if not 0 < config.optim.layer_decay <= 1:
+        refuse("optim.layer_decay", config.optim.layer_decay, "must be above 0 and at most 1")
+    for key in ("smoothing", "erase"):
+        if not 0 <= config[key] <= 1:
+            refuse(key, config[key], "must be from 0 to 1")
     if not 0 <= config.ema < 1:
         refuse("ema", config.ema, "must be at least 0, which is none, and below 1")
+    check_mix(config.mix, config.batch_size)
+
+
+def check_mix(mix: ConfigDict, batch_size: int) -> None:
+    """Check config.mix.
+
+    Raises:
+      UserError: an alpha is negative, or the groups do not divide the batch.
+    """
     for key in ("mixup", "cutmix"):
         if not mix[key] >= 0:
             refuse(f"mix.{key}", mix[key], "must be at least 0, which is none")
-    uneven = mix.group < 2 or mix.group % 2 or config.batch_size % mix.group
+    uneven = mix.group < 2 or mix.group % 2 or batch_size % mix.group
     if (mix.mixup or mix.cutmix) and uneven:
         refuse(
             "mix.group",
             mix.group,
             "images that are mixed with each other: must be even and divide"
-            f" config.batch_size={config.batch_size}; or set config.mix.mixup and config.mix.cutmix"
-            " to 0",
+            f" config.batch_size={batch_size}; or set config.mix.mixup and config.mix.cutmix to 0",
         )
-
-
-def passes(trained_blocks: float, depth: int, mlp_ratio: float) -> float:
-    """What an update costs, in forward passes: no backward pass goes into frozen blocks.
-
-    Args:
-      trained_blocks: of `depth`, from the last; -1 = all, 0.5 = the MLP of the last.
-    """
-    if not 0 <= trained_blocks < depth:
-        return 3.0
-    blocks = 2 * mlp_ratio / (4 + 2 * mlp_ratio) if trained_blocks == 0.5 else trained_blocks
-    return 1 + 2 * blocks / depth
-
-
-def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> Task:
-    """The classifier of a config such as configs/finetune.py.
-
-    Raises:
-      UserError: a value of the config that cannot work, or a source without labels.
-    """
-    check(config)
-    m, o, data = config.model, config.optim, config.data
-    patch, size = tuple(m.patch_size), tuple(m.image_size)
-    grid = grid_of(size, patch)
-    values = math.prod(patch) * m.channels
-    source = open_labelled(data.source, data.split, data.data_dir)
-    classes = source.num_classes or 0
-    trained = config.trained_blocks
-
-    def build(constrain: Callable[[Array], Array]) -> classifier.Classifier:
-        return classifier.build(
-            grid,
-            width=m.width,
-            depth=m.depth,
-            heads=m.heads,
-            classes=classes,
-            mlp_ratio=m.mlp_ratio,
-            pool=m.pool,
-            drop_path=m.drop_path,
-            execution=execution(m, constrain),
-        )
-
-    network = build(constrain)
-
-    def init(rng: Array) -> tuple[dict, dict]:
-        params_rng, scratch_rng = jax.random.split(rng)
-        example = jnp.zeros((1, math.prod(grid), values))
-        params: Any = build(lambda x: x).init(params_rng, example)["params"]
-        if config.start == "normal":
-            params = classifier.scratch_init(params, scratch_rng)
-        return params, averaged(params)
-
-    def averaged(params: Any) -> dict:
-        return {"ema": jax.tree.map(jnp.copy, params)} if config.ema else {}
-
-    def prepare(batch: dict, rng: Callable[[str], Array]) -> dict:
-        """Normalise, erase, mix: in this order, as the official code does."""
-        image_BHWC = constrain(normalize(batch["image"], data.mean, data.std))
-        target_BY = mixup.smooth(batch["label"], classes, config.smoothing)
-        if config.erase:
-            image_BHWC = mixup.erase(image_BHWC, rng("erase"), config.erase)
-        if config.mix.mixup or config.mix.cutmix:
-            groups = len(image_BHWC) // config.mix.group
-            alphas = {"mixup": config.mix.mixup, "cutmix": config.mix.cutmix}
-            mix = mixup.draw_mix(rng("mix"), groups, *size, **alphas)
-            image_BHWC = constrain(mixup.mix_images(image_BHWC, mix))
-            target_BY = mixup.mix_targets(target_BY, mix)
-        return {"normalized": image_BHWC, "target": target_BY}
-
-    def loss(params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool):
-        patches_BLP = patchify(batch["normalized"], patch)
-        rngs = {"drop_path": rng("drop_path")}
-        if 0 <= trained < m.depth:
-            out: Any = classifier.apply_partly_frozen(
-                network, params, patches_BLP, trained, not train, rngs
-            )
-        else:
-            out = network.apply({"params": params}, patches_BLP, not train, rngs=rngs)
-        return classifier.soft_cross_entropy(out.logits_BY, batch["target"]), (extra, {})
-
-    def classify(params: dict, batch: dict) -> classifier.Output:
-        image_BHWC = normalize(batch["image"], data.mean, data.std)
-        out: Any = network.apply({"params": params}, patchify(image_BHWC, patch))
-        return out
-
-    predict = {
-        "features": lambda params, extra, batch: {"pooled": classify(params, batch).features_BD},
-        "logits": lambda params, extra, batch: classify(params, batch).logits_BY,
-    }
-    if config.ema:
-        predict["averaged_logits"] = lambda params, extra, batch: (
-            classify(extra["ema"], batch).logits_BY
-        )
-
-    def load(path: Any, state: Any) -> Any:
-        if config.start in WHOLE:
-            params = checkpoint.restore(path, state.params, WHOLE[config.start])
-            return state.replace(params=params, extra=averaged(params))
-        encoder = load_encoder(path, state.params["encoder"], config)
-        params = state.params | {"encoder": encoder}
-        return state.replace(params=params, extra=averaged(params))
-
-    def optimizer(total_steps: int, steps_per_epoch: int):
-        schedule = optim.cosine_schedule(
-            optim.peak_lr(o.blr, config.batch_size),
-            total_steps,
-            steps(o.warmup, config.batch_size, steps_per_epoch),
-            o.min_lr,
-        )
-        tx = optim.adamw(
-            schedule,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            decayed=DECAYED,
-            scales=scales,
-        )
-        return tx, schedule
-
-    def scales(params: Any) -> Any:
-        """Of the learning rate; 0, which stops weight decay too, for what is frozen."""
-        decayed = optim.layer_scales(params, o.layer_decay)
-        if not 0 <= trained < m.depth:
-            return decayed
-        return jax.tree.map(np.multiply, decayed, classifier.trained_share(params, trained))
-
-    def follow(params: dict, extra: dict) -> dict:
-        """The averaged weights after an update."""
-        if not config.ema:
-            return extra
-        return {
-            "ema": jax.tree.map(lambda a, p: a + (1 - config.ema) * (p - a), extra["ema"], params)
-        }
-
-    def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        def check(labels: np.ndarray) -> None:
-            require_labels(labels, classes)
-
-        return pipeline.reported_batches(source, config, start_step, rows, check)
-
-    return Task(
-        inputs={
-            "image": jax.ShapeDtypeStruct((*size, m.channels), np.uint8),
-            "label": jax.ShapeDtypeStruct((), np.int32),
-        },
-        num_examples=len(source),
-        init=init,
-        prepare=prepare,
-        loss=loss,
-        predict=predict,
-        optimizer=optimizer,
-        batches=batches,
-        flops_per_example=flops.encoder(math.prod(grid), values, m.width, m.depth, m.mlp_ratio)
-        + 2.0 * m.width * classes,
-        passes=passes(trained, m.depth, m.mlp_ratio),
-        load=load,
-        follow=follow,
-    )

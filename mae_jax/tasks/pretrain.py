@@ -1,8 +1,7 @@
-"""Masked pre-training: hide patches, predict them."""
+"""Masked pre-training: hide patches, predict them. Shape suffixes as in models/vit.py."""
 
-import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,178 +11,180 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from mae_jax import flops, optim
-from mae_jax.config import resolve, steps
-from mae_jax.data import pipeline, sources
+from mae_jax import flops, train
+from mae_jax.config import resolve
 from mae_jax.errors import UserError
-from mae_jax.evals.features import open_labelled, require_labels
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import grid_of
-from mae_jax.tasks.encoder import check_model, execution, normalize
-from mae_jax.train import Task
+from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.tasks import common
 
 
-def make_task(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> Task:
-    """The objective of the paper, for a config such as configs/pretrain.py.
+@dataclass(frozen=True)
+class Task(train.Task):
+    """The objective of the paper. A fork subclasses it and overrides one method.
 
-    Raises:
-      UserError: a value of the config that cannot work; what it is, and what would.
+    Args:
+      optim: config.optim.
+      score_patches: see models/masking.py.
+      make_target: see models/targets.py.
     """
-    m, data = config.model, config.data
-    patch = tuple(m.patch_size)
-    grid = grid_of(tuple(m.image_size), patch)
-    num_patches = math.prod(grid)
-    values = math.prod(patch) * m.channels
-    kept = masking.num_kept(num_patches, config.mask_ratio)
-    check_model(config)
-    pipeline.check(data)
-    # An online probe: a linear head on the cls token, trained beside the model.
-    online, source = None, sources.open_source(data.source, data.split, data.data_dir)
-    if config.get("online_probe", False):
-        source = open_labelled(data.source, data.split, data.data_dir)
-        online = probe.LinearHead(source.num_classes or 0)
 
-    score_patches = resolve(config.masking.name, masking)
-    make_target = resolve(config.target.name, targets)
-    tokens_in_encoder = config.masking.get("tokens_in_encoder", False)
-    score = partial(score_patches, batch=2, grid=grid, ratio=config.mask_ratio)
-    try:
-        scores = jax.eval_shape(score, jax.random.key(0))
-    except TypeError as error:
-        raise UserError(
-            f"masking {config.masking.name!r} is no function (rng, batch, grid, ratio) -> scores"
-            f" ({error})"
-        ) from error
-    if scores.shape != (2, num_patches):
-        raise UserError(
-            f"masking {config.masking.name!r} returned scores of shape {scores.shape} for 2 images"
-            f" of {num_patches} patches: it must return (batch, patches)"
+    network: mae.MAE
+    images: common.TrainImages
+    optim: Mapping[str, Any]
+    score_patches: Callable[..., Array]
+    make_target: Callable[..., Array]
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x
+    ) -> "Task":
+        """Return the task of a config such as configs/pretrain.py.
+
+        Raises:
+          UserError: a value of the config cannot work, or the images cannot be opened.
+        """
+        common.check_optim(config.optim)
+        score_patches = resolve(config.masking.name, masking)
+        make_target = resolve(config.target.name, targets)
+        spec = ModelSpec.from_config(config.to_dict())
+        masking.num_kept(spec.num_patches, spec.mask_ratio)
+        check_scores(score_patches, config.masking.name, spec)
+        target_dim = width_of_target(make_target, config.target.name, spec)
+        spec = ModelSpec.from_config(config.to_dict(), target_dim=target_dim)
+        network = mae.MAE(spec, ComputeConfig.from_config(config.model, constrain))
+        images = common.TrainImages.from_config(config, spec, labelled=False)
+        return cls(network, images, config.optim, score_patches, make_target)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.network.spec
+
+    @property
+    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return self.images.inputs()
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.images.source)
+
+    @property
+    def num_kept(self) -> int:
+        """K, the patches that the encoder sees."""
+        return masking.num_kept(self.spec.num_patches, self.spec.mask_ratio)
+
+    @property
+    def flops_per_example(self) -> float:
+        return flops.mae(self.spec, self.num_kept)
+
+    def init(self, rng: Array) -> tuple[dict, dict]:
+        patches_BLP = jnp.zeros((1, self.spec.num_patches, self.spec.patch_dim))
+        mask = masking.keep_lowest(jnp.zeros((1, self.spec.num_patches)), self.num_kept)
+        return self.network.init(rng, patches_BLP, mask)["params"], {}
+
+    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+        """Draw the masks of the global batch, so that they do not depend on the mesh."""
+        size, spec = len(batch["image"]), self.spec
+        score_BL = self.score_patches(
+            rng("mask"), batch=size, grid=spec.grid, ratio=spec.mask_ratio
         )
-
-    like = jax.ShapeDtypeStruct((2, num_patches, values), jnp.float32)
-    target = jax.eval_shape(make_target, like)
-    if target.shape != like.shape:
-        raise UserError(
-            f"target {config.target.name!r} returned shape {target.shape} for patches of shape"
-            f" {like.shape}: it must return the same shape"
-        )
-
-    def build(constrain: Callable[[Array], Array]) -> mae.MAE:
-        return mae.build(
-            grid,
-            values,
-            width=m.width,
-            depth=m.depth,
-            heads=m.heads,
-            decoder_width=m.decoder_width,
-            decoder_depth=m.decoder_depth,
-            decoder_heads=m.decoder_heads,
-            mlp_ratio=m.mlp_ratio,
-            tokens_in_encoder=tokens_in_encoder,
-            execution=execution(m, constrain),
-        )
-
-    network = build(constrain)
-
-    def init(rng: Array) -> tuple[dict, dict]:
-        patches_BLP = jnp.zeros((1, num_patches, values))
-        mask = masking.keep_lowest(jnp.zeros((1, num_patches)), kept)
-        params = build(lambda x: x).init(rng, patches_BLP, mask)["params"]
-        if online is not None:
-            example = jnp.zeros((1, m.width))
-            params["online"] = online.init(jax.random.fold_in(rng, 1), example)["params"]
-        return params, {}
-
-    def prepare(batch: dict, rng: Callable[[str], Array]) -> dict:
-        batch_size = len(batch["image"])
-        score_BL = score_patches(rng("mask"), batch=batch_size, grid=grid, ratio=config.mask_ratio)
         return batch | {"score": score_BL}
 
-    def reconstruct(params: dict, extra: dict, batch: dict) -> dict:
+    def reconstruct(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        """Encode the visible patches and predict all of them.
+
+        Returns:
+          latent_BND, pred_BLT, target_BLT and mask_BL (1 = hidden).
+        """
         del extra
-        patches_BLP = patchify(normalize(batch["image"], data.mean, data.std), patch)
-        mask = masking.keep_lowest(batch["score"], kept)
+        images_BHWC = common.normalize(batch["image"], self.spec)
+        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        mask = masking.keep_lowest(batch["score"], self.num_kept)
 
         def run(model: mae.MAE) -> tuple[Array, Array]:
             latent_BND = model.encode(patches_BLP, mask)
             return latent_BND, model.decode(latent_BND, mask)
 
-        latent_BND, pred_BLP = network.apply({"params": params}, method=run)
+        latent_BND, pred_BLT = self.network.apply({"params": params}, method=run)
         return {
             "latent_BND": latent_BND,
-            "pred_BLP": pred_BLP,
+            "pred_BLT": pred_BLT,
+            "target_BLT": self.make_target(images_BHWC, self.spec.patch_size),
             "mask_BL": mask.mask_BL,
-            "target_BLP": make_target(patches_BLP),
         }
 
-    def features(params: dict, extra: dict, batch: dict) -> dict:
-        """Of the whole image: every patch, in its order, nothing hidden."""
+    def objective(self, outputs: dict[str, Array]) -> Array:
+        """Return the loss of what `reconstruct` gave: the squared error over hidden patches."""
+        return mae.masked_mse(outputs["pred_BLT"], outputs["target_BLT"], outputs["mask_BL"])
+
+    def loss(
+        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+    ) -> tuple[Array, tuple[dict, dict]]:
+        del rng, train
+        return self.objective(self.reconstruct(params, extra, batch)), (extra, {})
+
+    def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
         del extra
-        patches_BLP = patchify(normalize(batch["image"], data.mean, data.std), patch)
-        tokens_BND: Any = network.apply(
-            {"params": params}, patches_BLP, method=lambda m, patches: m.encoder(patches)
-        )
+        images_BHWC = common.normalize(batch["image"], self.spec)
+        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        tokens_BND = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
-    def loss(params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool):
-        del rng, train
-        out = reconstruct(params, extra, batch)
-        error = mae.masked_mse(out["pred_BLP"], out["target_BLP"], out["mask_BL"])
-        if online is None:
-            return error, (extra, {})
-        # The encoder gets no gradient of it, and its own loss is reported as ever.
-        cls_BD = jax.lax.stop_gradient(probe.pool(out["latent_BND"])["cls"])
-        logits_BY: Any = online.apply({"params": params["online"]}, cls_BD)
-        own = optax.softmax_cross_entropy_with_integer_labels(logits_BY, batch["label"]).mean()
-        return error + own, (extra, {"loss": error, "online_loss": own})
+    def predict(self) -> Mapping[str, Callable]:
+        return {"reconstruction": self.reconstruct, "features": self.features}
 
-    def online_logits(params: dict, extra: dict, batch: dict) -> Any:
-        cls_BD = features(params, extra, batch)["cls"]
-        assert online is not None
-        return online.apply({"params": params["online"]}, cls_BD)
+    def optimizer(
+        self, total_steps: int, steps_per_epoch: int
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        batch_size = self.images.batch_size
+        schedule = common.learning_rate(self.optim, batch_size, total_steps, steps_per_epoch)
+        return common.adamw(self.optim, schedule), schedule
 
-    def optimizer(total_steps: int, steps_per_epoch: int):
-        o = config.optim
-        schedule = optim.cosine_schedule(
-            optim.peak_lr(o.blr, config.batch_size),
-            total_steps,
-            steps(o.warmup, config.batch_size, steps_per_epoch),
-            o.min_lr,
+    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
+        return self.images.batches(start_step, rows)
+
+
+def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
+    """Check that a mask function returns a score for each patch, without running it.
+
+    Raises:
+      UserError: it takes other arguments, or its scores have another shape.
+    """
+
+    def scores() -> Any:
+        return score_patches(jax.random.key(0), batch=2, grid=spec.grid, ratio=spec.mask_ratio)
+
+    try:
+        shape = jax.eval_shape(scores).shape
+    except TypeError as error:
+        raise UserError(
+            f"masking {name!r} is no function (rng, batch, grid, ratio) -> scores ({error})"
+        ) from error
+    if shape != (2, spec.num_patches):
+        raise UserError(
+            f"masking {name!r} returned scores of shape {shape} for 2 images of"
+            f" {spec.num_patches} patches: it must return (batch, patches)"
         )
-        tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-        return tx, schedule
 
-    def batches(start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        def check(labels: np.ndarray) -> None:
-            if online is not None:
-                require_labels(labels, source.num_classes or 0)
 
-        return pipeline.reported_batches(source, config, start_step, rows, check)
+def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
+    """Return how many numbers a target function predicts for each patch, without running it.
 
-    inputs = {"image": jax.ShapeDtypeStruct((*m.image_size, m.channels), np.uint8)}
-    predict: dict[str, Callable] = {"reconstruction": reconstruct, "features": features}
-    if online is not None:
-        inputs["label"] = jax.ShapeDtypeStruct((), np.int32)
-        predict["logits"] = online_logits
-
-    return Task(
-        inputs=inputs,
-        num_examples=len(source),
-        init=init,
-        prepare=prepare,
-        loss=loss,
-        predict=predict,
-        optimizer=optimizer,
-        batches=batches,
-        flops_per_example=flops.mae(
-            num_patches,
-            num_patches if tokens_in_encoder else kept,
-            values,
-            width=m.width,
-            depth=m.depth,
-            decoder_width=m.decoder_width,
-            decoder_depth=m.decoder_depth,
-            mlp_ratio=m.mlp_ratio,
-        ),
-    )
+    Raises:
+      UserError: it takes other arguments, or returns something else than a row for each patch.
+    """
+    images = jax.ShapeDtypeStruct((2, *spec.image_size, spec.channels), jnp.float32)
+    try:
+        shape = jax.eval_shape(lambda x: make_target(x, spec.patch_size), images).shape
+    except TypeError as error:
+        raise UserError(
+            f"target {name!r} is no function (images_BHWC, patch_size) -> target_BLT ({error})"
+        ) from error
+    if len(shape) != 3 or shape[:2] != (2, spec.num_patches):
+        raise UserError(
+            f"target {name!r} returned shape {shape} for 2 images of {spec.num_patches} patches:"
+            " it must return (batch, patches, any width)"
+        )
+    return shape[2]

@@ -1,0 +1,86 @@
+"""Images that cannot be read: why, how many, and when they are too many to train on."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from mae_jax.data import transforms
+from mae_jax.data.sources import Source
+from mae_jax.data.transforms import BadImage, Picture
+from mae_jax.errors import UserError
+
+SEARCHED = 2000  # a source of up to so many records is searched for all that is unreadable
+LISTED = 50  # unreadable records in an error message
+
+
+def read(source: Source, index: int, channels: int) -> tuple[dict[str, Any], Picture]:
+    """Return a record of a source and its decoded image.
+
+    Raises:
+      BadImage: the image cannot be read.
+    """
+    record = source[index]
+    if "unreadable" in record:
+        raise BadImage(record["unreadable"])
+    return record, transforms.decode(record["image"], channels)
+
+
+def describe(source: Source, index: int, channels: int) -> str | None:
+    """Return 'NAME: why it cannot be read', or None if a record can be read."""
+    try:
+        read(source, index, channels)
+        return None
+    except BadImage as error:
+        return f"{source[index]['name']}: {error}"
+
+
+@dataclasses.dataclass
+class BadImageLog:
+    """The distinct unreadable records that a run has met; too many of them stop it."""
+
+    source: Source
+    max_bad_fraction: float
+    channels: int = 3
+    _reasons: dict[int, str] = dataclasses.field(default_factory=dict, init=False)
+
+    @property
+    def count(self) -> int:
+        return len(self._reasons)
+
+    def add(self, bad: np.ndarray) -> list[str]:
+        """Take the `bad` of a batch; return a line to log for each record that is new here.
+
+        Raises:
+          UserError: more than `max_bad_fraction` of the source is unreadable; the message lists it.
+        """
+        new = sorted({int(index) for index in bad if index >= 0} - self._reasons.keys())
+        for index in new:
+            reason = describe(self.source, index, self.channels)
+            name = self.source[index]["name"]
+            self._reasons[index] = reason or f"{name}: was unreadable for a moment"
+        if new and self.count > self.max_bad_fraction * len(self.source):
+            self._stop()
+        return [f"unreadable, replaced by another image: {self._reasons[index]}" for index in new]
+
+    def _stop(self) -> None:
+        searched = len(self.source) <= SEARCHED
+        for index in range(len(self.source)) if searched else ():
+            if index not in self._reasons:
+                reason = describe(self.source, index, self.channels)
+                if reason:
+                    self._reasons[index] = reason
+        lines = [self._reasons[index] for index in sorted(self._reasons)]
+        if len(lines) > LISTED:
+            lines[LISTED:] = [f"... and {len(lines) - LISTED:,} more"]
+        fraction = self.count / len(self.source)
+        raise UserError(
+            f"{self.count:,} of {len(self.source):,} images"
+            + ("" if searched else " so far")
+            + f" ({fraction:.2%}) cannot be read, more than"
+            f" config.data.max_bad_fraction={self.max_bad_fraction} allows:\n  "
+            + "\n  ".join(lines)
+            + "\nRemove or replace them, or train without them:"
+            f" --config.data.max_bad_fraction={math.ceil(fraction * 100) / 100}"
+        )

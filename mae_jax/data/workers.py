@@ -1,0 +1,136 @@
+"""Read examples ahead of the training step, in threads or in processes, and keep their order."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mae_jax.data.sources import Unreadable
+from mae_jax.errors import UserError
+
+THREADS = 16  # that read images if no processes do
+PREFETCH = 4  # batches that are read ahead of the training step
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WorkerLost(RuntimeError):
+    """The loss of a process that reads images; the run goes on when it is started again."""
+
+
+def read_ahead(
+    examples: grain.MapDataset, batch_size: int, rows: np.ndarray, image_bytes: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Return this host's rows of consecutive global batches; PREFETCH batches are read ahead.
+
+    Dropping the iterator stops its threads and processes.
+
+    Args:
+      examples: of which every `batch_size` are a global batch. Others than `rows` are not read.
+      image_bytes: the size of an example's pixels.
+      workers: how many processes read; 0 = THREADS threads of this process.
+
+    Raises:
+      UserError: the processes need more shared memory than is free.
+    """
+    local = _Rows(examples, batch_size, rows)
+    if not workers:
+        ahead = PREFETCH * len(rows)
+        options = grain.ReadOptions(num_threads=min(THREADS, ahead), prefetch_buffer_size=ahead)
+        batches = local.to_iter_dataset(options).batch(len(rows))
+        # This thread copies the examples into batches in the background, too.
+        return _closing(
+            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+        )
+
+    ahead = -(-PREFETCH // workers)
+    _require_shared_memory(workers, (ahead + 2) * workers * len(rows) * image_bytes)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags when it starts processes
+    # Each process makes whole batches: Grain divides among processes what stands before
+    # to_iter_dataset, and dividing examples would mix the batches.
+    batches = local.batch(len(rows)).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+    return _closing(batches.mp_prefetch(options, worker_init_fn=_start_worker))
+
+
+class _Rows(grain.MapDataset):
+    """Those elements at `rows` of every `batch_size` elements of the parent."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
+
+
+def _require_shared_memory(workers: int, needed: int) -> None:
+    """Check that batches fit into shared memory: without it, processes die of a bus error."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"config.data.workers={workers} needs {needed / 2**20:,.0f} MiB of shared memory,"
+            f" {SHARED_MEMORY} has {free / 2**20:,.0f} free: set config.data.workers=0 (threads"
+            " need none), lower workers, or give the container more (docker run --shm-size)"
+        )
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    """Leave both signals to the parent, which saves a checkpoint before it stops its workers."""
+    del worker, workers
+    follow_parent(signal.SIGINT, signal.SIGTERM)
+
+
+def follow_parent(*ignored: signal.Signals) -> None:
+    """In a worker process: ignore some signals, and end when the parent ends, even by SIGKILL.
+
+    A signal from the terminal reaches parent and workers alike; what a worker ignores is the
+    parent's to handle. Without its parent, a worker would wait for ever.
+    """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait_for_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    """Iterate, and stop threads and processes as soon as the iterator is dropped."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    except Unreadable as error:
+        # The error of another process carries its traceback in its text: only the words are told.
+        raise Unreadable(str(error)) from error
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise WorkerLost(
+            "a process that reads images was killed, perhaps for its memory: lower"
+            f" config.data.workers ({error})"
+        ) from error
+    finally:
+        iterator.close()

@@ -1,0 +1,133 @@
+"""What several tasks share: normalised images, batches for training, AdamW with its schedule."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from mae_jax import optim
+from mae_jax.config import steps
+from mae_jax.data import pipeline
+from mae_jax.data.labels import open_labelled, require_labels
+from mae_jax.data.sources import Source, open_source
+from mae_jax.errors import UserError
+from mae_jax.models.spec import ModelSpec
+
+
+def normalize(images_BHWC: Array, spec: ModelSpec) -> Array:
+    """Return uint8 images as float32: scaled to 0..1, minus the mean, over the deviation."""
+    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255
+    return (scaled_BHWC - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+
+
+@dataclass(frozen=True)
+class TrainImages:
+    """The images that are trained on, and how they are read.
+
+    Args:
+      data: config.data.
+      classes: how many classes their labels have; 0 = labels are not read.
+    """
+
+    source: Source
+    data: ConfigDict
+    spec: ModelSpec
+    batch_size: int
+    seed: int
+    classes: int = 0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, spec: ModelSpec, labelled: bool) -> "TrainImages":
+        """Open the source that config.data names.
+
+        Raises:
+          UserError: it cannot be opened or has no labels, or a value of config.data cannot work.
+        """
+        data = config.data
+        pipeline.check(data)
+        source = (open_labelled if labelled else open_source)(
+            data.source, data.split, data.data_dir
+        )
+        classes = (source.num_classes or 0) if labelled else 0
+        return cls(source, data, spec, config.batch_size, config.seed, classes)
+
+    def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shape and type of what `loss` reads of one example."""
+        shape = (*self.spec.image_size, self.spec.channels)
+        inputs = {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
+        if self.classes:
+            inputs["label"] = jax.ShapeDtypeStruct((), np.int32)
+        return inputs
+
+    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
+        """Yield (this host's rows of a batch, scalars to report, lines to log) from a step on."""
+
+        def check_labels(label_B: np.ndarray) -> None:
+            if self.classes:
+                require_labels(label_B, self.classes)
+
+        return pipeline.train_stream(
+            self.source,
+            self.data,
+            batch_size=self.batch_size,
+            image_size=self.spec.image_size,
+            channels=self.spec.channels,
+            seed=self.seed,
+            start_step=start_step,
+            rows=rows,
+            check_labels=check_labels,
+        )
+
+
+def learning_rate(
+    o: Mapping[str, Any], batch_size: int, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Return the schedule of config.optim: linear warm-up, then half a cosine."""
+    warmup = steps(o["warmup"], batch_size, steps_per_epoch)
+    return optim.cosine_schedule(
+        optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
+    )
+
+
+def adamw(
+    o: Mapping[str, Any],
+    schedule: optax.Schedule,
+    decayed: tuple[str, ...] = optim.DECAYED,
+    scales: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+    """Return the AdamW of config.optim; `decayed` and `scales` as in `optim.adamw`."""
+    return optim.adamw(
+        schedule,
+        b1=o["b1"],
+        b2=o["b2"],
+        eps=o.get("eps", 1e-8),
+        weight_decay=o["weight_decay"],
+        decayed=decayed,
+        scales=scales,
+    )
+
+
+def check_optim(o: Mapping[str, Any]) -> None:
+    """Check the rates of config.optim.
+
+    Raises:
+      UserError: a rate is negative, or a momentum is not in [0, 1).
+    """
+    for name in ("blr", "min_lr", "weight_decay"):
+        if not 0 <= o.get(name, 0) < math.inf:
+            raise UserError(f"config.optim.{name}={o[name]} must be at least 0")
+    for name in ("b1", "b2", "momentum"):
+        if not 0 <= o.get(name, 0) < 1:
+            raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")
+
+
+def refuse(key: str, value: Any, way_out: str) -> None:
+    """Raise a UserError about config.KEY."""
+    raise UserError(f"config.{key}={value!r}: {way_out}")

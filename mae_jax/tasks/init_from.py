@@ -1,0 +1,135 @@
+"""Start from an encoder that another run trained (config.init_from)."""
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from mae_jax import checkpoint
+from mae_jax.distributed import log_once
+from mae_jax.errors import UserError
+from mae_jax.models import patch_embed, posemb
+from mae_jax.models.spec import ModelSpec
+
+ENCODER = ("params", "encoder")  # keys of a checkpoint
+
+
+def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
+    """Return the encoder of a checkpoint in the shardings of `target`; print what was adapted.
+
+    - A patch embedding of another patch size or number of channels is adapted (`patch_embed`).
+    - Trained positions that the checkpoint lacks are the sine-cosine table of its grid; positions
+      of another grid are resized.
+    - A final norm that the target lacks is left out (docs/REFERENCE.md section 3), and so is the
+      mask token of `tokens_in_encoder`. Everything else must be on both sides.
+
+    Args:
+      path: of a checkpoint, such as WORKDIR/checkpoints/STEP.
+      target: the arrays of the wanted encoder; only shapes and shardings are read.
+      spec: the network that the encoder becomes a part of.
+
+    Raises:
+      UserError: there is no encoder, it has other arrays or shapes, or channels that cannot be
+        adapted; both sides are shown.
+    """
+    target, saved = dict(target), checkpoint.shapes(path, ENCODER)
+    if not saved:
+        present = ", ".join(checkpoint.shapes(path, ENCODER[:1])) or "none"
+        raise UserError(
+            f"config.init_from: {path} holds no encoder; its parameters: {present}. Name a run of"
+            " pre-training or fine-tuning, or what mae-jax convert --to=ours wrote"
+        )
+    if "norm" in target and "norm" not in saved:
+        raise UserError(
+            f"config.init_from: {path} is of a classifier that averages patches: its encoder has no"
+            " final norm, which this task reads. Name the run of pre-training that it started from"
+        )
+    old = saved_spec(path)
+    adapted = old is not None and old.patches != spec.patches
+    as_saved = {"norm", "mask_token"} & saved.keys() - target.keys()
+    as_saved |= {"pos_embed"} & saved.keys() & target.keys() | (
+        {"patch_embed"} if adapted else set()
+    )
+    replicated = target["cls_token"].sharding
+
+    def wanted(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding)
+
+    shapes = {name: jax.tree.map(wanted, target[name]) for name in target.keys() - {"pos_embed"}}
+    shapes |= {
+        name: jax.tree.map(partial(wanted, sharding=replicated), saved[name]) for name in as_saved
+    }
+    restored = checkpoint.restore(path, shapes, ENCODER)
+
+    notes = []
+    if old is not None and adapted:
+        notes.append(f"patch embedding of {old.patches} adapted to {spec.patches}")
+        embed = restored["patch_embed"]
+        restored["patch_embed"] = adapt_patches(embed, target["patch_embed"], old, spec, path)
+    if "pos_embed" in target:
+        table, sharding = restored.get("pos_embed"), target["pos_embed"].sharding
+        grid = old.grid if old else grid_of_table(table, spec, path)
+        if grid != spec.grid:
+            notes.append(
+                f"positions of {grid[0]} x {grid[1]} patches resized to"
+                f" {spec.grid[0]} x {spec.grid[1]}"
+            )
+        if table is None:
+            table = jnp.asarray(posemb.sincos_2d(spec.encoder.width, grid)[None])
+        resize = partial(posemb.resize, old=grid, new=spec.grid)
+        restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
+    if notes:
+        log_once(f"encoder of {path}: {'; '.join(notes)}")
+    return {name: restored[name] for name in target}
+
+
+def saved_spec(path: epath.Path) -> ModelSpec | None:
+    """Return the network of a checkpoint by the config.json of its workdir, or None without one."""
+    config = path.parent.parent / "config.json"
+    return ModelSpec.from_config(json.loads(config.read_text())) if config.exists() else None
+
+
+def adapt_patches(
+    embed: Any, target: Any, old: ModelSpec, new: ModelSpec, path: epath.Path
+) -> dict:
+    """Return a patch embedding for the patches of `new`, in the shardings of `target`.
+
+    Raises:
+      UserError: the channels cannot be adapted.
+    """
+
+    def adapt(embed: Any) -> dict:
+        kernel, bias = patch_embed.adapt(embed["kernel"], embed["bias"], old, new)
+        return {"kernel": kernel, "bias": bias}
+
+    shardings = jax.tree.map(lambda x: x.sharding, dict(target))
+    try:
+        return jax.jit(adapt, out_shardings=shardings)(dict(embed))
+    except UserError as error:
+        raise UserError(
+            f"config.init_from: the encoder of {path} is of {old.patches}, this config of"
+            f" {new.patches}: {error}. Set config.model.channels to {old.channels} or 1, or"
+            f" pre-train with {new.channels}"
+        ) from None
+
+
+def grid_of_table(table: Any, spec: ModelSpec, path: epath.Path) -> tuple[int, int]:
+    """Return the grid of positions without a config.json: that of `spec` if it fits, or a square.
+
+    Raises:
+      UserError: neither can be.
+    """
+    patches = spec.num_patches if table is None else table.shape[1] - 1
+    if patches == spec.num_patches:
+        return spec.grid
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise UserError(
+            f"config.init_from: {path} has positions for {patches} patches, which are no square,"
+            " and no config.json that says what grid they are of: name the workdir of the run"
+        )
+    return side, side
