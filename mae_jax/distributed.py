@@ -1,7 +1,7 @@
-"""Several hosts, one run: they find each other, agree on it and its end, and tell when it stalls.
+"""Make one run of several hosts: they join, agree on their command, stop together, report stalls.
 
-A host is one process; host 0 is the coordinator. What keeps hosts from being one run ends all of
-them, with a sentence: hosts that went on alone would be N runs that write to one workdir.
+A host is one process; host 0 is the coordinator. Whatever keeps the hosts from being one run ends
+all of them with an error: hosts that went on alone would be N runs that write to one workdir.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -26,10 +27,11 @@ from jax.experimental import multihost_utils
 
 from mae_jax.errors import UserError
 
-COORDINATOR_SECONDS = 5  # that host 0 outlives its error: who has the same one ends by itself first
+COORDINATOR_SECONDS = 5  # host 0 outlives its error, so that hosts with the same error report it
 PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
-# Set for the processes of a job by the program that started them: how many there are.
+REFUSAL = "refuses to start"  # key of what a host cannot agree to
+# Environment variable with the number of processes -> the program that sets it.
 STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 
 
@@ -41,18 +43,19 @@ def join(
     connect_seconds: int = 50,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Makes this process one of the hosts; without an address, of the cluster that JAX finds.
+    """Make this process one of the hosts; without an address, of the cluster that JAX detects.
 
-    A host that waited for the others in vain says so and ends the process: with status 75 in
-    a cluster, whose launcher starts all again, and with 2 where a user gave the address.
+    A host that waits for the others in vain prints why and ends its process: with status 75 in a
+    cluster, whose launcher starts all hosts again, and with 2 if a user gave the address.
 
     Args:
-      coordinator: HOST:PORT of host 0, as the others reach it.
+      coordinator: HOST:PORT of host 0, as the other hosts reach it.
       connect_seconds: how long hosts wait for each other here.
-      heartbeat_seconds: after this time without a sign of a host, all end.
+      heartbeat_seconds: all hosts end when one gives no sign for this time.
 
     Raises:
-      UserError: the three do not belong together, the port is taken, or there is no cluster.
+      UserError: the first three arguments contradict each other, the port is taken, or JAX detects
+        no cluster.
     """
     if coordinator is not None:
         if num_hosts is None or host is None or not 0 <= host < num_hosts:
@@ -72,10 +75,10 @@ def join(
         )
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX would abort the process from C++, in words for its own developers.
-    too_late = threading.Timer(connect_seconds, _give_up, [coordinator, num_hosts, connect_seconds])
-    too_late.daemon = True
-    too_late.start()
+    # On a timeout of its own, JAX would abort the process from C++ with a stack trace.
+    give_up = threading.Timer(connect_seconds, _give_up, [coordinator, num_hosts, connect_seconds])
+    give_up.daemon = True
+    give_up.start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -93,28 +96,29 @@ def join(
             ) from error
         raise UserError(f"--coordinator={coordinator}, host {host}: {error}") from error
     finally:
-        too_late.cancel()
+        give_up.cancel()
     if num_hosts is not None and jax.process_count() != num_hosts:
-        raise UserError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} of them")
+        raise UserError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} hosts")
 
 
 def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
-    """Raises UserError if this was started as one of several processes, and not told to join."""
-    several = {
-        by: int(environ[name]) for name, by in STARTED_BY.items() if environ.get(name, "").isdigit()
+    """Raise a UserError if a launcher started this as one of several processes."""
+    counts = {
+        launcher: int(environ[name])
+        for name, launcher in STARTED_BY.items()
+        if environ.get(name, "").isdigit()
     }
-    workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    several["a TPU pod"] = len(workers)
-    for by, count in several.items():
+    counts["a TPU pod"] = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    for launcher, count in counts.items():
         if count > 1:
             raise UserError(
-                f"this is one of {count} processes of {by}: start on all workers, and add"
+                f"this is one of {count} processes of {launcher}: start on all workers, and add"
                 " --distributed, so that they become one run"
             )
 
 
 def source_digest() -> str:
-    """Of the text of this package: what `git describe` does not tell of changed files."""
+    """Return a digest of this package's source: `git describe` does not show what was edited."""
     root = Path(__file__).parent
     files = sorted(root.rglob("*.py"))
     text = b"".join(str(file.relative_to(root)).encode() + file.read_bytes() for file in files)
@@ -123,69 +127,72 @@ def source_digest() -> str:
 
 @contextlib.contextmanager
 def agreement(about: str) -> Iterator[dict[str, Any]]:
-    """Around what every host must do alike; fill the dict with what must be the same on all.
+    """Compare facts between hosts after the body, and refuse to start on all hosts if they differ.
 
-    Keys are 'config.optim.blr' and the like. What one host refuses, all refuse.
+    The body fills the dict with what must be equal, such as {"config.optim.blr": 1e-4}. A
+    ValueError of the body on one host ends all hosts too.
+
+    Args:
+      about: name of the facts, unique among agreements.
 
     Raises:
-      UserError: on all hosts, if they differ, or if the body raised one on some host.
+      UserError: on all hosts.
     """
     facts: dict[str, Any] = {}
-    refused = None
+    refusal = None
     try:
         yield facts
-    except ValueError as error:
-        refused = error
-        facts = {"refuses to start": str(error)}
-    everyone = _exchange(about, facts)
-    if refused is not None and all(theirs == facts for theirs in everyone):
-        raise refused
-    differences = describe_differences(everyone)
-    if differences:
+    except ValueError as error:  # ours, or that of a library that opens the dataset
+        refusal = error
+        facts = {REFUSAL: str(error)}
+    all_facts = _exchange(about, facts)
+    if refusal is not None and all(theirs == facts for theirs in all_facts):
+        raise refusal
+    if differences := describe_differences(all_facts):
         raise UserError(
-            f"the {len(everyone)} hosts must be alike to be one run:\n  "
+            f"the {len(all_facts)} hosts must be alike to be one run:\n  "
             + "\n  ".join(differences)
-            + "\nNothing was started on any of them. Give all the same command, code and data."
+            + "\nNo host has started. Give all hosts the same command, code and data."
         )
 
 
-def describe_differences(everyone: list[dict[str, Any]]) -> list[str]:
-    """One line for each fact in which a host differs from what most of them have."""
-    counts = Counter(json.dumps(facts, sort_keys=True) for facts in everyone)
+def describe_differences(all_facts: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each fact of a host that differs from what most hosts have."""
+    counts = Counter(json.dumps(facts, sort_keys=True) for facts in all_facts)
     usual = json.loads(counts.most_common(1)[0][0])
-    usual_host = everyone.index(usual)
+    usual_host = all_facts.index(usual)
     lines = []
-    for host, facts in enumerate(everyone):
-        if "refuses to start" in facts:
-            lines.append(f"host {host} refuses to start: {facts['refuses to start']}")
+    for host, facts in enumerate(all_facts):
+        if REFUSAL in facts:
+            lines.append(f"host {host} {REFUSAL}: {facts[REFUSAL]}")
             continue
         lines += [
             f"host {host}: {key} is {facts.get(key, 'missing')!r},"
             f" on host {usual_host} it is {usual.get(key, 'missing')!r}"
             for key in sorted(facts.keys() | usual.keys())
-            if facts.get(key) != usual.get(key) and "refuses to start" not in usual
+            if facts.get(key) != usual.get(key) and REFUSAL not in usual
         ]
     return lines
 
 
 class Preempted(SystemExit):
-    """Asked to stop, and the state was saved: ends the process with exit status PREEMPTED."""
+    """The end of a run that was asked to stop and saved its state, with exit status PREEMPTED."""
 
     code = PREEMPTED
 
 
 def preemption() -> Callable[[], bool]:
-    """Listens for SIGTERM, from here on.
+    """Listen for SIGTERM from here on.
 
-    With `jax.distributed` its service listens, and agrees with all hosts on when to stop: a handler
-    of ours would switch it off.
+    With `jax.distributed`, its service listens and lets all hosts agree on when to stop; a signal
+    handler of ours would disable it.
 
     Returns:
-      Save and stop now? On all hosts alike; to be asked once at every step.
+      A function to call once per step: whether to save and stop now, equal on all hosts.
     """
     if jax.distributed.is_initialized():
-        # The service stops all at the call after the furthest one that a host had made when the
-        # signal came. It forgets a signal that came before the first call, so that is made here.
+        # All hosts stop at the call after the furthest one that a host had made when the signal
+        # came. The service forgets a signal that came before the first call: make that one here.
         calls = itertools.count()
 
         def requested() -> bool:
@@ -193,50 +200,48 @@ def preemption() -> Callable[[], bool]:
 
         requested()
         return requested
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return asked.is_set
+    sigterm = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
+    return sigterm.is_set
 
 
 @contextlib.contextmanager
 def watchdog(stall_seconds: float) -> Iterator[Callable[[str], None]]:
-    """Prints the stacks of all threads when nothing happened for a while; 0: never.
+    """Print the stacks of all threads if there is no heartbeat for a while; 0 never prints.
 
-    Yields a function to call with what just happened, such as 'step 12'.
+    Yields:
+      A function to call with what has just ended, such as "step 12".
     """
-    last = (time.monotonic(), "the start")
-    ended = threading.Event()
-
-    def happened(what: str) -> None:
-        nonlocal last
-        last = time.monotonic(), what
+    heartbeats: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def watch() -> None:
-        told = None
-        while not ended.wait(min(stall_seconds / 4, 5)):
-            since, what = last
-            if told != since and time.monotonic() - since > stall_seconds:
-                told = since
+        last: str | None = "the start"
+        while last is not None:
+            try:
+                last = heartbeats.get(timeout=stall_seconds)
+            except queue.Empty:
                 print(
                     f"host {global_state.process_id}: nothing ended for {stall_seconds:g} s after"
-                    f" {what} (config.stall_seconds); all threads are at:",
+                    f" {last} (config.hosts.stall_seconds); all threads are at:",
                     file=sys.stderr,
                     flush=True,
                 )
                 faulthandler.dump_traceback(sys.__stderr__ or 2)
+                last = heartbeats.get()  # once per stall
 
     if stall_seconds:
         threading.Thread(target=watch, name="watchdog", daemon=True).start()
     try:
-        yield happened
+        yield heartbeats.put if stall_seconds else lambda what: None
     finally:
-        ended.set()
+        heartbeats.put(None)
 
 
 def alone_with(error: BaseException) -> bool:
-    """Whether other hosts may not have this error: there are some, and it is none of JAX's.
+    """Return whether other hosts may not have this error, so that `leave` must end them.
 
-    Theirs may be that another host is gone, which the heartbeats are to tell: see launch/host.sh.
+    JAX's own errors do not count: their cause may be that another host is gone, which JAX's
+    heartbeats report (see launch/host.sh).
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -247,10 +252,10 @@ def alone_with(error: BaseException) -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, after an error that the other hosts may not have.
+    """End this process at once, after an error that the other hosts may not have.
 
-    The ordinary way out waits for the others, in barriers of JAX and of a save, while they wait for
-    this host in a collective. Now they notice that it is gone, and end as they do without it.
+    An ordinary exit would wait for the others in barriers of JAX and Orbax, while they wait for
+    this host in a collective. Once it is gone, JAX's heartbeats end them.
     """
     if global_state.process_id == 0:
         time.sleep(COORDINATOR_SECONDS)
@@ -260,12 +265,12 @@ def leave(status: int) -> NoReturn:
 
 
 def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each host has to say; through the coordinator, so that no device is needed."""
+    """Return the facts of each host, exchanged through the coordinator without any device."""
     client = global_state.client
     if client is None:
         return [json.loads(json.dumps(facts))]
     client.key_value_set(f"mae_jax/{about}/{global_state.process_id}", json.dumps(facts))
-    said = []
+    all_facts = []
     for host in range(global_state.num_processes):
         try:
             text = client.blocking_key_value_get(f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000)
@@ -274,30 +279,28 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
                 f"host {host} did not get as far as the agreement on its {about} within"
                 f" {AGREE_SECONDS} s: see what it printed ({error})"
             ) from error
-        said.append(json.loads(text))
-    return said
+        all_facts.append(json.loads(text))
+    return all_facts
 
 
 def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> None:
-    """Says why the others did not come, and ends the process."""
+    """Print why the other hosts did not join, and end the process."""
     status = PREEMPTED if coordinator is None else 2
     coordinator = coordinator or getattr(global_state, "coordinator_address", None)
     host = global_state.process_id
     all_hosts = "all" if num_hosts is None else f"all {num_hosts}"
-    reason = ""
+    reason = f"not all hosts came to the coordinator at {coordinator}."
     if coordinator and host:
         name, _, port = coordinator.rpartition(":")
         try:
             socket.create_connection((name.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             reason = (
-                f" it cannot reach the coordinator (host 0) at {coordinator} ({error}). Is host 0"
+                f"it cannot reach the coordinator (host 0) at {coordinator} ({error}). Is host 0"
                 " running, is the address right, and is the port open in the firewall?"
             )
-    if not reason:
-        reason = f" not all hosts came to the coordinator at {coordinator}."
     print(
-        f"host {host} gives up after {seconds:g} s:{reason} Start on all workers: the same command"
+        f"host {host} gives up after {seconds:g} s: {reason} Start on all workers: the same command"
         f" on {all_hosts} hosts, within that time of each other.",
         file=sys.stderr,
         flush=True,

@@ -13,14 +13,17 @@ from etils import epath
 def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the body succeeds.
 
-    After an exception the temporary file is removed and `path` is what it was.
+    The body writes a file there, or a folder, whose final name must be free. After an exception the
+    temporary file or folder is removed and `path` is what it was.
     """
-    path = epath.Path(path)
-    part = path.parent / f"{path.name}.part-{os.getpid()}"
+    target = epath.Path(path)
+    part = target.parent / f"{target.name}.part-{os.getpid()}"
     try:
         yield part
-        part.replace(path)
+        part.replace(target)
     finally:
+        if part.is_dir():
+            part.rmtree()
         part.unlink(missing_ok=True)
 
 

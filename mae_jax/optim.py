@@ -169,7 +169,7 @@ def lars(
 def side_by_side(
     make: Callable[[jax.Array], optax.GradientTransformation], scales: tuple[float, ...]
 ) -> optax.GradientTransformation:
-    """Return an optimizer for parameters stacked on a leading axis: make(scales[i]) for the i-th."""
+    """Return an optimizer for parameters stacked on a leading axis: make(scales[i]) for row i."""
     factors = jnp.asarray(scales, jnp.float32)
 
     def init(params: Any) -> Any:

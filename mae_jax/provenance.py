@@ -1,4 +1,4 @@
-"""What a workdir says of its run: config.json and env.json; and that no other run uses it."""
+"""Record in a workdir which config and environment it belongs to, and refuse it to other runs."""
 
 import contextlib
 import importlib.metadata
@@ -13,72 +13,99 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from mae_jax import files
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 
-# A run may go on with other values of these: they change when and where things are computed, shown
-# and kept, and never what is computed, but for rounding.
+# A run may resume with other values of these keys: they change when and where a run computes,
+# shows and keeps things, and what it computes by no more than rounding.
 FREE_KEYS = (
     "checkpoint",
     "evals",
+    "hosts",
     "log_every",
     "mesh",
-    "connect_seconds",
-    "heartbeat_seconds",
-    "stall_seconds",
     "data.data_dir",
     "data.max_bad_fraction",
-    "data.prefetch",
-    "data.threads",
     "data.workers",
     "model.attention",
     "model.remat",
     "model.scan_unroll",
 )
+# Old workdirs must resume with newer code. Whoever adds a key to a recipe adds it here, with the
+# value that does what the code did before: a config.json without the key counts as having that
+# value. A key that gets another name, or that goes, is added to one of the two tables below.
+ADDED_KEYS: dict[str, Any] = {
+    "data.resizer": "pillow",
+    "data.synthetic": False,
+    "masking.tokens_in_encoder": False,
+    "online_probe": False,
+}
+RENAMED_KEYS = {
+    "connect_seconds": "hosts.connect_seconds",
+    "heartbeat_seconds": "hosts.heartbeat_seconds",
+    "stall_seconds": "hosts.stall_seconds",
+}
+REMOVED_KEYS = ("data.prefetch", "data.threads")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
 def check_workdir(
     workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
 ) -> None:
-    """Makes the workdir, and refuses that of another run.
+    """Make the workdir, and refuse the workdir of another run.
 
     Args:
-      examples: how many the dataset has; None = not known.
+      examples: number of examples of the dataset; None if it is not known.
 
     Raises:
-      UserError: it cannot be written to, is not one folder for all hosts, or was made with a
-        config that differs in more than FREE_KEYS, or with another number of examples.
+      UserError: the workdir cannot be written to, is not one folder for all hosts, or was made
+        with a config that differs in more than FREE_KEYS or with another number of examples.
     """
     root = epath.Path(workdir)
     _require_shared(root)
-    if old_config := _read_json(root / "config.json"):
-        changed = _changes(old_config, json.loads(config.to_json()))
-        refused = [
-            text
-            for key, text in changed.items()
-            if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        ]
-        if refused:
-            raise UserError(
-                f"{workdir} was made with another config:\n  "
-                + "\n  ".join(refused)
-                + "\nGive the old values, or another --workdir; deleting this one starts it again."
-            )
-    known = _read_json(root / "env.json").get("examples")
-    if known and examples and known != examples:
+    differences = config_differences(_read_json(root / "config.json"), json.loads(config.to_json()))
+    if differences:
         raise UserError(
-            f"{workdir} was made with a dataset of {known:,} examples, which has {examples:,} now:"
-            " epochs, order and rates would differ. Give the old data or another --workdir, with"
-            " config.init_from if it is to start from this one"
+            f"{workdir} was made with another config:\n  "
+            + "\n  ".join(differences)
+            + "\nGive the old values to resume it. To go on from its state with the new values,"
+            f" give another --workdir and --config.resume={workdir}. To start again, delete it."
+        )
+    old_examples = _read_json(root / "env.json").get("examples")
+    if old_examples and examples and old_examples != examples:
+        raise UserError(
+            f"{workdir} was made with a dataset of {old_examples:,} examples, which has"
+            f" {examples:,} now: epochs, order and rates would differ. Give the old data or another"
+            f" --workdir, with --config.init_from={workdir} if it is to start from this one"
         )
 
 
+def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a line for each key whose value keeps a run of the config `old` from resuming.
+
+    Args:
+      old: content of a config.json, of any version of this code; {} for none.
+      new: the config of today.
+    """
+    if not old:
+        return []
+    before, after = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
+    before = {key: value for key, value in ADDED_KEYS.items() if key in after} | before
+    return [
+        text
+        for key, text in _changes(before, after).items()
+        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS + REMOVED_KEYS)
+    ]
+
+
 def _require_shared(root: epath.Path) -> None:
-    """Makes a folder, in which every host must see what host 0 writes; all refuse alike."""
+    """Make a folder, and refuse it on all hosts unless each sees what host 0 writes."""
     number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
     probe, reason = root / f".seen_by_all_hosts-{number}", ""
     if jax.process_index() == 0:
@@ -103,7 +130,7 @@ def _require_shared(root: epath.Path) -> None:
 def prepare_workdir(
     workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
 ) -> None:
-    """Writes config.json and env.json, and prints what changed in the environment.
+    """Write config.json and env.json, and print what changed in the environment.
 
     Raises:
       UserError: see `check_workdir`.
@@ -111,7 +138,7 @@ def prepare_workdir(
     check_workdir(workdir, config, examples)
     root = epath.Path(workdir)
     old_env, new_env = _read_json(root / "env.json"), environment()
-    old_env.pop("examples", None)  # which is checked
+    old_env.pop("examples", None)  # checked above
     changed = _changes(old_env, new_env) if old_env else {}
     if changed:
         log_once(
@@ -120,12 +147,12 @@ def prepare_workdir(
         )
     multihost_utils.sync_global_devices("workdir read")
     if jax.process_index() == 0:
-        write_json(root / "config.json", json.loads(config.to_json()))
-        write_json(root / "env.json", new_env | {"examples": examples})
+        files.write_json(root / "config.json", json.loads(config.to_json()))
+        files.write_json(root / "env.json", new_env | {"examples": examples})
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices."""
+    """Return the versions of the code and its packages, and the devices."""
     return versions() | {
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
@@ -134,29 +161,22 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of the packages, and the commit when this is a checkout."""
-    here = Path(__file__).parents[1]
-    found: dict[str, Any] = {"python": platform.python_version()}
+    """Return the versions of Python and the packages, and the commit of a checkout."""
+    checkout = Path(__file__).parents[1]
+    installed: dict[str, Any] = {"python": platform.python_version()}
     for package in ("mae-jax", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    if (here / ".git").exists():
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+            installed[package] = importlib.metadata.version(package)
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            told = subprocess.run(command, capture_output=True, text=True, check=True)
-            found["commit"] = told.stdout.strip()
-    return found
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            installed["commit"] = output.strip()
+    return installed
 
 
-def flat(tree: dict) -> dict[str, Any]:
-    """Nested dicts as one, with keys such as 'optim.blr'."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, lambda x: not isinstance(x, dict))[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="."): value for p, value in leaves}
-
-
-def _changes(old: dict, new: dict) -> dict[str, str]:
-    """Key -> 'key: old -> new' where two nested dicts differ."""
-    before, after = flat(old), flat(new)
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """Return {key: 'key: old -> new'} where two flat dicts differ."""
     return {
         key: f"{key}: {before.get(key, 'none')!r} -> {after.get(key, 'none')!r}"
         for key in sorted(before.keys() | after.keys())
@@ -164,12 +184,5 @@ def _changes(old: dict, new: dict) -> dict[str, str]:
     }
 
 
-def _read_json(file: epath.Path) -> dict:
+def _read_json(file: epath.Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write_json(file: epath.Path, content: dict) -> None:
-    """All of it or nothing: a reader never sees half a file."""
-    part = file.parent / f"{file.name}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)

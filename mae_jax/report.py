@@ -109,7 +109,7 @@ class Reporter:
     def updated(self, step: int, metrics: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         """Take the metrics of update `step`, still on the device, and report the one before."""
         self._read()
-        self._unread = step, {f"train/{name}": x for name, x in metrics.items()} | scalars
+        self._unread = step, {f"train/{name}": x for name, x in metrics.items()} | dict(scalars)
         self._heartbeat(f"step {step - 1}")
 
     def flush(self) -> None:

@@ -22,8 +22,8 @@ from mae_jax.optim import path_name
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# The first pattern that is found in a path decides. The path of an optimizer moment contains that of
-# its parameter, and so gets the same rule. Blocks have a leading layer axis, which is never split.
+# The first pattern that is found in a path decides. The path of an optimizer moment contains that
+# of its parameter, and so gets the same rule. The layer axis of blocks, the first, is never split.
 RULES = (
     (r"stack/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # layer D 3 S F
     (r"stack/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
@@ -82,7 +82,8 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     if sizes["fsdp"] % outer[1]:
         shape = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"mesh {shape} cannot be cut into {slices} slices: choose data as a multiple of {slices}"
+            f"mesh {shape} cannot be cut into {slices} slices: choose a data axis that is a"
+            f" multiple of {slices}"
         )
     inner = tuple(size // parts for size, parts in zip(sizes.values(), outer, strict=True))
     if slices == 1:

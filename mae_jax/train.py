@@ -3,10 +3,10 @@
 Knows meshes, checkpoints and reports; knows no model and no dataset: those come as a `Task`.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -94,8 +94,7 @@ class Task(Protocol):
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
         """Return a fresh state with what config.init_from takes of a checkpoint: parameters."""
-        params = checkpoint.restore(path, {"params": state.params})["params"]
-        return state.replace(params=params)
+        return checkpoint.load_params(path, state)
 
 
 def stream(seed: int, name: str, step: Array | int) -> Array:
@@ -204,7 +203,7 @@ def compile_step(
     return step.lower(state_shapes, batch_shapes).compile()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """The durations of a run, in steps; 0 for an interval means only at the end."""
 

@@ -1,7 +1,15 @@
-"""Read state dicts with the official names into our parameter tree (for golden numbers)."""
+"""State dicts with the official names: golden numbers, our parameter tree of them, .pth files."""
+
+import json
+import math
+import struct
+import zipfile
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange
+
+from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
 def _block(state: dict, prefix: str, heads: int) -> dict:
@@ -55,6 +63,17 @@ def encoder_params(state: dict, depth: int, heads: int) -> dict:
     return params
 
 
+def mae_spec(meta: dict) -> ModelSpec:
+    width, decoder_width = meta["embed_dim"], meta["dec_dim"]
+    return ModelSpec(
+        (meta["img"],) * 2,
+        (meta["patch"],) * 2,
+        3,
+        ViTSpec(width, meta["depth"], meta["heads"], 4 * width),
+        ViTSpec(decoder_width, meta["dec_depth"], meta["dec_heads"], 4 * decoder_width),
+    )
+
+
 def mae_params(state: dict, meta: dict) -> dict:
     return {
         "encoder": encoder_params(state, meta["depth"], meta["heads"]),
@@ -77,3 +96,50 @@ def classifier_params(state: dict, meta: dict) -> dict:
     if "fc_norm.weight" in state:
         params["fc_norm"] = _norm(state, "fc_norm")
     return params
+
+
+STORAGES = {"float32": "Float", "float64": "Double", "float16": "Half", "int64": "Long"}
+
+
+def write_pth(path: Path, state: dict, wrapped: bool = True) -> Path:
+    """Write {"model": state} (or `state` itself) as torch.save does, and return the path."""
+
+    def text(value: str) -> bytes:
+        encoded = value.encode()
+        return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+    def number(value: int) -> bytes:
+        return b"\x8a\x08" + struct.pack("<q", value)
+
+    def group(values: list[bytes]) -> bytes:
+        return b"(" + b"".join(values) + b"t"
+
+    stream = [b"\x80\x02}", text("model") + b"}(" if wrapped else b"("]
+    for key, (name, x) in enumerate(state.items()):
+        kind = f"ctorch\n{STORAGES[x.dtype.name]}Storage\n".encode()
+        pid = group([text("storage"), kind, text(str(key)), text("cpu"), number(x.size)])
+        strides = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+        arguments = [
+            pid + b"Q",
+            number(0),
+            group([number(n) for n in x.shape]),
+            group([number(n) for n in strides]),
+            b"\x89",
+            b"ccollections\nOrderedDict\n)R",
+        ]
+        stream += [text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", group(arguments), b"R"]
+    stream.append(b"us." if wrapped else b"u.")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", b"".join(stream))
+        archive.writestr("archive/byteorder", b"little")
+        for key, x in enumerate(state.values()):
+            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(x).tobytes())
+        archive.writestr("archive/version", b"3\n")
+    return path
+
+
+def golden_state(file: Path) -> tuple[dict, dict]:
+    """Return the parameters in a file of golden numbers, by their official names, and its sizes."""
+    arrays = np.load(file)
+    state = {k.removeprefix("param/"): arrays[k] for k in arrays.files if k.startswith("param/")}
+    return state, json.loads(str(arrays["meta"]))

@@ -5,11 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from test_pipeline import BATCH, SIZE, Noise, config, indices, train
 
-from mae_jax.data import pipeline, transforms
+from mae_jax.data import bad_images, pipeline, transforms
+from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.sources import open_source
 
 
@@ -39,7 +39,7 @@ def test_a_source_without_a_readable_image_is_refused(workers):
 
 
 def test_each_unreadable_image_is_counted_and_named_once():
-    log = pipeline.BadImageLog(Noise(1000, bad=(3, 7, 9)), 0.01)
+    log = BadImageLog(Noise(1000, bad=(3, 7, 9)), 0.01)
     assert (log.add(np.array([-1, -1])), log.count) == ([], 0)
     first, second = log.add(np.array([7, -1, 3, 7]))
     assert "3.png: not an image" in first
@@ -52,17 +52,12 @@ def test_each_unreadable_image_is_counted_and_named_once():
 
 def test_the_count_begins_again_with_every_start_and_says_so():
     source = Noise(21, bad=(4, 5, 20))
-    whole = ConfigDict(
-        dict(
-            data=config(max_bad_fraction=1.0),
-            model=dict(image_size=SIZE, channels=3),
-            batch_size=BATCH,
-            seed=0,
-        )
-    )
 
     def counts(first: int, last: int) -> list[int]:
-        stream = pipeline.reported_batches(source, whole, first, np.arange(BATCH))
+        stream = pipeline.train_stream(
+            source, config(max_bad_fraction=1.0), batch_size=BATCH, image_size=SIZE, channels=3,
+            seed=0, start_step=first, rows=np.arange(BATCH),
+        )  # fmt: skip
         return [x["data/bad_images"] for _, x, _ in itertools.islice(stream, last - first)]
 
     met = [{i for i in batch["bad"] if i >= 0} for batch in train(source, 20)]
@@ -70,11 +65,11 @@ def test_the_count_begins_again_with_every_start_and_says_so():
         wanted = [len(set().union(*met[first : step + 1])) for step in range(first, 20)]
         assert counts(first, 20) == wanted
     assert counts(0, 20)[-1] == 3 and counts(10, 11)[0] < 3
-    assert "since this start" in pipeline.reported_batches.__doc__
+    assert "since this start" in pipeline.train_stream.__doc__
 
 
 def test_too_many_unreadable_images_stop_the_run_and_are_listed_with_reasons():
-    log = pipeline.BadImageLog(Noise(100, bad=(3, 7, 90)), 0.02)
+    log = BadImageLog(Noise(100, bad=(3, 7, 90)), 0.02)
     assert len(log.add(np.array([3, 7]))) == 2  # as many as are allowed
     with pytest.raises(ValueError) as error:
         log.add(np.array([90]))
@@ -86,15 +81,15 @@ def test_too_many_unreadable_images_stop_the_run_and_are_listed_with_reasons():
 
 
 def test_a_small_source_is_searched_for_all_that_would_have_to_be_mended():
-    log = pipeline.BadImageLog(Noise(20, bad=(3, 7, 19)), 0.01)
+    log = BadImageLog(Noise(20, bad=(3, 7, 19)), 0.01)
     with pytest.raises(ValueError, match=r"(?s)3 of 20 images \(15.00%\).*3.png.*7.png.*19.png"):
         log.add(np.array([7]))
 
 
 def test_a_large_source_tells_what_it_has_met_so_far(monkeypatch):
-    monkeypatch.setattr(pipeline, "SMALL", 200)
+    monkeypatch.setattr(bad_images, "SEARCHED", 200)
     source = Noise(201, bad=tuple(range(100)))
-    log = pipeline.BadImageLog(source, 0.1)
+    log = BadImageLog(source, 0.1)
     with pytest.raises(ValueError, match=r"60 of 201 images so far") as error:
         log.add(np.arange(60))
     assert "49.png: not an image" in str(error.value)
@@ -104,7 +99,7 @@ def test_a_large_source_tells_what_it_has_met_so_far(monkeypatch):
 
 
 def test_an_image_that_can_be_read_again_is_still_counted():
-    log = pipeline.BadImageLog(Noise(1000), 0.01)
+    log = BadImageLog(Noise(1000), 0.01)
     (line,) = log.add(np.array([5]))
     assert "5.png: was unreadable for a moment" in line
     assert log.count == 1
@@ -115,7 +110,7 @@ def test_the_reason_of_a_source_is_the_one_that_is_told():
         def __getitem__(self, index):
             return super().__getitem__(index) | {"image": b"", "unreadable": "it is gone"}
 
-    (line,) = pipeline.BadImageLog(Broken(1000), 0.01).add(np.array([5]))
+    (line,) = BadImageLog(Broken(1000), 0.01).add(np.array([5]))
     assert line.endswith("5.png: it is gone")
 
 
@@ -164,7 +159,7 @@ def odd_folder(tmp_path):
 def test_a_folder_of_odd_files_is_trained_on_and_only_the_hopeless_are_replaced(odd_folder):
     source = open_source(f"folder:{odd_folder}", "train")
     assert len(source) == 19
-    log = pipeline.BadImageLog(source, max_bad_fraction=0.4)
+    log = BadImageLog(source, max_bad_fraction=0.4)
     lines, seen = [], set()
     for batch in train(source, 20, image_size=(16, 16)):
         lines += log.add(batch["bad"])
@@ -182,7 +177,7 @@ def test_a_folder_of_odd_files_is_trained_on_and_only_the_hopeless_are_replaced(
     for name, reason in reasons.items():
         assert any(f"{name}: " in line and reason in line for line in lines)
     with pytest.raises(ValueError, match="6 of 19 images") as error:
-        pipeline.BadImageLog(source, max_bad_fraction=0.01).add(
+        BadImageLog(source, max_bad_fraction=0.01).add(
             np.array([source.files.index("bad/bomb.png")])
         )
     assert all(f"\n  {name}: " in str(error.value) for name in reasons)

@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 import mae_jax
 from mae_jax.commands import embed
-from mae_jax.data import sources, transforms
+from mae_jax.data import crops, sources, transforms
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests/data/hf_vitmae_tiny"
@@ -57,7 +57,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 def pictures(folder: Path, names: list[str]) -> np.ndarray:
     read = (transforms.decode((folder / name).read_bytes()) for name in names)
-    return np.stack([transforms.center_crop(picture, SIZE) for picture in read])
+    return np.stack([crops.center(picture, SIZE) for picture in read])
 
 
 def test_a_row_for_each_image_in_order_and_nothing_for_bad_ones(folder, tmp_path, capsys):

@@ -312,7 +312,7 @@ def test_the_train_command_fine_tunes_a_pretrained_run(pretrained, tmp_path, cap
     argv = [f"--config=configs/finetune.py:{arg}", f"--workdir={run}", *FLAGS]
     assert command.main(argv) == 0
     said = capsys.readouterr().out
-    assert f"encoder of {pretrained}/checkpoints/2" in said
+    assert f"weights of {pretrained}/checkpoints/2" in said
     last = {k: v for line in metrics.read(run / "metrics.jsonl") for k, v in line.items()}
     assert last["step"] == 6 and np.isfinite(last["train/loss"])
     assert 0 <= last["eval/top1"] <= last["eval/top5"] <= 100

@@ -1,5 +1,6 @@
 """mae_jax.load: any weights as a model to call, inside jit or not."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,28 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from official import golden_state, write_pth
 
 import mae_jax
 from configs import quickstart
-from mae_jax import checkpoint, pretrained, provenance
+from mae_jax import checkpoint, provenance
 from mae_jax.commands import convert
-from mae_jax.interop import pth
 from mae_jax.models import masking, posemb
 from mae_jax.models.posemb import sincos_2d
+from mae_jax.models.spec import ComputeConfig
 from mae_jax.pretrained import Model
 from mae_jax.tasks.pretrain import make_task
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "mae_tiny.npz")
-META = json.loads(str(GOLDEN["meta"]))
+STATE, META = golden_state(DATA / "mae_tiny.npz")
 HEADS = {"heads": META["heads"], "decoder_heads": META["dec_heads"]}
 LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # the golden images are normalised already
 
 
 def official(path: Path, name: str) -> Path:
-    arrays = np.load(DATA / name)
-    pth.write(path, {k[6:]: arrays[k] for k in arrays.files if k.startswith("param/")})
-    return path
+    return write_pth(path, golden_state(DATA / name)[0])
 
 
 def assert_close(ours, theirs):
@@ -46,11 +46,11 @@ def test_importing_the_package_imports_no_jax():
 
 def test_an_official_file_predicts_the_official_numbers(tmp_path):
     model, params = mae_jax.load(official(tmp_path / "a.pth", "mae_tiny.npz"), **HEADS, **LEVELS)
-    assert not (model.spec.positions or model.spec.decoder_positions)
+    assert not (model.spec.encoder.trained_positions or model.spec.decoder.trained_positions)
     kept = masking.num_kept(GOLDEN["noise"].shape[1], META["mask_ratio"])
     mask = masking.keep_lowest(jnp.asarray(GOLDEN["noise"]), kept)
     out = jax.jit(model.predict)(params, GOLDEN["images"], mask)
-    assert_close(out.pred_BLP, GOLDEN["norm_pix/pred"])
+    assert_close(out.pred_BLT, GOLDEN["norm_pix/pred"])
     np.testing.assert_array_equal(out.mask_BL, GOLDEN["norm_pix/mask"])
 
 
@@ -84,7 +84,7 @@ def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
         model.encode(params, images[:, :-1])
     with pytest.raises(ValueError, match=r"give a batch of them, images\[None\]"):
         model.encode(params, images[0])
-    edges = Model(model.spec._replace(target="my_fork.targets.edges"))
+    edges = Model(dataclasses.replace(model.spec, target="my_fork.targets.edges"))
     with pytest.raises(ValueError, match="predict my_fork.targets.edges, and no pixels"):
         edges.reconstruct(params, images, jax.random.key(0))
 
@@ -111,9 +111,9 @@ def saved_and_loaded(config, workdir, step):
     batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
     theirs = task.predict["reconstruction"](params, {}, batch)
     kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
-    exact = Model(model.spec, pretrained.ComputeConfig(jnp.dtype(config.model.dtype)))
+    exact = Model(model.spec, ComputeConfig(jnp.dtype(config.model.dtype)))
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
-    np.testing.assert_allclose(ours.pred_BLP, theirs["pred_BLP"], atol=1e-5)
+    np.testing.assert_allclose(ours.pred_BLT, theirs["pred_BLT"], atol=1e-5)
     return params, model, loaded
 
 
@@ -164,7 +164,7 @@ def test_positions_of_another_size_are_resized_fixed_ones_too(tmp_path):
     other = params | {"encoder": encoder | {"pos_embed": encoder["pos_embed"] + 1}}
     assert not np.allclose(model.encode(other, images), tokens)
     other = params | {"decoder": decoder | {"pos_embed": decoder["pos_embed"] + 1}}
-    drawn = [model.reconstruct(p, images, jax.random.key(0)).pred_BLP for p in (params, other)]
+    drawn = [model.reconstruct(p, images, jax.random.key(0)).pred_BLT for p in (params, other)]
     assert not np.allclose(*drawn)
     assert mae_jax.load(path, image_size=patch * 3, **HEADS)[0].spec.grid == (3, 3)
     with pytest.raises(ValueError, match="whole number of patches"):
@@ -172,18 +172,18 @@ def test_positions_of_another_size_are_resized_fixed_ones_too(tmp_path):
 
 
 def test_a_file_with_another_than_a_square_of_patches(tmp_path):
-    arrays = {k[6:]: GOLDEN[k] for k in GOLDEN.files if k.startswith("param/")}
+    arrays = dict(STATE)
     for name in ("pos_embed", "decoder_pos_embed"):
         arrays[name] = sincos_2d(arrays[name].shape[-1], (2, 5))[None]
-    pth.write(tmp_path / "a.pth", arrays)
+    write_pth(tmp_path / "a.pth", arrays)
     assert mae_jax.load(tmp_path / "a.pth", **HEADS)[0].spec.grid == (2, 5)
     arrays["pos_embed"] = np.random.default_rng(0).normal(size=(1, 11, META["embed_dim"]))
-    pth.write(tmp_path / "b.pth", arrays)
+    write_pth(tmp_path / "b.pth", arrays)
     with pytest.raises(ValueError, match="give the image_size of the file"):
         mae_jax.load(tmp_path / "b.pth", **HEADS)
     size = (META["patch"] * 2, META["patch"] * 5)
     model, _ = mae_jax.load(tmp_path / "b.pth", file_image_size=size, **HEADS)
-    assert model.spec.grid == (2, 5) and model.spec.positions
+    assert model.spec.grid == (2, 5) and model.spec.encoder.trained_positions
 
 
 def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import tiny_config
+from tiny import tiny_config
 
-from mae_jax import optim
-from mae_jax.tasks import pretrain
+from mae_jax import optim, tasks
 
 
 def test_the_schedule_gives_the_rates_of_a_public_log_of_the_official_code():
@@ -31,7 +30,7 @@ def test_the_schedule_starts_at_zero_peaks_after_warm_up_and_ends_at_the_floor()
 
 
 def tiny_params():
-    task = pretrain.make_task(tiny_config())
+    task = tasks.build(tiny_config())
     return task.init(jax.random.key(0))[0]
 
 

@@ -1,23 +1,22 @@
 """The model agrees with the official implementation, number by number."""
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official import mae_params
+from official import golden_state, mae_params, mae_spec
 
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.patchify import patchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import ComputeConfig
+from mae_jax.models.spec import ComputeConfig
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "mae_tiny.npz")
-META = json.loads(str(GOLDEN["meta"]))
-PATCH = (META["patch"], META["patch"])
-GRID = (META["img"] // META["patch"],) * 2
+FILE = Path(__file__).parent / "data" / "mae_tiny.npz"
+GOLDEN = np.load(FILE)
+STATE, META = golden_state(FILE)
+SPEC = mae_spec(META)
 
 
 def golden(prefix: str) -> dict:
@@ -30,30 +29,20 @@ def assert_close(ours, theirs, name=""):
 
 
 def build(**compute):
-    return mae.build(
-        GRID,
-        PATCH[0] * PATCH[1] * 3,
-        width=META["embed_dim"],
-        depth=META["depth"],
-        heads=META["heads"],
-        decoder_width=META["dec_dim"],
-        decoder_depth=META["dec_depth"],
-        decoder_heads=META["dec_heads"],
-        compute=ComputeConfig(**compute),
-    )
+    return mae.MAE(SPEC, ComputeConfig(**compute))
 
 
-PARAMS = mae_params(golden("param/"), META)
-PATCHES = patchify(jnp.asarray(GOLDEN["images"]), PATCH)
+PARAMS = mae_params(STATE, META)
+IMAGES = jnp.asarray(GOLDEN["images"])
+PATCHES = patchify(IMAGES, SPEC.patch_size)
 MASK = masking.keep_lowest(
-    jnp.asarray(GOLDEN["noise"]), masking.num_kept(GRID[0] * GRID[1], META["mask_ratio"])
+    jnp.asarray(GOLDEN["noise"]), masking.num_kept(SPEC.num_patches, META["mask_ratio"])
 )
 
 
 def loss_fn(params, target, model):
-    return mae.masked_mse(
-        model.apply({"params": params}, PATCHES, MASK), target(PATCHES), MASK.mask_BL
-    )
+    pred = model.apply({"params": params}, PATCHES, MASK)
+    return mae.masked_mse(pred, target(IMAGES, SPEC.patch_size), MASK.mask_BL)
 
 
 def test_mask_and_ids_restore_are_the_official_ones():
@@ -62,8 +51,10 @@ def test_mask_and_ids_restore_are_the_official_ones():
 
 
 def test_position_tables_are_the_official_ones():
-    np.testing.assert_allclose(sincos_2d(64, GRID), GOLDEN["param/pos_embed"][0], atol=1e-7)
-    np.testing.assert_allclose(sincos_2d(32, GRID), GOLDEN["param/decoder_pos_embed"][0], atol=1e-7)
+    np.testing.assert_allclose(sincos_2d(64, SPEC.grid), GOLDEN["param/pos_embed"][0], atol=1e-7)
+    np.testing.assert_allclose(
+        sincos_2d(32, SPEC.grid), GOLDEN["param/decoder_pos_embed"][0], atol=1e-7
+    )
 
 
 def test_latent_agrees():
@@ -84,7 +75,7 @@ def test_prediction_loss_and_every_gradient_agree(case, compute):
     assert_close(model.apply({"params": PARAMS}, PATCHES, MASK), GOLDEN[f"{case}/pred"])
     loss, grads = jax.jit(jax.value_and_grad(loss_fn), static_argnums=(1, 2))(PARAMS, target, model)
     assert_close(loss, GOLDEN[f"{case}/loss"])
-    official = golden("param/") | golden(f"{case}/grad/")
+    official = STATE | golden(f"{case}/grad/")
     theirs = dict(jax.tree_util.tree_leaves_with_path(mae_params(official, META)))
     ours = jax.tree_util.tree_leaves_with_path(grads)
     assert len(ours) == len(theirs)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mae_jax.data import pipeline, sources, transforms
+from mae_jax.config import choices
+from mae_jax.data import crops, pipeline, sources, transforms, workers
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -26,7 +27,7 @@ def config(**changed) -> ConfigDict:
     data = dict(
         crop="random_resized", crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5,
         mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
-        workers=0, threads=2, prefetch=2, max_bad_fraction=0.01,
+        workers=0, max_bad_fraction=0.01,
     )  # fmt: skip
     return ConfigDict(data | changed)
 
@@ -53,15 +54,18 @@ class Noise:
         }
 
 
-def train(source, steps: int, data: ConfigDict | None = None, **options) -> list[dict]:
+def stream(source, data: ConfigDict | None = None, **options):
     defaults = dict(batch_size=BATCH, image_size=SIZE, channels=3, seed=0)
-    stream = pipeline.train_batches(source, data or config(), **(defaults | options))
-    return list(itertools.islice(stream, steps))
+    return pipeline.train_batches(source, data or config(), **(defaults | options))
 
 
-def evaluate(source, data: ConfigDict | None = None, **options) -> list[dict]:
+def train(source, steps: int, data: ConfigDict | None = None, **options) -> list[dict]:
+    return list(itertools.islice(stream(source, data, **options), steps))
+
+
+def evaluate(source, **options) -> list[dict]:
     defaults = dict(batch_size=BATCH, image_size=SIZE, channels=3)
-    return list(pipeline.eval_batches(source, data or config(), **(defaults | options)))
+    return list(pipeline.eval_batches(source, **(defaults | options)))
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:
@@ -91,15 +95,15 @@ def test_a_batch_holds_images_with_their_labels_and_indices():
         columns = (batch[key] for key in ("image", "label", "index", "bad"))
         for image, label, index, bad in zip(*columns, strict=True):
             picture = transforms.decode(Noise(20)[index]["image"])
-            np.testing.assert_array_equal(image, transforms.center_crop(picture, SIZE))
+            np.testing.assert_array_equal(image, crops.center(picture, SIZE))
             assert (label, bad) == (10 * index, -1)
 
 
-@pytest.mark.parametrize("crop", pipeline.CROPS)
-def test_every_crop_is_drawn_anew_in_every_epoch_but_the_centre(crop):
+@pytest.mark.parametrize("crop", choices(crops))
+def test_every_crop_is_drawn_anew_in_every_epoch_but_those_of_the_centre(crop):
     batches = train(Noise(BATCH), 5, config(crop=crop, flip=0.0), image_size=(14, 14))
     seen = {image.tobytes() for batch in batches for image in batch["image"][batch["index"] == 3]}
-    assert (len(seen) == 1) == (crop == "center")
+    assert (len(seen) == 1) == (crop in ("center", "full"))
 
 
 def test_flip_is_a_probability():
@@ -132,9 +136,25 @@ def square(picture, size_HW, rng):
     return np.full((*size_HW, 3), rng.integers(256), np.uint8)
 
 
-def test_a_crop_of_ones_own_is_named_by_its_dotted_path():
+def settings(picture, size_HW, rng, ratio=None, *, scale):
+    return np.full((*size_HW, 3), 100 * scale[0] if ratio is None else 0, np.uint8)
+
+
+def lighter(image, rng):
+    return image // 2 + 128
+
+
+def test_crop_and_augmentation_of_ones_own_are_named_by_their_dotted_paths():
     (batch,) = train(Noise(8), 1, config(crop="test_pipeline.square"))
     assert all(len(set(image.ravel().tolist())) == 1 for image in batch["image"])
+    (light,) = train(Noise(8), 1, config(augment="test_pipeline.lighter"))
+    (plain,) = train(Noise(8), 1)
+    np.testing.assert_array_equal(light["image"], plain["image"] // 2 + 128)
+
+
+def test_a_crop_is_given_the_settings_that_are_keyword_only_arguments_of_it():
+    (batch,) = train(Noise(8), 1, config(crop="test_pipeline.settings", crop_scale=(0.5, 1.0)))
+    assert (batch["image"] == 50).all()
 
 
 # --- order ---
@@ -173,7 +193,8 @@ def test_any_start_step_continues_the_same_sequence(start):
 def test_a_far_start_reads_nothing_of_what_comes_before():
     source = Noise(21)
     train(source, 1, start_step=10**9)
-    assert sum(source.reads.values()) <= 5 * BATCH  # the batch and what is read ahead of it
+    ahead = workers.PREFETCH + 2  # one is copied, one is ready
+    assert sum(source.reads.values()) <= (1 + ahead) * BATCH
 
 
 def test_seeds_differ_in_order_and_in_crops():
@@ -198,30 +219,30 @@ def test_hosts_get_their_rows_of_the_same_global_batches(hosts):
     whole = train(Noise(21, bad=(4, 5)), 3, start_step=1)
     for rows in map(np.array, hosts):
         source = Noise(21, bad=(4, 5))
-        local = train(source, 3, config(prefetch=1), start_step=1, rows=rows)
+        local = train(source, 3, start_step=1, rows=rows)
         assert_same(local, [{key: x[rows] for key, x in batch.items()} for batch in whole])
 
 
 def test_a_host_reads_only_its_own_rows():
     source, rows = Noise(80), np.array([1, 6])
-    batches = train(source, 5, config(threads=1, prefetch=1), rows=rows)
-    ahead = train(Noise(80), 10, rows=rows)
+    batches = train(source, 5, rows=rows)
+    ahead = train(Noise(80), 10 + workers.PREFETCH, rows=rows)
     assert set(indices(batches)) <= set(source.reads) <= set(indices(ahead))
 
 
-def test_threads_and_processes_give_the_same_batches():
+@pytest.mark.parametrize("resizer", ["pillow", "fast"])
+def test_threads_and_processes_give_the_same_batches(resizer, monkeypatch):
     source = Noise(21, bad=(4, 5))
-    expected = train(source, 7, start_step=2)
-    for changed in ({"threads": 9, "prefetch": 7}, {"threads": 1, "prefetch": 1}, {"workers": 2}):
-        assert_same(train(source, 7, config(**changed), start_step=2), expected)
+    expected = train(source, 7, config(resizer=resizer), start_step=2)
+    assert_same(train(source, 7, config(resizer=resizer, workers=2), start_step=2), expected)
+    for threads, prefetch in ((9, 7), (1, 1)):
+        monkeypatch.setattr(workers, "THREADS", threads)
+        monkeypatch.setattr(workers, "PREFETCH", prefetch)
+        assert_same(train(source, 7, config(resizer=resizer), start_step=2), expected)
 
 
-def test_the_fast_resizer_gives_the_same_batches_in_threads_and_processes():
-    source = Noise(21)
-    expected = train(source, 4, config(resizer="fast", threads=1))
-    for changed in ({"threads": 9}, {"workers": 2}):
-        assert_same(train(source, 4, config(resizer="fast", **changed)), expected)
-    pairs = zip(train(source, 4), expected, strict=True)
+def test_the_fast_resizer_gives_other_pixels():
+    pairs = zip(train(Noise(21), 4), train(Noise(21), 4, config(resizer="fast")), strict=True)
     assert any((exact["image"] != fast["image"]).any() for exact, fast in pairs)
 
 
@@ -232,14 +253,12 @@ sys.path[:0] = ["tests"]
 from test_pipeline import *
 
 if __name__ == "__main__":
-    stream = pipeline.train_batches(
-        Noise(21), config(workers=2), batch_size=8, image_size=SIZE, channels=3, seed=0
-    )
-    next(stream)
+    batches = stream(Noise(21), config(workers=2))
+    next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-    print(next(stream)["index"].tolist(), flush=True)
+    print(next(batches)["index"].tolist(), flush=True)
     for line in sys.stdin:
-        print(next(stream)["index"].tolist(), flush=True)
+        print(next(batches)["index"].tolist(), flush=True)
 """
 
 
@@ -251,10 +270,10 @@ def test_signals_to_workers_stop_nothing_and_a_killed_run_leaves_none_behind(tmp
         [sys.executable, script],
         cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as run:  # fmt: skip
-        workers = [int(pid) for pid in run.stdout.readline().split()]
-        assert len(workers) == 2
+        processes = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(processes) == 2
         run.stdout.readline()
-        for pid in workers:
+        for pid in processes:
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
         expected = [batch["index"].tolist() for batch in train(Noise(21), 8)][2:]
@@ -264,30 +283,25 @@ def test_signals_to_workers_stop_nothing_and_a_killed_run_leaves_none_behind(tmp
             assert run.stdout.readline() == f"{batch}\n"
         run.kill()
     deadline = time.monotonic() + 60
-    while any(map(alive, workers)) and time.monotonic() < deadline:
+    while any(map(alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(alive, workers))
+    assert not any(map(alive, processes))
 
 
 def test_a_killed_worker_and_what_a_worker_cannot_read_are_said_in_words(tmp_path):
-    stream = pipeline.train_batches(
-        Noise(21), config(workers=2), batch_size=8, image_size=SIZE, channels=3, seed=0
-    )
-    next(stream)
+    batches = stream(Noise(21), config(workers=2))
+    next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(pipeline.WorkerLost, match="killed, perhaps for its memory: lower config"):
+    with pytest.raises(workers.WorkerLost, match="killed, perhaps for its memory: lower config"):
         for _ in range(100):
-            next(stream)
+            next(batches)
 
     for index in range(8):
         (tmp_path / f"{index}.png").write_text("no image")
     source = sources.open_source(f"folder:{tmp_path}", "train")
-    for workers in (0, 1):
-        stream = pipeline.train_batches(
-            source, config(workers=workers), batch_size=8, image_size=SIZE, channels=3, seed=0
-        )
+    for processes in (0, 1):
         with pytest.raises(sources.Unreadable, match="100 images .* cannot be read") as raised:
-            next(stream)
+            train(source, 1, config(workers=processes))
         assert "Traceback" not in str(raised.value)
 
 
@@ -304,13 +318,11 @@ def test_a_dropped_iterator_stops_its_threads():
         return [t for t in threading.enumerate() if t not in before]
 
     before = threading.enumerate()
-    stream = pipeline.train_batches(
-        Noise(21), config(threads=3), batch_size=BATCH, image_size=SIZE, channels=3, seed=0
-    )
-    next(stream)
+    batches = stream(Noise(21))
+    next(batches)
     running = ours()
     assert running
-    del stream
+    del batches
     for thread in running:
         thread.join(timeout=60)
     assert not ours()
@@ -321,7 +333,7 @@ def test_a_dropped_iterator_stops_its_threads():
 
 def test_evaluation_sees_every_image_once_in_order_at_its_centre():
     source = Noise(21)
-    batches = evaluate(source, config(workers=3))  # needs no processes
+    batches = evaluate(source)
     assert [batch["valid"].sum() for batch in batches] == [8, 8, 5]
     valid = np.concatenate([batch["valid"] for batch in batches])
     assert valid.dtype == bool
@@ -329,7 +341,7 @@ def test_evaluation_sees_every_image_once_in_order_at_its_centre():
     images = np.concatenate([batch["image"] for batch in batches])
     for index in range(21):
         picture = transforms.decode(source[index]["image"])
-        np.testing.assert_array_equal(images[index], transforms.center_crop(picture, SIZE))
+        np.testing.assert_array_equal(images[index], crops.center(picture, SIZE))
     assert (images[21:] == 0).all()
     assert np.concatenate([b["label"] for b in batches])[valid].tolist() == [*range(0, 210, 10)]
 
@@ -375,8 +387,11 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
     ("changed", "message"),
     [
         ({"crop": "random_resize"}, "random_resize.*nearest: random_resized"),
-        ({"crop": "zoom"}, "there are: center, fixed, probe, random_resized"),
-        ({"crop": "test_pipeline.sqare"}, "no function 'sqare'"),
+        ({"crop": "zoom"}, "there are: center, fixed, full, probe, random_resized"),
+        ({"crop": "test_pipeline.sqare"}, "no 'sqare'"),
+        ({"crop": "test_pipeline.lighter"}, "lighter' is no function .picture, size, rng"),
+        ({"augment": "test_pipeline.square"}, "square' is no function .image, rng"),
+        ({"augment": "test_pipeline.light"}, "no 'light'.*nearest: lighter"),
         ({"resizer": "fats"}, "fats.*fast"),
         ({"resizer": "fast", "crop": "center"}, "fast.*not for 'center'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < low"),
@@ -391,8 +406,6 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
         ({"flip": 1.5}, "flip=1.5.*from 0 to 1"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction=-0.1"),
         ({"workers": -1}, "workers=-1.*at least 0"),
-        ({"threads": 0}, "threads=0.*at least 1"),
-        ({"prefetch": 0}, "prefetch=0.*at least 1"),
     ],
     ids=str,
 )
@@ -415,10 +428,8 @@ def test_workers_without_room_in_shared_memory_are_refused():
 
 
 def test_the_synthetic_batch_is_always_the_same():
-    stream = pipeline.synthetic_batches(
-        batch_size=BATCH, image_size=(4, 6), channels=5, rows=np.array([2, 3, 7])
-    )
-    first, second = next(stream), next(stream)
+    batches = pipeline.synthetic_batches(np.array([2, 3, 7]), (4, 6), 5)
+    first, second = next(batches), next(batches)
     assert_same([first], [second])
     assert first["image"].shape == (3, 4, 6, 5)
     assert first["image"].dtype == np.uint8

@@ -1,4 +1,4 @@
-"""A workdir knows whose it is, and is refused to others."""
+"""A workdir records its config and environment, and is refused to other runs."""
 
 import json
 
@@ -16,8 +16,9 @@ def config(**changes):
     return base
 
 
-def test_a_workdir_holds_its_config_and_environment(tmp_path):
-    provenance.prepare_workdir(tmp_path / "a/b", config())
+def test_a_workdir_holds_its_config_and_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    provenance.prepare_workdir("a/b", config())
     assert json.loads((tmp_path / "a/b/config.json").read_text()) == config().to_dict()
     env = json.loads((tmp_path / "a/b/env.json").read_text())
     assert env["jax"] == jax.__version__
@@ -32,6 +33,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         provenance.prepare_workdir(tmp_path, config(**{"model.width": 9, "log_every": "9 steps"}))
     assert "model.width: 8 -> 9" in str(raised.value)
     assert "log_every" not in str(raised.value)
+    assert f"another --workdir and --config.resume={tmp_path}" in str(raised.value)
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -59,15 +61,65 @@ def test_keys_that_cannot_change_the_result_may_change(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == changed.to_dict()
 
 
-def test_another_environment_is_said_once(tmp_path, capsys):
+def old_workdir(path, **flat):
+    """Make the workdir of a run whose config.json is that of an older version of this code."""
+    old = {"seed": 0, "masking": {"name": "random"}, "data": {"threads": 16, "prefetch": 4}}
+    (path / "config.json").write_text(json.dumps(old | flat))
+
+
+def today(**changes):
+    base = ConfigDict(dict(seed=0, masking=dict(name="random", tokens_in_encoder=False)))
+    base.data, base.hosts = ConfigDict(dict(resizer="pillow")), ConfigDict(dict(stall_seconds=600))
+    base.online_probe = False
+    base.update_from_flattened_dict(changes)
+    return base
+
+
+def test_an_old_run_resumes_although_the_recipe_gained_renamed_and_lost_keys(tmp_path):
+    old_workdir(tmp_path, stall_seconds=60)
+    provenance.prepare_workdir(tmp_path, today())
+    assert json.loads((tmp_path / "config.json").read_text()) == today().to_dict()
+
+
+def test_an_old_run_is_refused_another_value_than_the_behaviour_of_then(tmp_path):
+    old_workdir(tmp_path)
+    changed = today(**{"masking.tokens_in_encoder": True, "data.resizer": "fast"})
+    with pytest.raises(ValueError, match="was made with another config") as raised:
+        provenance.check_workdir(tmp_path, changed)
+    differences = str(raised.value).splitlines()[1:-1]
+    assert [line.strip() for line in differences] == [
+        "data.resizer: 'pillow' -> 'fast'",
+        "masking.tokens_in_encoder: False -> True",
+    ]
+
+
+def test_a_new_key_outside_the_table_is_refused(tmp_path):
+    old_workdir(tmp_path)
+    changed = today()
+    changed.optim = ConfigDict(dict(blr=1.0))
+    with pytest.raises(ValueError, match=r"optim.blr: 'none' -> 1.0"):
+        provenance.check_workdir(tmp_path, changed)
+
+
+def test_a_renamed_key_keeps_its_value(tmp_path, monkeypatch):
+    monkeypatch.setitem(provenance.RENAMED_KEYS, "old_name", "optim.new_name")
+    old_workdir(tmp_path, old_name=3)
+    changed = today()
+    changed.optim = ConfigDict(dict(new_name=3))
+    provenance.check_workdir(tmp_path, changed)
+    changed.optim.new_name = 4
+    with pytest.raises(ValueError, match="optim.new_name: 3 -> 4"):
+        provenance.check_workdir(tmp_path, changed)
+
+
+def test_another_environment_is_reported_once(tmp_path, capsys):
     provenance.prepare_workdir(tmp_path, config())
     env = json.loads((tmp_path / "env.json").read_text())
     (tmp_path / "env.json").write_text(json.dumps(env | {"jax": "0.0.1"}))
     provenance.prepare_workdir(tmp_path, config())
     provenance.prepare_workdir(tmp_path, config())
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1
-    assert f"jax: '0.0.1' -> '{jax.__version__}'" in said[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"jax: '0.0.1' -> '{jax.__version__}'" in line
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from test_train import tiny_config
 
 from configs import finetune, linprobe
 from mae_jax import optim, train
-from mae_jax.data import augment, mixup, pipeline, transforms
+from mae_jax.data import augment, mixup, pipeline, transforms, workers
 from mae_jax.data.sources import open_source
 from mae_jax.tasks import classify, pretrain, probe
 
@@ -190,16 +190,16 @@ def test_an_image_is_flipped_before_it_is_distorted(monkeypatch):
     def note(what, function):
         return lambda *arguments: done.append(what) or function(*arguments)
 
-    for what in ("random_resized_crop", "random_flip"):
+    for what in ("random_box", "random_flip"):
         monkeypatch.setattr(transforms, what, note(what, getattr(transforms, what)))
     distort = augment.RandAugment.__call__
     monkeypatch.setattr(augment.RandAugment, "__call__", note("augment", distort))
     config = tuned()
-    config.data.update(threads=1, prefetch=1)
+    monkeypatch.setattr(workers, "THREADS", 1)
     batches = pipeline.train_batches(
         open_source("bundled:digits", "train[:1]"), config.data,
         batch_size=1, image_size=(16, 16), channels=1, seed=0,
     )  # fmt: skip
     next(batches)
     batches.close()
-    assert done[:3] == ["random_resized_crop", "random_flip", "augment"]
+    assert done[:3] == ["random_box", "random_flip", "augment"]

@@ -23,7 +23,7 @@ from configs.robustness import get_config
 from mae_jax import checkpoint, metrics, provenance, sharding, train
 from mae_jax.commands import prepare
 from mae_jax.commands import train as command
-from mae_jax.data import robustness, sources, transforms
+from mae_jax.data import crops, robustness, sources, transforms
 from mae_jax.evals import robustness as evaluation
 from mae_jax.tasks import classify
 
@@ -234,9 +234,9 @@ def test_a_model_as_good_as_alexnet_has_an_mce_of_100():
 def test_crops_of_the_models_size_are_taken_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     image = Image.fromarray(pixels)
-    np.testing.assert_array_equal(transforms.full_crop(image, (224, 224)), pixels)
+    np.testing.assert_array_equal(crops.full(image, (224, 224)), pixels)
     larger = image.resize((448, 448), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(transforms.full_crop(image, (448, 448)), np.asarray(larger))
+    np.testing.assert_array_equal(crops.full(image, (448, 448)), np.asarray(larger))
 
 
 def test_without_all_corruptions_there_is_no_mean_and_what_lacks_is_named(
@@ -292,7 +292,7 @@ def test_a_copy_that_tfds_prepared_is_read_too(tmp_path):
     part = robustness.open_corruption(source, "fog", 4, data_dir)
     assert len(part) == 1 and part.class_names == WORDNET_IDS and part[0]["label"] == 42
     decoded = transforms.decode(part[0]["image"])
-    np.testing.assert_allclose(transforms.full_crop(decoded, (224, 224)), 4, atol=1)
+    np.testing.assert_allclose(crops.full(decoded, (224, 224)), 4, atol=1)
 
 
 # --- the command ---

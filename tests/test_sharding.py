@@ -6,22 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import mesh_of, tiny_config
+from tiny import compiled, mesh_of, tiny_config
 
-from mae_jax import sharding, train
-from mae_jax.tasks import pretrain
+from mae_jax import sharding, tasks, train
 
 COLLECTIVE = re.compile(
     r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 
 
-def collective_shapes(mesh, constrain) -> list[tuple[int, ...]]:
+def collective_shapes(mesh) -> list[tuple[int, ...]]:
     """The shape of every array that a collective of the compiled step returns."""
-    config = tiny_config()
-    task = pretrain.make_task(config, constrain)
-    program = train.compile_step(task, task.optimizer(10, 100)[0], config, mesh)
-    results = [m[1] for m in map(COLLECTIVE.search, program.step.as_text().splitlines()) if m]
+    *_, step = compiled(tiny_config(), mesh)
+    results = [m[1] for m in map(COLLECTIVE.search, step.as_text().splitlines()) if m]
     shapes = [s for r in results for s in re.findall(r"[a-z]+[0-9]*\[([0-9,]*)\]", r)]
     return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
 
@@ -33,19 +30,25 @@ def activations(shapes):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1)], ids=str)
 def test_no_collective_touches_an_activation(shape):
-    mesh = mesh_of(*shape)
-    shapes = collective_shapes(mesh, sharding.constrain_batch(mesh))
+    shapes = collective_shapes(mesh_of(*shape))
     assert shapes and not activations(shapes)
 
 
-def test_without_the_constraint_xla_sends_activations_around():
-    assert activations(collective_shapes(mesh_of(1, 8, 1), lambda x: x))
+def test_without_the_constraint_xla_sends_activations_around(monkeypatch):
+    monkeypatch.setattr(sharding, "constrain_batch", lambda mesh: lambda x: x)
+    assert activations(collective_shapes(mesh_of(1, 8, 1)))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_passes_the_constraint():
+    constrain = sharding.constrain_batch(mesh_of(2, 4, 1))
+    assert constrain(jnp.ones((1, 3))).sharding.is_fully_replicated
+    assert not constrain(jnp.ones((16, 3))).sharding.is_fully_replicated
 
 
 def state_shapes():
     config = tiny_config()
     config.model.width, config.model.decoder_width = 512, 512
-    task = pretrain.make_task(config)
+    task = tasks.build(config)
     tx, _ = task.optimizer(10, 100)
     return jax.eval_shape(lambda: train.init_state(task, tx, 0))
 
@@ -79,7 +82,7 @@ def test_moments_are_split_like_their_parameters():
 def test_an_axis_that_does_not_divide_raises():
     config = tiny_config()
     config.model.heads = config.model.decoder_heads = 2
-    task = pretrain.make_task(config)
+    task = tasks.build(config)
     shapes = jax.eval_shape(lambda: train.init_state(task, task.optimizer(10, 100)[0], 0))
     with pytest.raises(ValueError, match="not divisible by mesh axis tensor=8"):
         sharding.state_shardings(mesh_of(1, 1, 8), shapes)

@@ -6,53 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
+from tiny import SHAPES, assert_trees_equal, batch_of, mesh_of, task_on, tiny_config, updates
 
-from configs.pretrain import get_config
-from mae_jax import sharding, train
-from mae_jax.tasks import pretrain
-
-
-def tiny_config(**changes) -> ConfigDict:
-    config = get_config("batch_size=16,image_size=32")
-    config.model.update(
-        width=32, depth=2, heads=4, patch_size=(8, 8), decoder_width=16, decoder_depth=1,
-        decoder_heads=4, dtype="float32",
-    )  # fmt: skip
-    config.train_for, config.optim.warmup = "10 steps", "2 steps"
-    config.data.source = "bundled:digits"
-    config.model.channels, config.data.mean, config.data.std = 1, (0.5,), (0.5,)
-    config.update(changes)
-    return config
-
-
-def mesh_of(data, fsdp, tensor) -> Mesh:
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
-
-
-def images(config, seed=0):
-    shape = (config.batch_size, *config.model.image_size, config.model.channels)
-    return {"image": np.random.default_rng(seed).integers(0, 256, shape, np.uint8)}
+from mae_jax import sharding, tasks, train
 
 
 @cache
 def run_step(shape, steps=1, grad_accum=1):
-    """The state before and after, and the numbers of the last step."""
-    config, mesh = tiny_config(grad_accum=grad_accum), mesh_of(*shape)
-    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
-    tx, _ = task.optimizer(10, 100)
-    program = train.compile_step(task, tx, config, mesh)
-    state = program.init()
-    start = jax.device_get(state)
-    for step in range(steps):
-        batch = sharding.put_batch(mesh, images(config, step), config.batch_size)
-        state, scalars = program.step(state, batch)
-    return start, jax.device_get(state), jax.device_get(scalars)
+    """The states before and after, and the metrics of the last step."""
+    states, metrics = updates(tiny_config(grad_accum=grad_accum), mesh_of(*shape), steps)
+    return states[0], states[-1], metrics[-1]
 
 
 def relative(a, b):
@@ -62,7 +25,7 @@ def relative(a, b):
 
 def gradients(config, mesh):
     """Loss and gradients of one pass, through the same code as the step."""
-    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
+    task = task_on(config, mesh)
     shapes = jax.eval_shape(lambda: task.init(train.stream(0, "init", 0))[0])
     shardings = sharding.state_shardings(mesh, shapes)
     params = jax.jit(lambda: task.init(train.stream(0, "init", 0))[0], out_shardings=shardings)()
@@ -74,7 +37,8 @@ def gradients(config, mesh):
         (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch, rng, True)
         return loss, grads, batch["score"]
 
-    return jax.device_get(run(params, sharding.put_batch(mesh, images(config), config.batch_size)))
+    batch = {"image": batch_of(config)["image"]}
+    return jax.device_get(run(params, sharding.put_batch(mesh, batch, config.batch_size)))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +46,7 @@ def alone():
     return gradients(tiny_config(), mesh_of(1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_loss_and_gradients_agree_over_meshes(alone, shape):
     loss, grads, score = gradients(tiny_config(), mesh_of(*shape))
     np.testing.assert_array_equal(score, alone[2])  # masks do not depend on the devices
@@ -92,8 +56,7 @@ def test_loss_and_gradients_agree_over_meshes(alone, shape):
 
 
 def test_masks_differ_between_images_and_steps():
-    task = pretrain.make_task(tiny_config())
-    batch = images(tiny_config())
+    task, batch = tasks.build(tiny_config()), batch_of(tiny_config())
     first, second = (
         task.prepare(batch, partial(train.stream, 0, step=step))["score"] for step in (0, 1)
     )
@@ -102,7 +65,7 @@ def test_masks_differ_between_images_and_steps():
 
 
 def test_the_optimizer_given_equal_gradients_agrees_over_meshes():
-    task = pretrain.make_task(tiny_config())
+    task = tasks.build(tiny_config())
     tx, _ = task.optimizer(10, 100)
 
     def three_updates(state):
@@ -115,7 +78,7 @@ def test_the_optimizer_given_equal_gradients_agrees_over_meshes():
 
     state = jax.jit(partial(train.init_state, task, tx, 0))()
     expected = jax.device_get(jax.jit(three_updates)(state).params)
-    for shape in MESHES:
+    for shape in SHAPES:
         shardings = sharding.state_shardings(mesh_of(*shape), state)
         ours = jax.jit(three_updates, out_shardings=shardings)(jax.device_put(state, shardings))
         assert relative(jax.device_get(ours.params), expected) <= 1e-6, shape
@@ -130,18 +93,16 @@ def test_accumulation_equals_the_large_batch(passes):
 
 
 def test_initial_state_does_not_depend_on_the_mesh():
-    first = run_step((1, 1, 1), steps=2)[0]
-    other = run_step((2, 2, 2))[0]
-    jax.tree.map(np.testing.assert_array_equal, first, other)
+    assert_trees_equal(run_step((1, 1, 1), steps=2)[0], run_step((2, 2, 2))[0])
 
 
 def test_two_updates_give_the_numbers_they_always_gave():
     """Golden numbers of this code (2026-11, CPU). If they change, know why before you replace them:
     runs that people resume or compare will change with them."""
-    _, state, scalars = run_step((1, 1, 1), steps=2)
+    _, state, metrics = run_step((1, 1, 1), steps=2)
     total = sum(np.abs(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(state.params))
     np.testing.assert_allclose(
-        [scalars["loss"], scalars["grad_norm"], total],
+        [metrics["loss"], metrics["grad_norm"], total],
         [1.3965765, 0.8752488, 3719.41414],
         rtol=1e-5,
     )

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data import transforms
+from mae_jax.data import crops, transforms
 from mae_jax.data.transforms import BadImage, decode
 
 BICUBIC = Image.Resampling.BICUBIC
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+BOX = dict(scale=SCALE, ratio=RATIO)
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -297,12 +298,10 @@ def test_random_resized_crop_cuts_its_box_and_resizes_it(shape, size_HW):
     image = noise(*shape)
     for seed in range(20):
         rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
-        got = transforms.random_resized_crop(Image.fromarray(image), size_HW, SCALE, RATIO, rng)
+        got = crops.random_resized(Image.fromarray(image), size_HW, rng, **BOX)
         box = transforms.random_box(*shape[::-1], SCALE, RATIO, same)
         np.testing.assert_array_equal(got, plain(image, box, size_HW))
-        again = transforms.random_resized_crop(
-            image, size_HW, SCALE, RATIO, np.random.default_rng(seed)
-        )
+        again = crops.random_resized(image, size_HW, np.random.default_rng(seed), **BOX)
         np.testing.assert_array_equal(again, got)
 
 
@@ -312,14 +311,14 @@ def photographs():
     return [getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
 
 
-@pytest.mark.parametrize("crop", [transforms.random_resized_crop, transforms.probe_crop])
+@pytest.mark.parametrize("crop", [crops.random_resized, crops.probe])
 def test_the_fast_resizer_is_nearly_pillow(crop):
     apart = []
     for seed, image in enumerate(5 * photographs()):
         scale = max(1, min(image.shape[:2]) // 375)  # of ImageNet's size
         picture = Image.fromarray(image).reduce(scale)
         exact, fast = (
-            crop(picture, (224, 224), SCALE, RATIO, np.random.default_rng(seed), resizer)
+            crop(picture, (224, 224), np.random.default_rng(seed), **BOX, resizer=resizer)
             for resizer in ("pillow", "fast")
         )
         assert fast.shape == (224, 224, 3) and fast.dtype == np.uint8
@@ -339,19 +338,16 @@ def test_the_fast_resizer_rounds_each_direction_as_pillow_but_for_one_level(size
 
 
 def test_the_fast_resizer_takes_arrays_and_grey():
-    rng = np.random.default_rng
+    def crop(picture):
+        rng = np.random.default_rng(3)
+        return crops.random_resized(picture, (24, 32), rng, **BOX, resizer="fast")
+
     image = noise(50, 70)
-    args = ((24, 32), SCALE, RATIO)
     for picture in (image, image[..., 0], np.concatenate([image, image], -1)):
         array = picture if picture.ndim == 3 else picture[..., None]
-        got = transforms.random_resized_crop(
-            decode(picture, array.shape[-1]), *args, rng(3), "fast"
-        )
+        got = crop(decode(picture, array.shape[-1]))
         assert got.shape == (24, 32, array.shape[-1])
-        planes = [
-            transforms.random_resized_crop(Image.fromarray(plane), *args, rng(3), "fast")
-            for plane in np.moveaxis(array, -1, 0)
-        ]
+        planes = [crop(Image.fromarray(plane)) for plane in np.moveaxis(array, -1, 0)]
         np.testing.assert_array_equal(got, np.concatenate(planes, -1))
 
 
@@ -433,16 +429,16 @@ def test_center_crop_is_that_of_the_official_evaluation():
     image = noise(300, 400)
     resized = Image.fromarray(image).resize((341, 256), BICUBIC)
     expected = resized.crop((58, 16, 58 + 224, 16 + 224))  # round((341 - 224) / 2) is even: 58
-    got = transforms.center_crop(Image.fromarray(image), (224, 224))
+    got = crops.center(Image.fromarray(image), (224, 224))
     np.testing.assert_array_equal(got, expected)
-    upright = transforms.center_crop(Image.fromarray(image.swapaxes(0, 1)), (224, 224))
+    upright = crops.center(Image.fromarray(image.swapaxes(0, 1)), (224, 224))
     assert upright.shape == (224, 224, 3)
 
 
 def test_center_crop_beyond_224_has_no_margin():
     image = noise(300, 400)
     expected = Image.fromarray(image).resize((341, 256), BICUBIC).crop((42, 0, 298, 256))
-    got = transforms.center_crop(Image.fromarray(image), (256, 256))
+    got = crops.center(Image.fromarray(image), (256, 256))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -456,7 +452,7 @@ def test_center_crop_resizes_to_the_smallest_cover_of_the_size_and_its_margin(sh
     left, top = round((new_w - size_HW[1]) / 2), round((new_h - size_HW[0]) / 2)
     resized = Image.fromarray(image).resize((new_w, new_h), BICUBIC)
     expected = resized.crop((left, top, left + size_HW[1], top + size_HW[0]))
-    np.testing.assert_array_equal(transforms.center_crop(Image.fromarray(image), size_HW), expected)
+    np.testing.assert_array_equal(crops.center(Image.fromarray(image), size_HW), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 60_000), (60_000, 2)], ids=str)
@@ -467,11 +463,11 @@ def test_of_a_long_strip_only_the_middle_is_resized(shape, monkeypatch):
         Image.Image, "resize", lambda p, size, *a: sizes.append(size) or resize(p, size, *a)
     )
     image = noise(*shape)
-    got = transforms.center_crop(Image.fromarray(image), (32, 32))
+    got = crops.center(Image.fromarray(image), (32, 32))
     assert max(sizes[0]) <= 36 * (transforms.MAX_STRETCH + 1)
     middle = slice(30_000 - 100, 30_000 + 100)
     part = image[:, middle] if shape[0] == 2 else image[middle]
-    np.testing.assert_array_equal(got, transforms.center_crop(Image.fromarray(part), (32, 32)))
+    np.testing.assert_array_equal(got, crops.center(Image.fromarray(part), (32, 32)))
 
 
 def test_fixed_crop_is_a_part_of_the_resized_picture_at_every_place():
@@ -482,34 +478,28 @@ def test_fixed_crop_is_a_part_of_the_resized_picture_at_every_place():
         for left in range(36 - 32 + 1):
             places[resized[top : top + 32, left : left + 32].tobytes()] = (top, left)
     rng = np.random.default_rng(0)
-    crops = [transforms.fixed_crop(Image.fromarray(image), (32, 32), rng) for _ in range(800)]
-    assert {places[crop.tobytes()] for crop in crops} == set(places.values())
+    drawn = [crops.fixed(Image.fromarray(image), (32, 32), rng) for _ in range(800)]
+    assert {places[crop.tobytes()] for crop in drawn} == set(places.values())
 
 
 def test_fixed_crop_moves_at_any_size():
     image = Image.fromarray(noise(60, 60))
     rng = np.random.default_rng(0)
-    crops = [transforms.fixed_crop(image, (256, 256), rng).tobytes() for _ in range(3)]
-    assert len(set(crops)) == 3
+    assert len({crops.fixed(image, (256, 256), rng).tobytes() for _ in range(3)}) == 3
 
 
+@pytest.mark.parametrize("crop", [crops.random_resized, crops.fixed, crops.center])
 @pytest.mark.parametrize("channels", [2, 4, 7])
-def test_crops_treat_the_channels_of_an_array_one_by_one(channels):
+def test_crops_treat_the_channels_of_an_array_one_by_one(channels, crop):
     image = noise(30, 40, channels)
-    crops = {
-        "random_resized": lambda p: transforms.random_resized_crop(
-            p, (16, 24), SCALE, RATIO, np.random.default_rng(3)
-        ),
-        "fixed": lambda p: transforms.fixed_crop(p, (16, 24), np.random.default_rng(3)),
-        "center": lambda p: transforms.center_crop(p, (16, 24)),
-    }
-    for crop in crops.values():
-        got = crop(image)
-        assert got.shape == (16, 24, channels)
-        assert got.dtype == np.uint8
-        for channel in range(channels):
-            alone = crop(Image.fromarray(np.ascontiguousarray(image[..., channel])))
-            np.testing.assert_array_equal(got[..., channel], alone[..., 0])
+    box = BOX if crop is crops.random_resized else {}
+    got = crop(image, (16, 24), np.random.default_rng(3), **box)
+    assert got.shape == (16, 24, channels)
+    assert got.dtype == np.uint8
+    for channel in range(channels):
+        plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+        alone = crop(plane, (16, 24), np.random.default_rng(3), **box)
+        np.testing.assert_array_equal(got[..., channel], alone[..., 0])
 
 
 def test_flips_mirror_left_and_right_as_often_as_asked():

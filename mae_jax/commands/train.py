@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,17 @@ def compilation_cache(workdir: str) -> str:
     return f"{os.path.dirname(folder.rstrip('/'))}/compilation_cache"
 
 
-def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lambda _: None) -> Any:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    heartbeat: Callable[[str], None] = lambda _: None,
+    devices: Sequence[Any] | None = None,
+) -> Any:
     """Do what a config asks for in a workdir, from wherever that stands; return the state.
 
     Args:
       heartbeat: called with what just ended, such as "step 12".
+      devices: of the mesh; None = all.
 
     Raises:
       UserError: the config cannot work here, or the workdir belongs to another run.
@@ -53,7 +59,7 @@ def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lam
     from mae_jax.data.pipeline import steps_per_epoch
 
     with distributed.agreement("data") as facts:
-        mesh = sharding.make_mesh(**config.mesh)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
         task = tasks.build(config, sharding.constrain_batch(mesh))
         facts["the number of examples"] = task.num_examples
     per_epoch = 1
@@ -69,7 +75,7 @@ def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lam
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
     shapes, init = train.lay_out(task, tx, config.seed, mesh)
     state, started = checkpoint.restore_or_init(
-        saver, shapes, init, resume=config.resume, init_from=config.init_from, load=task.load
+        saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
     )
     start = int(state.step)
     if start > schedule.total or (start == schedule.total > 0 and config.resume):
@@ -99,14 +105,16 @@ def run(config: ConfigDict, workdir: str, heartbeat: Callable[[str], None] = lam
             heartbeat=heartbeat,
         ) as reporter,
     ):
-        common = dict(evaluators=evaluators, report=reporter, stop_requested=stop_requested)
+        common: dict[str, Any] = dict(
+            evaluators=evaluators, report=reporter, stop_requested=stop_requested
+        )
         if schedule.total == 0:
             return train.evaluate(state, **common)
         if step is None:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
-        facts = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
-        for line in [*facts, started]:
+        lines = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
+        for line in [*lines, started]:
             reporter.log(line)
         batches = train.global_batches(task, mesh, start, config.batch_size)
         reporter.restart_clock(start)
@@ -119,6 +127,7 @@ def main(argv: list[str]) -> int:
     hosts = (values.coordinator, values.num_hosts, values.host)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
+    from flax.traverse_util import flatten_dict
 
     from mae_jax import distributed, provenance, train
     from mae_jax.data.workers import WorkerLost
@@ -137,9 +146,8 @@ def main(argv: list[str]) -> int:
     try:
         with distributed.watchdog(config.hosts.stall_seconds) as heartbeat:
             with distributed.agreement("config and code") as facts:
-                facts |= provenance.flat(
-                    {"config": json.loads(config.to_json()), "workdir": workdir}
-                )
+                facts |= flatten_dict({"config": json.loads(config.to_json())}, sep=".")
+                facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             run(config, workdir, heartbeat)
     except train.NonFiniteError as error:  # on all hosts alike

@@ -24,96 +24,9 @@ from mae_jax.errors import UserError
 
 MAX_DRAWS = 100  # attempts to find a readable record in place of an unreadable one
 
+Batch = dict[str, np.ndarray]
 Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-Batch = dict[str, np.ndarray]
-
-
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Return the number of whole batches in an epoch; the incomplete one is dropped.
-
-    Raises:
-      UserError: there is not one whole batch.
-    """
-    if num_examples < batch_size:
-        raise UserError(
-            f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
-            f" set config.batch_size to at most {num_examples:,}, or add images"
-        )
-    return num_examples // batch_size
-
-
-def check(data: ConfigDict) -> None:
-    """Check config.data before anything is opened.
-
-    Raises:
-      UserError: a value is out of its range, or names nothing.
-    """
-
-    def refuse(name: str, wanted: str) -> None:
-        raise UserError(f"config.data.{name}={data[name]!r}: {wanted}")
-
-    make_crop(data)
-    make_augment(data)
-    for name in ("crop_scale", "crop_ratio"):
-        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
-            refuse(name, "give two numbers (low, high) with 0 < low <= high")
-    if data.crop_scale[1] > 1:
-        refuse("crop_scale", "a crop has at most the area of its image, so that high is at most 1")
-    if not all(0 < value < math.inf for value in data.std):
-        refuse("std", "standard deviations are positive")
-    for name in ("flip", "max_bad_fraction"):
-        if not 0 <= data[name] <= 1:
-            refuse(name, "give a number from 0 to 1")
-    if data.workers < 0:
-        refuse("workers", "give at least 0")
-
-
-def make_crop(data: ConfigDict) -> Crop:
-    """Return the crop that config.data.crop names: one of `crops`, or a dotted path to a function.
-
-    Raises:
-      UserError: there is no such crop, or it cannot resize as config.data.resizer says.
-    """
-    resizer = data.get("resizer", "pillow")
-    settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
-    crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    if "resizer" in crop.keywords:
-        transforms.require_resizer(resizer)
-    elif resizer != "pillow":
-        raise UserError(
-            f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
-            f" {data.crop!r}: leave it at pillow"
-        )
-    return crop
-
-
-def make_augment(data: ConfigDict) -> Augment | None:
-    """Return what config.data.augment names: a RandAugment such as rand-m9-mstd0.5-inc1, or a
-    dotted path to a function (image, rng) -> image; None if it is ''.
-
-    Raises:
-      UserError: there is nothing of that name.
-    """
-    name = data.get("augment", "")
-    if "." in name and "-" not in name:
-        return _resolve("augment", name, "image, rng", {})
-    return augment.parse(name) if name else None
-
-
-def _resolve(key: str, name: str, arguments: str, settings: dict[str, Any]) -> functools.partial:
-    """Return the function that config.data.KEY names, given those settings that it has."""
-    try:
-        function = resolve(name, crops)
-        parameters = inspect.signature(function).parameters.values()
-        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        bound = functools.partial(function, **{k: settings[k] for k in keywords & settings.keys()})
-        inspect.signature(bound).bind(*arguments.split(", "))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"config.data.{key}={name!r} is no function ({arguments}) -> uint8 [H, W, C]: {error}"
-        ) from error
-    return bound
 
 
 def train_batches(
@@ -152,9 +65,7 @@ def train_batches(
     check(data)
     rows = np.arange(batch_size) if rows is None else rows
     if data.get("synthetic"):
-        return synthetic_batches(
-            batch_size=batch_size, image_size=image_size, channels=channels, rows=rows
-        )
+        return synthetic_batches(rows, image_size, channels)
     crop, flip, distort = make_crop(data), data.flip, make_augment(data)
 
     def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -177,8 +88,8 @@ def train_batches(
 
     per_epoch = steps_per_epoch(len(source), batch_size) * batch_size
     order = grain.MapDataset.range(len(source)).seed(seed % 2**32)
-    # random_map seeds by place in the endless sequence: rows are picked after it. Everything is
-    # lazy, rows that are not picked are not read.
+    # random_map seeds by place in the endless sequence, so it comes before any choice of steps and
+    # rows. Everything is lazy: what is not chosen is not read.
     examples = order.shuffle()[:per_epoch].repeat().random_map(load)[start_step * batch_size :]
     image_bytes = math.prod(image_size) * channels
     return workers.read_ahead(examples, batch_size, rows, image_bytes, data.workers)
@@ -237,7 +148,6 @@ def eval_batches(
     Every host gets the same number of batches. Threads read them, whatever config.data.workers is.
 
     Args:
-      source, batch_size, image_size, channels, rows: as in `train_batches`.
       limit: read only so many images, from the first on; None = all.
       crop: (picture, (height, width)) -> uint8 [H, W, C].
 
@@ -256,35 +166,95 @@ def eval_batches(
             record, picture = bad_images.read(source, index, channels)
         except BadImage:
             return _example(black, -1, index, index) | {"valid": True}
-        image = crop(picture, image_size)
-        return _example(image, record["label"], index, -1) | {"valid": True}
+        return _example(crop(picture, image_size), record["label"], index, -1) | {"valid": True}
 
-    padded = -(-count // batch_size) * batch_size
-    examples = grain.MapDataset.range(padded).map(load)
+    examples = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(load)
     return workers.read_ahead(examples, batch_size, rows, black.size, workers=0)
 
 
 def synthetic_batches(
-    *, batch_size: int, image_size: tuple[int, int], channels: int, rows: np.ndarray | None = None
+    rows: np.ndarray, image_size: tuple[int, int], channels: int
 ) -> Iterator[Batch]:
-    """Yield the same random batch for ever, at no cost: it tells a slow model from a slow input.
-
-    Returns:
-      Dicts as of `train_batches`, without labels.
-    """
-    rows = np.arange(batch_size) if rows is None else rows
-    shape = (len(rows), *image_size, channels)
+    """Yield the same random batch for ever, without labels: tells a slow model from slow input."""
+    image = np.random.default_rng(0).integers(0, 256, (len(rows), *image_size, channels), np.uint8)
     none = np.full(len(rows), -1, np.int32)
-    batch = {
-        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-        "label": none,
-        "index": rows.astype(np.int32),
-        "bad": none,
-    }
     while True:
-        yield dict(batch)
+        yield {"image": image, "label": none, "index": rows.astype(np.int32), "bad": none}
 
 
 def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
     numbers = {"label": label, "index": index, "bad": bad}
     return {"image": image_HWC, **{name: np.int32(value) for name, value in numbers.items()}}
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Return the number of whole batches in an epoch; the incomplete one is dropped.
+
+    Raises:
+      UserError: there is not one whole batch.
+    """
+    if num_examples < batch_size:
+        raise UserError(
+            f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
+            f" set config.batch_size to at most {num_examples:,}, or add images"
+        )
+    return num_examples // batch_size
+
+
+def check(data: ConfigDict) -> None:
+    """Check config.data before anything is opened: ranges of numbers, and names."""
+
+    def refuse(name: str, wanted: str) -> None:
+        raise UserError(f"config.data.{name}={data[name]!r}: {wanted}")
+
+    make_crop(data)
+    make_augment(data)
+    for name in ("crop_scale", "crop_ratio"):
+        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
+            refuse(name, "give two numbers (low, high) with 0 < low <= high")
+    if data.crop_scale[1] > 1:
+        refuse("crop_scale", "a crop has at most the area of its image, so that high is at most 1")
+    if not all(0 < value < math.inf for value in data.std):
+        refuse("std", "standard deviations are positive")
+    for name in ("flip", "max_bad_fraction"):
+        if not 0 <= data[name] <= 1:
+            refuse(name, "give a number from 0 to 1")
+    if data.workers < 0:
+        refuse("workers", "give at least 0")
+
+
+def make_crop(data: ConfigDict) -> Crop:
+    """Return the function that config.data.crop names, one of `crops` or of a fork."""
+    resizer = data.get("resizer", "pillow")
+    settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
+    crop = _resolve("crop", data.crop, "picture, size, rng", settings)
+    if "resizer" in crop.keywords:
+        transforms.require_resizer(resizer)
+    elif resizer != "pillow":
+        raise UserError(
+            f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
+            f" {data.crop!r}: leave it at pillow"
+        )
+    return crop
+
+
+def make_augment(data: ConfigDict) -> Augment | None:
+    """Return the RandAugment or the function of a fork that config.data.augment names, if any."""
+    name = data.get("augment", "")
+    if "." in name and "-" not in name:
+        return _resolve("augment", name, "image, rng", {})
+    return augment.parse(name) if name else None
+
+
+def _resolve(key: str, name: str, arguments: str, settings: dict[str, Any]) -> functools.partial:
+    """Return the function that config.data.KEY names, with those settings that it takes bound."""
+    try:
+        function = resolve(name, crops)
+        keywords = inspect.getfullargspec(function).kwonlyargs
+        bound = functools.partial(function, **{k: v for k, v in settings.items() if k in keywords})
+        inspect.signature(bound).bind(*arguments.split(", "))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.data.{key}={name!r} is no function ({arguments}) -> uint8 [H, W, C]: {error}"
+        ) from error
+    return bound

@@ -1,5 +1,6 @@
 """Test sets of robustness: the classes of ImageNet-A and -R, and the parts of ImageNet-C."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,35 +81,39 @@ n10565667 n12267677
 IMAGENET_R = tuple(_R.split())
 
 
-def positions(names: list[str] | tuple[str, ...], known: list[str], what: str) -> np.ndarray:
-    """Where each name stands among the classes that a model knows, int32 (len(names),).
+def positions(names: Sequence[str], model_classes: Sequence[str], what: str) -> np.ndarray:
+    """Return the index of each name among the classes of a model, int32 (len(names),).
+
+    Args:
+      what: whose classes the names are, for the message.
 
     Raises:
-      UserError: it does not know one; `what` says whose class it is.
+      UserError: the model does not have one of them.
     """
-    place = {name: i for i, name in enumerate(known)}
-    if unknown := [name for name in names if name not in place]:
+    index = {name: i for i, name in enumerate(model_classes)}
+    if unknown := [name for name in names if name not in index]:
         raise UserError(
             f"{what} has {len(unknown)} of {len(names)} classes, such as {unknown[0]!r}, that the"
-            f" model does not know; it knows {len(known)}: {', '.join(known[:3])}, ..."
+            f" model does not know; it knows {len(index)}: {', '.join(model_classes[:3])}, ..."
         )
-    return np.array([place[name] for name in names], np.int32)
+    return np.array([index[name] for name in names], np.int32)
 
 
 def find_corruptions(source: str, data_dir: str = "") -> tuple[list[str], list[str]]:
-    """The corruptions of an ImageNet-C whose five severities are there, and those parts that lack.
+    """Return the complete corruptions of an ImageNet-C, and its missing parts.
 
     Args:
       source: "folder:PATH" of PATH/CORRUPTION/SEVERITY/CLASS/FILE (or PATH/GROUP/CORRUPTION/...,
         the groups being the published archives), or the tfds dataset imagenet2012_corrupted.
 
     Returns:
-      Names of CORRUPTIONS and EXTRA, in this order; and CORRUPTION/SEVERITY of what is missing,
-      unless it belongs to a corruption of EXTRA of which nothing is there.
+      Those of CORRUPTIONS and EXTRA whose five severities are there, in this order; and
+      CORRUPTION/SEVERITY of each missing part, unless its corruption is one of EXTRA and no
+      severity of it is there.
     """
     complete, missing = [], []
     for name in (*CORRUPTIONS, *EXTRA):
-        absent = [s for s in SEVERITIES if not _is_there(source, name, s, data_dir)]
+        absent = [s for s in SEVERITIES if not _exists(source, name, s, data_dir)]
         if not absent:
             complete.append(name)
         elif name in CORRUPTIONS or len(absent) < len(SEVERITIES):
@@ -119,7 +124,7 @@ def find_corruptions(source: str, data_dir: str = "") -> tuple[list[str], list[s
 def open_corruption(
     source: str, corruption: str, severity: int, data_dir: str = ""
 ) -> sources.Source:
-    """One part of an ImageNet-C; see `find_corruptions`.
+    """Open one part of an ImageNet-C; see `find_corruptions`.
 
     Raises:
       UserError: it is not there.
@@ -129,7 +134,7 @@ def open_corruption(
     return sources.open_source(f"{source}/{corruption}_{severity}", "validation", data_dir)
 
 
-def _is_there(source: str, corruption: str, severity: int, data_dir: str) -> bool:
+def _exists(source: str, corruption: str, severity: int, data_dir: str) -> bool:
     if source.startswith("folder:"):
         return _folder(source, corruption, severity).is_dir()
     builder = sources.find_tfds(f"{source}/{corruption}_{severity}", data_dir)

@@ -1,12 +1,13 @@
-"""Evaluators: each turns a training state into a `Report`.
+"""Evaluators: each measures a training state and returns a `Report`.
 
-`config.evals.NAME.type` is a module here with a class `Evaluator`, or a dotted path to another.
+`config.evals.NAME.type` is a module here with a class `Evaluator`, or a dotted path to one of a
+fork, such as "my_fork.evals".
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,9 +23,9 @@ class Report(NamedTuple):
     Args:
       scalars: metric name -> number, such as "eval/top1".
       images: name -> uint8 HWC picture; only host 0 needs them.
-      files: file name in the workdir -> a function that makes its bytes from what only the loop
-        knows of the evaluation: `step`, `checkpoint` (a path or None) and `started` (how the run
-        began). Called on host 0.
+      files: file name in the workdir -> a function that returns the file's bytes, called on host
+        0 with facts that only the loop knows: `step`, `checkpoint` (the path that the state is
+        saved as, or None) and `started` (how the run began).
     """
 
     scalars: Mapping[str, float]
@@ -32,15 +33,35 @@ class Report(NamedTuple):
     files: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {}
 
 
-def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> dict[str, Any]:
-    """Return the evaluators of `config.evals` by name; each has run(state) -> Report.
+class Evaluator(Protocol):
+    """What measures a state: made once, before the first update, and run whenever it is due.
 
     Args:
-      predict: the functions (params, extra, batch) -> outputs of the task, by name.
-      mesh: where the state lives.
+      cfg: config.evals.NAME; the keys `type` and `every` are not the evaluator's.
+      config: the whole config: images, model, sources.
+      predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
+        gives `cls` and `mean` (B, D); "logits" (B, Y); "reconstruction", of a batch with mask
+        scores, latent_BND, pred_BLT, target_BLT and mask_BL.
+      mesh: where the state and the batches live.
 
     Raises:
-      UserError: there is no such type, or two evaluators report under the same names.
+      UserError: what `cfg` asks for cannot be measured.
+    """
+
+    def __init__(
+        self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
+    ): ...
+
+    def run(self, state: Any) -> Report:
+        """Measure a TrainState; every host calls this at the same step."""
+        ...
+
+
+def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> dict[str, Evaluator]:
+    """Return the evaluators of `config.evals` by name.
+
+    Raises:
+      UserError: there is no such type, two evaluators report the same names, or see `Evaluator`.
     """
     require_distinct(config.evals)
     return {
@@ -50,9 +71,9 @@ def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> di
 
 
 def reported(cfg: Mapping[str, Any]) -> set[str]:
-    """Return the metric names of an evaluator of this package that another may have too.
+    """Return those metric names of an evaluator of this package that another could report too.
 
-    config.evals.NAME.prefix, which all but robustness and reconstruct have, is their first part.
+    They start with config.evals.NAME.prefix, which all but robustness and reconstruct have.
     """
     prefix = "eval" if cfg["type"] == "reconstruct" else cfg.get("prefix", "eval")
     if cfg["type"] in ("accuracy", "probe", "reconstruct"):
@@ -62,7 +83,7 @@ def reported(cfg: Mapping[str, Any]) -> set[str]:
 
 
 def require_distinct(evaluations: Mapping[str, Any]) -> None:
-    """Raise UserError if two of config.evals would overwrite each other's numbers."""
+    """Raise UserError if two of config.evals would report numbers under the same name."""
     for (one, first), (other, second) in combinations(evaluations.items(), 2):
         if same := reported(first) & reported(second):
             name = one if second["type"] == "reconstruct" else other

@@ -1,6 +1,8 @@
-"""Features of labelled images: computed in batches on the mesh, and kept there."""
+"""Read images in global batches on a mesh, and compute features of them: of each image once.
 
-import dataclasses
+The numbers do not depend on the batch size, the devices and the hosts.
+"""
+
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,18 +11,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.data import crops, pipeline, sources, transforms
-from mae_jax.data.labels import open_labelled, require_disjoint, require_labels  # noqa: F401
+from mae_jax.data import crops, pipeline
+from mae_jax.data.labels import open_labelled, require_labels
+from mae_jax.data.sources import Source
+from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
+
+Crop = Callable[[Picture, tuple[int, int]], np.ndarray]
+
+
+def open_split(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> Source:
+    """Open the labelled images of cfg[key], a split of cfg.source ('' = the training source)."""
+    return open_labelled(cfg.source or config.data.source, cfg[key], config.data.data_dir)
+
+
+def split_name(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> str:
+    """Return what messages call the images of `open_split`."""
+    return f"{cfg.source or config.data.source}, {cfg[key]}"
+
+
+def require_images(count: int, name: str) -> None:
+    """Raise UserError if no image of a source could be read."""
+    if not count:
+        raise UserError(f"no image of {name} can be read: there is nothing to measure")
+
+
+def fetch(tree: Any) -> Any:
+    """Return global arrays as numpy arrays, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class Batches:
+    """Batches of images in the size that config.model says.
+
+    Args:
+      batch_size: of the global batch, rounded up to what the mesh divides.
+      crop: see `pipeline.eval_batches`.
+
+    Raises:
+      UserError: batch_size is not positive.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = crops.center):
+        if batch_size < 1:
+            raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
+        ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+        self.size = -(-batch_size // ways) * ways
+        self.rows = sharding.host_rows(mesh, self.size)
+        self._config, self._mesh, self._crop = config, mesh, crop
+
+    def read(
+        self, source: Source, limit: int | None = None
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Array]]]:
+        """Yield each batch of a source twice: this host's rows, and all rows as global arrays.
+
+        Both hold image, label, index and counted, which is False for padding and for an image that
+        cannot be read.
+
+        Args:
+          limit: how many images to read, from the first on; None = all.
+        """
+        model = self._config.model
+        for batch in pipeline.eval_batches(
+            source,
+            batch_size=self.size,
+            image_size=tuple(model.image_size),
+            channels=model.channels,
+            rows=self.rows,
+            limit=limit,
+            crop=self._crop,
+        ):
+            local = {name: batch[name] for name in ("image", "label", "index")}
+            local["counted"] = batch["valid"] & (batch["bad"] < 0)
+            yield local, self.put(local)
+
+    def put(self, local: dict[str, np.ndarray]) -> dict[str, Array]:
+        """Return this host's rows as global arrays."""
+        return sharding.put_batch(self._mesh, local, self.size)
 
 
 class Features(NamedTuple):
-    """Of a batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
+    """Features of one batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
 
     x: Array  # (..., B, D) float32, or whatever is computed of each image
     label: Array  # (..., B) int32
@@ -28,29 +105,23 @@ class Features(NamedTuple):
 
 
 def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any, dict], Array]:
-    """The function that computes one of a task's features, (B, D): cls or mean."""
+    """Return the function that computes one of a task's features, cls or mean, as (B, D)."""
 
     def compute(params: Any, extra: Any, batch: dict) -> Array:
-        found = predict["features"](params, extra, batch)
-        if name not in found:
-            raise UserError(f"there is no feature {name!r}{nearest(name, list(found))}")
-        return found[name].astype(jnp.float32)
+        features = predict["features"](params, extra, batch)
+        if name not in features:
+            raise UserError(f"there is no feature {name!r}{nearest(name, features)}")
+        return features[name].astype(jnp.float32)
 
     return compute
 
 
 class Extractor:
-    """Computes features of sources on a mesh, each image once and whatever the batch size.
+    """Computes features of labelled sources.
 
     Args:
-      config: the whole config: what images look like and how they are read.
-      compute: (params, extra, batch) -> (B, ...), such as `feature_of` gives.
-      mesh: where the state lives.
-      batch_size: of the global batch, rounded up to what the mesh divides.
-      crop: of `pipeline.eval_batches`.
-
-    Raises:
-      UserError: batch_size is not positive; while running: a label is out of range.
+      compute: (params, extra, batch) -> (B, ...), such as `feature_of` returns.
+      batch_size, crop: see `Batches`.
     """
 
     def __init__(
@@ -58,120 +129,38 @@ class Extractor:
         config: ConfigDict,
         compute: Callable[[Any, Any, dict], Array],
         mesh: Mesh,
-        *,
         batch_size: int,
-        crop: Callable[[transforms.Picture, tuple[int, int]], np.ndarray] = crops.center,
+        crop: Crop = crops.center,
     ):
-        if batch_size < 1:
-            raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
-        ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-        self.batch_size = -(-batch_size // ways) * ways
-        self._config, self._mesh, self._crop = config, mesh, crop
-        self._rows = sharding.host_rows(mesh, self.batch_size)
-
+        self._batches = Batches(config, mesh, batch_size, crop)
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
-        by_row: Any = NamedSharding(mesh, P(None, sharding.BATCH))
         self._stack = jax.jit(
-            lambda *x: jax.tree.map(lambda *y: jnp.stack(y), *x),
-            out_shardings=Features(by_row, by_row, by_row),
+            lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
+            out_shardings=NamedSharding(mesh, P(None, sharding.BATCH)),
         )
-        self._gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
-    def batches(self, state: Any, source: sources.Source) -> Iterator[Features]:
-        """Of each batch of a source, in its order."""
-        model, classes = self._config.model, source.num_classes or 0
-        for batch in pipeline.eval_batches(
-            source,
-            batch_size=self.batch_size,
-            image_size=tuple(model.image_size),
-            channels=model.channels,
-            rows=self._rows,
-            crop=self._crop,
-        ):
-            local = {
-                "image": batch["image"],
-                "label": batch["label"],
-                "counted": batch["valid"] & (batch["bad"] < 0),
-            }
-            require_labels(local["label"][local["counted"]], classes)
-            arrays = sharding.put_batch(self._mesh, local, self.batch_size)
+    def batches(self, state: Any, source: Source) -> Iterator[Features]:
+        """Yield the features of each batch of a source, in its order.
+
+        Raises:
+          UserError: a label is out of range.
+        """
+        for local, arrays in self._batches.read(source):
+            require_labels(local["label"][local["counted"]], source.num_classes or 0)
             x_BD = self._compute(state.params, state.extra, {"image": arrays["image"]})
             yield Features(x_BD, arrays["label"], arrays["counted"])
 
-    def bank(self, state: Any, source: sources.Source) -> Features:
-        """Of a whole source, (T, B, ...): every device keeps its rows of each batch."""
+    def bank(self, state: Any, source: Source) -> Features:
+        """Return the features of a whole source (T, B, ...); each device keeps its own rows."""
         return self._stack(*self.batches(state, source))
 
-    def fetch(self, tree: Any) -> Any:
-        """Global arrays as numpy arrays, on every host."""
-        return jax.device_get(self._gather(tree))
+    def rows(self, state: Any, source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the features and labels of each batch's readable images, on every host."""
+        for batch in self.batches(state, source):
+            x, label, counted = fetch(batch)
+            yield x[counted], label[counted]
 
-    def table(self, state: Any, source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, D) and labels (N,) of the images that can be read, on every host."""
-        batches = [self.fetch(batch) for batch in self.batches(state, source)]
-        return (
-            np.concatenate([batch.x[batch.counted] for batch in batches]),
-            np.concatenate([batch.label[batch.counted] for batch in batches]),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some records of a source."""
-
-    source: sources.Source
-    indices: np.ndarray
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.source.class_names
-
-    @property
-    def ranges(self) -> sources.Ranges:
-        return self.source.ranges
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[int(self.indices[index])]
-
-
-def draw_per_class(source: sources.Source, count: int, channels: int, seed: int) -> Subset:
-    """`count` readable images of each class, drawn at random, class by class.
-
-    Reads records in a random order until it has them, and not all.
-
-    Raises:
-      UserError: a class has fewer; it is named.
-    """
-    classes, names = source.num_classes or 0, source.class_names or []
-    chosen: list[list[int]] = [[] for _ in range(classes)]
-    missing = classes * count
-    for index in np.random.default_rng(seed).permutation(len(source)):
-        if not missing:
-            break
-        record = source[int(index)]
-        label = record["label"]
-        if not 0 <= label < classes or len(chosen[label]) == count or "unreadable" in record:
-            continue
-        try:
-            transforms.decode(record["image"], channels)
-        except transforms.BadImage:
-            continue
-        chosen[label].append(int(index))
-        missing -= 1
-    short = [
-        f"{names[y]!r} has {len(found)}" for y, found in enumerate(chosen) if len(found) < count
-    ]
-    if short:
-        raise UserError(
-            f"{count} images of each class are wanted, and class {', '.join(short[:5])}"
-            f"{', ...' if len(short) > 5 else ''} ({len(short)} of {classes} classes have too few):"
-            " ask for fewer, or use a larger split"
-        )
-    return Subset(source, np.array([index for found in chosen for index in found]))
+    def table(self, state: Any, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        """Return features (N, D) and labels (N,) of the readable images, on every host."""
+        x, label = zip(*self.rows(state, source), strict=True)
+        return np.concatenate(x), np.concatenate(label)

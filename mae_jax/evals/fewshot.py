@@ -1,5 +1,6 @@
 """Linear classification from a few images of each class, in closed form (ridge regression)."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,20 +8,24 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax.data import transforms
+from mae_jax.data.labels import require_disjoint
+from mae_jax.data.sources import Ranges, Source
 from mae_jax.errors import UserError
+from mae_jax.evals import Report
 from mae_jax.evals.features import (
     Extractor,
-    draw_per_class,
     feature_of,
-    open_labelled,
-    require_disjoint,
+    open_split,
+    require_images,
+    split_name,
 )
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times the largest squared singular value
 
 
 class Ridge(NamedTuple):
-    """scores = (x - mean) / std @ weight + bias, of each class."""
+    """A linear classifier: scores = (x - mean) / std @ weight + bias, of each class."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -29,13 +34,13 @@ class Ridge(NamedTuple):
     penalty: float
 
     def predict(self, x_ND: np.ndarray) -> np.ndarray:
-        """Classes (N,)."""
+        """Return the classes (N,) with the highest scores."""
         scores_NY = (x_ND.astype(np.float64) - self.mean) / self.std @ self.weight + self.bias
         return scores_NY.argmax(1)
 
 
 def fit_ridge(x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
-    """Least squares to one-hot labels with a penalty on squared weights, in float64.
+    """Fit one-hot labels by least squares with a penalty on squared weights, in float64.
 
     Features are standardised; the bias carries no penalty. Of PENALTIES the one is taken whose
     squared error is least when each image is left out in turn, which has a closed form too, so that
@@ -48,18 +53,75 @@ def fit_ridge(x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
     bias = target_NY.mean(0)
     u, s, vt = np.linalg.svd((x_ND - mean) / std, full_matrices=False)
     projected = u.T @ (target_NY - bias)
-    best = None
-    for factor in PENALTIES:
-        penalty = max(factor * s[0] ** 2, 1e-12)
+
+    def left_out_error(penalty: float) -> float:
         shrink = s**2 / (s**2 + penalty)
         residual_NY = target_NY - bias - u * shrink @ projected
         leverage_N = np.square(u) @ shrink + 1 / len(x_ND)
-        left_out = residual_NY / np.maximum(1 - leverage_N, 1e-9)[:, None]
-        error = np.square(left_out).mean()
-        if best is None or error < best[0]:
-            best = error, penalty, vt.T * (s / (s**2 + penalty)) @ projected
-    assert best is not None
-    return Ridge(mean, std, best[2], bias, best[1])
+        return np.square(residual_NY / np.maximum(1 - leverage_N, 1e-9)[:, None]).mean()
+
+    penalty = min((max(x * s[0] ** 2, 1e-12) for x in PENALTIES), key=left_out_error)
+    return Ridge(mean, std, vt.T * (s / (s**2 + penalty)) @ projected, bias, penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some records of a source."""
+
+    source: Source
+    indices: list[int]
+    num_classes: int | None
+    class_names: list[str] | None
+    ranges: Ranges
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.indices[index]]
+
+
+def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subset:
+    """Draw `count` readable images of each class at random, and return them class by class.
+
+    Records are read in a random order until there are enough, and not all.
+
+    Raises:
+      UserError: a class has fewer; it is named.
+    """
+    names = source.class_names or []
+    drawn: list[list[int]] = [[] for _ in names]
+    missing = len(names) * count
+    for index in np.random.default_rng(seed).permutation(len(source)).tolist():
+        if not missing:
+            break
+        record = source[index]
+        label = record["label"]
+        if 0 <= label < len(names) and len(drawn[label]) < count and _readable(record, channels):
+            drawn[label].append(index)
+            missing -= 1
+    short = [
+        f"{name!r} has {len(indices)}"
+        for name, indices in zip(names, drawn, strict=True)
+        if len(indices) < count
+    ]
+    if short:
+        raise UserError(
+            f"{count} images of each class are wanted, and class {', '.join(short[:5])}"
+            f"{', ...' if len(short) > 5 else ''} ({len(short)} of {len(names)} classes have too"
+            " few): ask for fewer, or use a larger split"
+        )
+    indices = [index for of_class in drawn for index in of_class]
+    return Subset(source, indices, source.num_classes, source.class_names, source.ranges)
+
+
+def _readable(record: dict[str, Any], channels: int) -> bool:
+    """Return whether the image of a record can be decoded."""
+    try:
+        transforms.decode(record["image"], channels)
+    except transforms.BadImage:
+        return False
+    return True
 
 
 class Evaluator:
@@ -69,10 +131,8 @@ class Evaluator:
       cfg: `source` ('' = that of the training images), `split`, `bank_split` (where the few are
         drawn from), `shots` (images per class, one or several numbers), `draws` (how often they are
         drawn: with seeds 0, 1, ...), `feature` (cls or mean), `batch_size`; optional `prefix` of
-        the names of the results.
-      config: the whole config.
+        the metric names.
       predict: its "features" is used.
-      mesh: where the state lives.
 
     Raises:
       UserError: the source has no labels, a class has too few images, no shot or draw is asked
@@ -82,9 +142,7 @@ class Evaluator:
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        name, data_dir = cfg.source or config.data.source, config.data.data_dir
-        self._queries = open_labelled(name, cfg.split, data_dir)
-        bank = open_labelled(name, cfg.bank_split, data_dir)
+        self._queries, bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
         require_disjoint(
             f"few-shot: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
             self._queries,
@@ -97,7 +155,6 @@ class Evaluator:
                 f"few-shot with shots={tuple(cfg.shots)} and draws={cfg.draws}: give at least one"
                 " number of images per class, and at least one draw"
             )
-        self._cfg = cfg
         self._few = {
             shots: [
                 draw_per_class(bank, shots, config.model.channels, seed)
@@ -105,12 +162,13 @@ class Evaluator:
             ]
             for shots in cfg.shots
         }
-        self._extractor = Extractor(
-            config, feature_of(predict, cfg.feature), mesh, batch_size=cfg.batch_size
-        )
+        self._name = split_name(cfg, config)
+        self._prefix, self._feature = cfg.get("prefix", "eval"), cfg.feature
+        compute = feature_of(predict, cfg.feature)
+        self._extractor = Extractor(config, compute, mesh, batch_size=cfg.batch_size)
 
-    def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """eval/fewshot{N}_{FEATURE}: top-1 in percent, the mean over the draws, and no pictures.
+    def run(self, state: Any) -> Report:
+        """Return eval/fewshot{N}_{FEATURE}: top-1 in percent, the mean over the draws.
 
         With several draws also ..._std, the standard deviation (n - 1) between them.
 
@@ -118,18 +176,16 @@ class Evaluator:
           UserError: no image can be read.
         """
         x_ND, label_N = self._extractor.table(state, self._queries)
-        if not len(x_ND):
-            raise UserError(f"few-shot: no image of split {self._cfg.split!r} can be read")
+        require_images(len(x_ND), self._name)
         scalars = {}
         for shots, draws in self._few.items():
-            accuracies = []
-            for few in draws:
-                ridge = fit_ridge(
-                    *self._extractor.table(state, few), self._queries.num_classes or 0
-                )
-                accuracies.append(100 * float((ridge.predict(x_ND) == label_N).mean()))
-            name = f"{self._cfg.get('prefix', 'eval')}/fewshot{shots}_{self._cfg.feature}"
+            fits = [
+                fit_ridge(*self._extractor.table(state, few), self._queries.num_classes or 0)
+                for few in draws
+            ]
+            accuracies = [100 * float((fit.predict(x_ND) == label_N).mean()) for fit in fits]
+            name = f"{self._prefix}/fewshot{shots}_{self._feature}"
             scalars[name] = float(np.mean(accuracies))
             if len(draws) > 1:
                 scalars[f"{name}_std"] = float(np.std(accuracies, ddof=1))
-        return scalars, {}
+        return Report(scalars)

@@ -19,18 +19,28 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from mae_jax.data.labels import require_disjoint
 from mae_jax.errors import UserError
-from mae_jax.evals.features import Extractor, Features, feature_of, open_labelled, require_disjoint
+from mae_jax.evals import Report
+from mae_jax.evals.features import (
+    Extractor,
+    Features,
+    feature_of,
+    fetch,
+    open_split,
+    require_images,
+    split_name,
+)
 from mae_jax.sharding import BATCH
 
 
 def unit(x_BD: Array) -> Array:
-    """Rows of length 1."""
+    """Return rows of length 1."""
     return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12)
 
 
 def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Array, Array]:
-    """Cosine similarities and labels (B, k) of the nearest images of a bank, the nearest first.
+    """Return similarities and labels (B, k) of the nearest images of a bank, the nearest first.
 
     Every device searches its own share of the bank, one batch of it after another, and only the k
     best of each device are exchanged.
@@ -49,10 +59,10 @@ def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Arr
             number, (x, label, counted) = batch
             similarity = jnp.matmul(query_BD, unit(x).T, precision="highest")
             similarity = jnp.where(counted, similarity, -jnp.inf)
-            place = number * ways * rows + first + jnp.arange(rows)
+            position = number * ways * rows + first + jnp.arange(rows)
             both = [
                 jnp.concatenate([old, jnp.broadcast_to(new, similarity.shape)], 1)
-                for old, new in zip(best, (similarity, place, label), strict=True)
+                for old, new in zip(best, (similarity, position, label), strict=True)
             ]
             # Of equal ones top_k takes the first, which is the first in the bank.
             top, chosen = jax.lax.top_k(both[0], k)
@@ -61,8 +71,10 @@ def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Arr
         empty = jnp.full((len(query_BD), k), -1, jnp.int32)
         start = (jnp.full(empty.shape, -jnp.inf), empty, empty)
         best, _ = jax.lax.scan(merge, start, (jnp.arange(len(bank.label)), bank))
-        similarity, place, label = (jax.lax.all_gather(x, BATCH, axis=1, tiled=True) for x in best)
-        distance, _, label = jax.lax.sort((-similarity, place, label), num_keys=2)
+        similarity, position, label = (
+            jax.lax.all_gather(x, BATCH, axis=1, tiled=True) for x in best
+        )
+        distance, _, label = jax.lax.sort((-similarity, position, label), num_keys=2)
         return -distance[:, :k], label[:, :k]
 
     split: Any = P(None, BATCH)
@@ -78,9 +90,9 @@ def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Arr
 def vote(
     similarity_Bk: np.ndarray, label_Bk: np.ndarray, classes: int, temperature: float
 ) -> np.ndarray:
-    """The class (B,) with the largest sum of weights, of equal ones the lowest; -1 = none.
+    """Return the class (B,) with the largest sum of weights, of equal ones the lowest.
 
-    None is that of a query whose similarities are not finite.
+    A query whose similarities are not finite gets -1.
     """
     with np.errstate(invalid="ignore"):
         below_Bk = similarity_Bk.astype(np.float64) - similarity_Bk.max(1, keepdims=True)
@@ -96,10 +108,8 @@ class Evaluator:
     Args:
       cfg: `source` ('' = that of the training images), `split` (the queries), `bank_split`, `ks`
         (numbers of neighbours), `temperature` (0.07), `feature` (cls or mean), `batch_size`;
-        optional `prefix` of the names of the results.
-      config: the whole config.
+        optional `prefix` of the metric names.
       predict: its "features" is used.
-      mesh: where the state lives.
 
     Raises:
       UserError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
@@ -109,10 +119,9 @@ class Evaluator:
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        self._name = cfg.source or config.data.source
-        data_dir = config.data.data_dir
-        self._queries = open_labelled(self._name, cfg.split, data_dir)
-        self._bank = open_labelled(self._name, cfg.bank_split, data_dir)
+        self._queries, self._bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
+        self._name = split_name(cfg, config)
+        self._bank_name = split_name(cfg, config, "bank_split")
         require_disjoint(
             f"k-NN: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
             self._queries,
@@ -122,58 +131,58 @@ class Evaluator:
         if cfg.temperature <= 0:
             raise UserError(f"k-NN with temperature={cfg.temperature}: it must be positive")
         self._cfg = cfg
-        self._check_ks(len(self._bank))
-        self._extractor = Extractor(
-            config, feature_of(predict, cfg.feature), mesh, batch_size=cfg.batch_size
-        )
+        self._require_bank(len(self._bank))
+        compute = feature_of(predict, cfg.feature)
+        self._extractor = Extractor(config, compute, mesh, batch_size=cfg.batch_size)
         self._finite = jax.jit(lambda bank: bank.counted & jnp.isfinite(bank.x).all(-1))
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 
-    def _check_ks(self, bank: int, lost: int = 0) -> None:
-        ks = self._cfg.ks
-        if not ks or min(ks) < 1 or max(ks) > bank:
-            raise UserError(
-                f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
-                f" {bank:,} images ({self._name}, {self._cfg.bank_split})"
-                + (f"; the features of {lost:,} more are not finite" if lost else "")
-            )
-
-    def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent, and no pictures.
+    def run(self, state: Any) -> Report:
+        """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent.
 
         Raises:
           UserError: more of the bank is asked for than can be read; queries have a class that the
             bank lacks.
         """
-        classes = self._queries.num_classes or 0
-        bank = self._extractor.bank(state, self._bank)
-        finite = self._finite(bank)
-        label, counted, voting = self._extractor.fetch((bank.label, bank.counted, finite))
-        self._check_ks(int(voting.sum()), int((counted & ~voting).sum()))
-        bank = bank._replace(counted=finite)
-        known = np.unique(label[counted])
+        bank, classes = self._read_bank(state)
         right, images = dict.fromkeys(self._cfg.ks, 0), 0
         for batch in self._extractor.batches(state, self._queries):
-            found = self._extractor.fetch(
+            similarity_Bk, label_Bk, label_B, counted_B = fetch(
                 (*self._search(batch.x, bank), batch.label, batch.counted)
             )
-            similarity_Bk, label_Bk, label_B, counted_B = found
-            unknown = np.setdiff1d(label_B[counted_B], known)
-            if len(unknown):
-                names = self._queries.class_names or []
-                raise UserError(
-                    f"k-NN: no image of class {names[unknown[0]]!r} is in the bank"
-                    f" ({self._name}, {self._cfg.bank_split}), and some are among the queries"
-                    f" ({self._cfg.split}): take a larger bank_split"
-                )
+            self._require_known(label_B[counted_B], classes)
             images += int(counted_B.sum())
-            for k in self._cfg.ks:
-                voted = vote(similarity_Bk[:, :k], label_Bk[:, :k], classes, self._cfg.temperature)
-                right[k] += int((voted == label_B)[counted_B].sum())
-        if not images:
-            raise UserError(f"k-NN: no image of {self._name}, {self._cfg.split} can be read")
-        scalars = {
-            f"{self._cfg.get('prefix', 'eval')}/knn{k}_{self._cfg.feature}": 100 * right[k] / images
-            for k in right
-        }
-        return scalars, {}
+            for k in right:
+                nearest = similarity_Bk[:, :k], label_Bk[:, :k]
+                voted_B = vote(*nearest, self._queries.num_classes or 0, self._cfg.temperature)
+                right[k] += int((voted_B == label_B)[counted_B].sum())
+        require_images(images, self._name)
+        name = f"{self._cfg.get('prefix', 'eval')}/knn{{}}_{self._cfg.feature}"
+        return Report({name.format(k): 100 * right[k] / images for k in right})
+
+    def _read_bank(self, state: Any) -> tuple[Features, np.ndarray]:
+        """Return the bank, in which images with finite features count, and the classes in it."""
+        bank = self._extractor.bank(state, self._bank)
+        finite = self._finite(bank)
+        label, counted, voting = fetch((bank.label, bank.counted, finite))
+        self._require_bank(int(voting.sum()), int((counted & ~voting).sum()))
+        return bank._replace(counted=finite), np.unique(label[counted])
+
+    def _require_bank(self, size: int, not_finite: int = 0) -> None:
+        """Raise UserError if more neighbours are asked for than the bank has."""
+        ks = self._cfg.ks
+        if not ks or min(ks) < 1 or max(ks) > size:
+            raise UserError(
+                f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
+                f" {size:,} images ({self._bank_name})"
+                + (f"; the features of {not_finite:,} more are not finite" if not_finite else "")
+            )
+
+    def _require_known(self, label_B: np.ndarray, classes: np.ndarray) -> None:
+        """Raise UserError if a query has a class of which the bank has no image."""
+        if len(unknown := np.setdiff1d(label_B, classes)):
+            names = self._queries.class_names or []
+            raise UserError(
+                f"k-NN: no image of class {names[unknown[0]]!r} is in the bank ({self._bank_name}),"
+                f" and some are among the queries ({self._cfg.split}): take a larger bank_split"
+            )

@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mae_jax.data.labels import open_labelled, require_disjoint
 from mae_jax.data.sources import Source
 from mae_jax.errors import UserError
-from mae_jax.evals import results
-from mae_jax.evals.features import Extractor, open_labelled, require_disjoint
+from mae_jax.evals import Report, results
+from mae_jax.evals.features import Extractor, split_name
 
 WAYS = (
     "train on some images, choose the best rate on others and measure on yet others, such as"
@@ -29,10 +30,8 @@ class Evaluator:
 
     Args:
       cfg: `source` ('' = that of the training images), `split`, `select_split` ('' without a
-        sweep), `batch_size`; optional `prefix` of the names of the results.
-      config: the whole config.
-      predict: its "logits" is used, which gives (B, R, Y) for R rates.
-      mesh: where the state lives.
+        sweep), `batch_size`; optional `prefix` of the metric names.
+      predict: its "logits" gives (B, R, Y) for R rates.
 
     Raises:
       UserError: the source has no labels, or other classes than the training images; there is
@@ -42,36 +41,36 @@ class Evaluator:
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        data = config.data
-        name = cfg.source or data.source
         self._rates = (config.optim.blr, *config.optim.sweep)
-        self._splits = {"": open_labelled(name, cfg.split, data.data_dir)}
-        self._prefix = cfg.get("prefix", "eval")
-        self._origin = f"{name}, {cfg.split}"
-        self._about = {"source": name, "split": cfg.split}
-        self._classes, self._select_split = self._splits[""].class_names or [], cfg.select_split
-        if len(self._rates) > 1:
-            if not cfg.select_split:
-                raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
-            self._splits["select_"] = open_labelled(data.source, cfg.select_split, data.data_dir)
-        trained = open_labelled(data.source, data.split, data.data_dir)
-        used = {"config.data.split": (data.split, trained)}
-        used |= {
-            f"{name}split": (cfg[f"{name}split"], source) for name, source in self._splits.items()
+        self._source, trained = results.open_both(cfg, config)
+        self._select = self._open_select(cfg, config)
+        used = {
+            "config.data.split": (config.data.split, trained),
+            "split": (cfg.split, self._source),
         }
-        for (name, (split, source)), (other, (other_split, found)) in combinations(used.items(), 2):
-            what = f"evaluation: {name}={split!r} and {other}={other_split!r}"
-            require_disjoint(what, source, found, WAYS)
-        if self._splits[""].class_names != trained.class_names:
-            raise UserError(
-                f"{self._origin} has other classes than the training images of {data.source}:"
-                f" {self._splits[''].num_classes} and {trained.num_classes}"
-            )
+        if self._select:
+            used["select_split"] = (cfg.select_split, self._select)
+        for (one, (split, source)), (other, (other_split, other_source)) in combinations(
+            used.items(), 2
+        ):
+            what = f"evaluation: {one}={split!r} and {other}={other_split!r}"
+            require_disjoint(what, source, other_source, WAYS)
         self._extractor = Extractor(config, predict["logits"], mesh, batch_size=cfg.batch_size)
-        self.results: results.Results | None = None  # of the last run: those of the best rate
+        self._name, self._prefix = split_name(cfg, config), cfg.get("prefix", "eval")
+        self._about = {"source": cfg.source or config.data.source, "split": cfg.split}
+        self._select_name = f"{config.data.source}, {cfg.select_split}"
+        self._chosen_on = {"chosen_on": cfg.select_split} if self._select else {}
 
-    def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scalars, accuracies in percent, and no pictures.
+    def _open_select(self, cfg: ConfigDict, config: ConfigDict) -> Source | None:
+        """Open the images that choose the best rate; None without a sweep."""
+        if len(self._rates) == 1:
+            return None
+        if not cfg.select_split:
+            raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
+        return open_labelled(config.data.source, cfg.select_split, config.data.data_dir)
+
+    def run(self, state: Any) -> Report:
+        """Return the accuracies of a TrainState in percent; `results.report` of the best rate.
 
         eval/top1, eval/top5, eval/loss: of the rate of the config. With a sweep also
         eval/select_top1_blr{RATE}: of each rate, on `select_split`; eval/best_blr: the rate for
@@ -82,37 +81,25 @@ class Evaluator:
         Raises:
           UserError: no image can be read.
         """
-        found = self._classify(state, self._splits[""])
-        top1, top5, loss = _means(found)
-        scalars = {"top1": top1[0], "loss": loss[0]}
-        if many := len(self._classes) > 5:
-            scalars["top5"] = top5[0]
-        best, about = 0, self._about | {"blr": self._rates[0]}
-        if "select_" in self._splits:
-            chosen, _, chosen_loss = _means(self._classify(state, self._splits["select_"]))
-            # A loss that is not a number is never the lowest.
-            best = np.lexsort((np.nan_to_num(chosen_loss, nan=np.inf), -chosen))[0]
-            scalars |= {
-                f"select_top1_blr{rate:g}": value
-                for rate, value in zip(self._rates, chosen, strict=True)
-            }
-            scalars |= {"best_blr": self._rates[best]}
-            scalars |= {"best_top1": top1[best]} | ({"best_top5": top5[best]} if many else {})
-            about = self._about | {"blr": self._rates[best], "chosen_on": self._select_split}
-        one = results.Predictions(*(x[:, best] for x in found))
-        self.results = results.Results(self._prefix, about, self._classes, one)
-        scalars["images"] = len(one.label_N)
-        return {f"{self._prefix}/{name}": float(value) for name, value in scalars.items()}, {}
+        names = self._source.class_names or []
+        predictions = results.classify(self._extractor, state, self._source, self._name)
+        scalars, best = results.summary(predictions.head(0), len(names)), 0
+        if self._select:
+            choice, best = self._choose(state, self._select)
+            of_best = results.summary(predictions.head(best), len(names))
+            accuracies = {f"best_{x}": of_best[x] for x in ("top1", "top5") if x in of_best}
+            scalars |= choice | {"best_blr": self._rates[best]} | accuracies
+        about = self._about | {"blr": self._rates[best]} | self._chosen_on
+        return results.report(
+            results.Results(self._prefix, about, names, predictions.head(best)), scalars
+        )
 
-    def _classify(self, state: Any, source: Source) -> results.Predictions:
-        """Predictions (N, R) of a source."""
-        found = results.classify(self._extractor, state, source)
-        if not len(found.label_N):
-            raise UserError(f"no image of {self._origin} can be read: there is nothing to measure")
-        return found
-
-
-def _means(found: results.Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """top1 and top5 in percent, and loss, of each head (R,)."""
-    rank_NR = found.rank_N
-    return 100 * (rank_NR < 1).mean(0), 100 * (rank_NR < 5).mean(0), found.loss_N.mean(0)
+    def _choose(self, state: Any, select: Source) -> tuple[dict[str, float], int]:
+        """Return select_top1_blr{RATE} of each rate, and which is best."""
+        predictions = results.classify(self._extractor, state, select, self._select_name)
+        each = [results.summary(predictions.head(i), 0) for i in range(len(self._rates))]
+        top1, loss = (np.array([scalars[name] for scalars in each]) for name in ("top1", "loss"))
+        # A loss that is not a number is never the lowest.
+        best = int(np.lexsort((np.nan_to_num(loss, nan=np.inf), -top1))[0])
+        names = (f"select_top1_blr{rate:g}" for rate in self._rates)
+        return dict(zip(names, top1.tolist(), strict=True)), best

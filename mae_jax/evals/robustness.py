@@ -1,6 +1,7 @@
 """Robustness of an ImageNet classifier: its accuracy on ImageNet-V2, -A, -R, -Sketch and -C."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.data import crops, robustness
+from mae_jax.data.labels import open_labelled
 from mae_jax.data.sources import NotPrepared, Source
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError, nearest
-from mae_jax.evals.features import Extractor, open_labelled
+from mae_jax.evals import Report
+from mae_jax.evals.features import Extractor, require_images
 
 SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
 # Sets with images of few classes, which alone are told apart, as their papers do
@@ -19,7 +22,7 @@ SUBSETS = {"imagenet_a": robustness.IMAGENET_A, "imagenet_r": robustness.IMAGENE
 
 
 def correct(logits_BY: np.ndarray, label_B: np.ndarray, classes_K: np.ndarray) -> np.ndarray:
-    """Whether, of the logits of some classes, that of the true one is the largest; bool (B,).
+    """Return whether the true class has the largest of the logits of some classes; bool (B,).
 
     Of equal ones the first wins. An image with a logit that is not a number counts as wrong.
 
@@ -33,10 +36,10 @@ def correct(logits_BY: np.ndarray, label_B: np.ndarray, classes_K: np.ndarray) -
 
 
 def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
-    """mCE in percent: the mean over corruptions of the error divided by AlexNet's.
+    """Return the mCE in percent: the mean over corruptions of the error over AlexNet's error.
 
     Args:
-      errors: of each of `robustness.CORRUPTIONS`, error rates of the five severities, 0 to 1.
+      errors: corruption -> error rates of the five severities, 0 to 1.
     """
     ratios = [np.mean(errors[name]) / alexnet for name, alexnet in robustness.ALEXNET.items()]
     return 100 * float(np.mean(ratios))
@@ -54,9 +57,7 @@ class Evaluator:
       cfg: `imagenet_v2`, `imagenet_a`, `imagenet_r`, `imagenet_sketch`: a tfds dataset or
         "folder:PATH" with class folders; `imagenet_c`: see `robustness.find_corruptions`; '' = is
         not measured; `batch_size`.
-      config: the whole config.
       predict: its "logits" is used.
-      mesh: where the state lives.
 
     Raises:
       UserError: none of the sets is there, or one has a class that the model does not know.
@@ -66,49 +67,58 @@ class Evaluator:
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
         if "logits" not in predict:
-            raise UserError(f"robustness is that of a classifier{nearest('logits', [*predict])}")
+            raise UserError(f"robustness is that of a classifier{nearest('logits', predict)}")
         data = config.data
-        self._data_dir, self._corrupted = data.data_dir, cfg.imagenet_c
-        self._names = open_labelled(data.source, data.split, data.data_dir).class_names or []
-        self._sets: dict[str, Source] = {}
-        self._corruptions: list[str] = []
-        left_out = []
-        for name in filter(cfg.get, SETS):
-            split = "train" if cfg[name].startswith("folder:") else "test"
-            try:
-                self._sets[name] = open_labelled(cfg[name], split, data.data_dir)
-            except NotPrepared as error:
-                left_out.append(f"{name} is left out: {error}")
-                continue
-            self._labels(self._sets[name], name)
-        if self._corrupted:
-            self._corruptions, absent = robustness.find_corruptions(self._corrupted, data.data_dir)
-            if absent:
-                left_out.append(
-                    f"imagenet_c has no mCE: {self._corrupted} lacks {', '.join(absent[:3])}"
-                    f"{', ...' if len(absent) > 3 else ''}"
-                )
-            for name in self._corruptions[:1]:
-                self._labels(self._open(name, 1), "imagenet_c")
-        else:
-            left_out.append(f"imagenet_c is left out: {robustness.HOW_TO_GET_C}")
+        self._cfg, self._data_dir = cfg, data.data_dir
+        trained = open_labelled(data.source, data.split, data.data_dir)
+        self._classes = trained.class_names or []
+        self._sets, missing_sets = self._open_sets()
+        self._corruptions, missing_corruptions = self._find_corruptions()
+        missing = missing_sets + missing_corruptions
         if not self._sets and not self._corruptions:
-            raise UserError("there is nothing to measure:\n  " + "\n  ".join(left_out))
-        for line in left_out:
+            raise UserError("there is nothing to measure:\n  " + "\n  ".join(missing))
+        for line in missing:
             log_once(line)
-        extractor: Any = dict(compute=predict["logits"], mesh=mesh, batch_size=cfg.batch_size)
-        self._extractor = Extractor(config, **extractor)
-        self._uncropped = Extractor(config, **extractor, crop=crops.full)
+        extractor = partial(Extractor, config, predict["logits"], mesh, batch_size=cfg.batch_size)
+        self._cropped, self._uncropped = extractor(), extractor(crop=crops.full)
+
+    def _open_sets(self) -> tuple[dict[str, Source], list[str]]:
+        """Return the sets that are there, and a line for each that is not."""
+        sets, missing = {}, []
+        for name in filter(self._cfg.get, SETS):
+            source = self._cfg[name]
+            split = "train" if source.startswith("folder:") else "test"
+            try:
+                sets[name] = open_labelled(source, split, self._data_dir)
+            except NotPrepared as error:
+                missing.append(f"{name} is left out: {error}")
+                continue
+            self._positions(sets[name].class_names, name)
+        return sets, missing
+
+    def _find_corruptions(self) -> tuple[list[str], list[str]]:
+        """Return the complete corruptions of ImageNet-C, and a line if some are missing."""
+        source = self._cfg.imagenet_c
+        if not source:
+            return [], [f"imagenet_c is left out: {robustness.HOW_TO_GET_C}"]
+        corruptions, absent = robustness.find_corruptions(source, self._data_dir)
+        if corruptions:
+            self._positions(self._open(corruptions[0], 1).class_names, "imagenet_c")
+        if not absent:
+            return corruptions, []
+        parts = f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+        return corruptions, [f"imagenet_c has no mCE: {source} lacks {parts}"]
 
     def _open(self, corruption: str, severity: int) -> Source:
-        return robustness.open_corruption(self._corrupted, corruption, severity, self._data_dir)
+        source = self._cfg.imagenet_c
+        return robustness.open_corruption(source, corruption, severity, self._data_dir)
 
-    def _labels(self, source: Source, what: str) -> np.ndarray:
-        """Of each class of a source, its place among those of the model."""
-        return robustness.positions(source.class_names or [], self._names, what)
+    def _positions(self, names: Sequence[str] | None, name: str) -> np.ndarray:
+        """Return where each class of a set stands among those of the model."""
+        return robustness.positions(names or [], self._classes, name)
 
-    def run(self, state: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scalars, on every host, and no pictures.
+    def run(self, state: Any) -> Report:
+        """Return the accuracies of a TrainState on every set.
 
         eval/SET_top1, eval/SET_images: percent, and how many images were classified.
         eval/imagenet_c_error_CORRUPTION: mean over the severities, percent. eval/imagenet_c_mce,
@@ -120,52 +130,47 @@ class Evaluator:
             images than the others.
         """
         scalars: dict[str, float] = {}
-        everything = np.arange(len(self._names))
         for name, source in self._sets.items():
-            competing = everything
-            if name in SUBSETS:
-                competing = np.sort(robustness.positions(SUBSETS[name], self._names, name))
-            right, images = self._count(self._extractor, state, source, name, competing)
+            right, images = self._count(state, source, name, self._cropped)
             scalars |= {f"eval/{name}_top1": 100 * right / images, f"eval/{name}_images": images}
-            log_once(f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images")
+        return Report(scalars | self._measure_corruptions(state))
 
-        errors: dict[str, list[float]] = {}
-        sizes: dict[str, int] = {}
+    def _measure_corruptions(self, state: Any) -> dict[str, float]:
+        """Return the scalars of ImageNet-C."""
+        scalars: dict[str, float] = {}
+        errors: dict[str, list[float]] = {name: [] for name in self._corruptions}
+        images: dict[str, int] = {}
         for name in self._corruptions:
-            errors[name] = []
             for severity in robustness.SEVERITIES:
-                what = f"imagenet_c {name}/{severity}"
-                source = self._open(name, severity)
-                right, images = self._count(self._uncropped, state, source, what, everything)
-                errors[name].append(1 - right / images)
-                sizes[what] = images
-                first = next(iter(sizes))
-                if images != sizes[first]:
+                part, source = f"imagenet_c {name}/{severity}", self._open(name, severity)
+                right, images[part] = self._count(state, source, part, self._uncropped)
+                errors[name].append(1 - right / images[part])
+                first = next(iter(images))
+                if images[part] != images[first]:
                     raise UserError(
-                        f"{what} has {images:,} images that can be read, and {first}"
-                        f" {sizes[first]:,}: unpack it again"
+                        f"{part} has {images[part]:,} images that can be read, and {first}"
+                        f" {images[first]:,}: unpack it again"
                     )
             scalars[f"eval/imagenet_c_error_{name}"] = 100 * float(np.mean(errors[name]))
-            each = ", ".join(f"{100 * error:.2f}" for error in errors[name])
-            log_once(f"imagenet_c {name}: errors {each} %")
         if errors.keys() >= set(robustness.CORRUPTIONS):
-            plain = [errors[name] for name in robustness.CORRUPTIONS]
+            benchmark = [errors[name] for name in robustness.CORRUPTIONS]
             scalars["eval/imagenet_c_mce"] = mean_corruption_error(errors)
-            scalars["eval/imagenet_c_top1"] = 100 * (1 - float(np.mean(plain)))
-            scalars["eval/imagenet_c_images"] = images * len(robustness.SEVERITIES) * len(plain)
-        return scalars, {}
+            scalars["eval/imagenet_c_top1"] = 100 * (1 - float(np.mean(benchmark)))
+            scalars["eval/imagenet_c_images"] = images[first] * np.size(benchmark)
+        return scalars
 
     def _count(
-        self, extractor: Extractor, state: Any, source: Source, what: str, competing: np.ndarray
+        self, state: Any, source: Source, name: str, extractor: Extractor
     ) -> tuple[int, int]:
-        """How many images of a source are classified right, and how many can be read."""
-        labels = self._labels(source, what)
+        """Return how many images of a source are classified right, and how many can be read."""
+        positions = self._positions(source.class_names, name)
+        competing = np.arange(len(self._classes))
+        if name in SUBSETS:
+            competing = np.sort(self._positions(SUBSETS[name], name))
         right = images = 0
-        for batch in extractor.batches(state, source):
-            found = extractor.fetch(batch)
-            label = labels[found.label[found.counted]]
-            right += int(correct(found.x[found.counted], label, competing).sum())
-            images += len(label)
-        if not images:
-            raise UserError(f"no image of {what} can be read: there is nothing to measure")
+        for logits_BY, label_B in extractor.rows(state, source):
+            right += int(correct(logits_BY, positions[label_B], competing).sum())
+            images += len(label_B)
+        require_images(images, name)
+        log_once(f"{name}: top-1 accuracy {100 * right / images:.2f} % of {images:,} images")
         return right, images

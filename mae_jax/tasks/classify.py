@@ -1,7 +1,7 @@
 """Classification: fine-tune a pre-trained encoder, or train one from scratch, with labels."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -152,7 +152,7 @@ class Task(train.Task):
         else:
             encoder = load_encoder(path, state.params["encoder"], self.spec)
             params = state.params | {"encoder": encoder}
-        return state.replace(params=params, extra=self.averaged(params))
+        return replace(state, params=params, extra=self.averaged(params))
 
     def optimizer(
         self, total_steps: int, steps_per_epoch: int
@@ -174,7 +174,7 @@ class Task(train.Task):
         if not self.config.ema:
             return state
         ema = optax.incremental_update(state.params, state.extra["ema"], 1 - self.config.ema)
-        return state.replace(extra=state.extra | {"ema": ema})
+        return replace(state, extra=state.extra | {"ema": ema})
 
     def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
         return self.images.batches(start_step, rows)

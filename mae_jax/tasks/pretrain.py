@@ -129,7 +129,7 @@ class Task(train.Task):
         del extra
         images_BHWC = common.normalize(batch["image"], self.spec)
         patches_BLP = patchify(images_BHWC, self.spec.patch_size)
-        tokens_BND = self.network.apply({"params": params}, patches_BLP, method="encode")
+        tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
     def predict(self) -> Mapping[str, Callable]:

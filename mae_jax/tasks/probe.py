@@ -173,7 +173,7 @@ class Task(train.Task):
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
         """Return a fresh state with the encoder of a checkpoint."""
         encoder = load_encoder(path, state.extra["encoder"], self.spec)
-        return state.replace(extra=state.extra | {"encoder": encoder})
+        return replace(state, extra=state.extra | {"encoder": encoder})
 
     def optimizer(
         self, total_steps: int, steps_per_epoch: int

@@ -1,0 +1,197 @@
+"""What commands share: flags, the weights and images that flags name, and a progress bar."""
+
+import contextlib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from mae_jax.errors import UserError
+
+
+def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Parse a command line into `values`; return the arguments that are no flags.
+
+    --help prints `usage` and all flags, and ends the process.
+
+    Raises:
+      UserError: a flag that is unknown, or whose value has the wrong type.
+    """
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    try:
+        rest = values([f"mae-jax {command}", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if values.help:
+        print(usage)
+        print(values.get_help(include_special_flags=False))
+        raise SystemExit(0)
+    return rest
+
+
+class Parser(flags.ArgumentParser):
+    """What reads the text of a flag: a function that raises ValueError with what to write."""
+
+    def __init__(self, parse: Callable[[str], Any]):
+        self.parse = parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """Return (height, width) of '224' or '224x448'."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise ValueError("write SIDE or HEIGHTxWIDTH, such as 224 or 224x448")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Return the numbers of '0.5,0.25'."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError("write numbers with commas between them") from None
+
+
+# --- weights ---
+
+WEIGHT_FLAGS = (
+    *("part", "image_size", "file_image_size", "channels", "heads", "decoder_heads", "target"),
+    *("mean", "std", "averaged", "allow_unused"),
+)
+
+
+def define_weight_flags(values: flags.FlagValues) -> None:
+    """Define WEIGHT_FLAGS, which say how weights are read."""
+    sides, channels = Parser(size), Parser(numbers)
+    unsaid = "where the file does not say"
+    targets = ("pixels", "norm_pixels")
+    flags.DEFINE_enum("part", "all", ("all", "encoder"), "what to read", flag_values=values)
+    flags.DEFINE(sides, "image_size", None, "SIDE or HEIGHTxWIDTH to take", flag_values=values)
+    flags.DEFINE(sides, "file_image_size", None, f"the same, {unsaid}", flag_values=values)
+    flags.DEFINE_integer("channels", None, "to take; with --part=encoder", 1, flag_values=values)
+    flags.DEFINE_integer("heads", None, unsaid, 1, flag_values=values)
+    flags.DEFINE_integer("decoder_heads", None, unsaid, 1, flag_values=values)
+    flags.DEFINE_enum("target", None, targets, unsaid, flag_values=values)
+    flags.DEFINE(channels, "mean", None, "of channels, at 0..1", flag_values=values)
+    flags.DEFINE(channels, "std", None, "of channels, at 0..1", flag_values=values)
+    flags.DEFINE_bool("averaged", False, "weights of a run with config.ema", flag_values=values)
+    flags.DEFINE_bool("allow_unused", False, "ignore other tensors", flag_values=values)
+
+
+def weight_options(values: flags.FlagValues) -> dict[str, Any]:
+    """Return WEIGHT_FLAGS as keyword arguments of `mae_jax.load`."""
+    return {name: getattr(values, name) for name in WEIGHT_FLAGS}
+
+
+# --- images ---
+
+
+def define_images(values: flags.FlagValues, split: str) -> None:
+    """Define the flags that say which images of a data source are read."""
+    flags.DEFINE_string(
+        "split", split, "of a data source, or slices as in tfds", flag_values=values
+    )
+    flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
+
+
+def open_images(
+    paths: Sequence[str], split: str, data_dir: str, folder_split: str = "train"
+) -> list[Any]:
+    """Return data sources: one for files that follow each other, one for any other path.
+
+    Args:
+      paths: image files, text files (.txt) with the path of an image in every line, folders, and
+        data sources such as bundled:photos.
+      folder_split: the split of folders.
+
+    Raises:
+      UserError: a path is none of these, or there is no image.
+    """
+    from mae_jax.data import sources
+
+    opened: list[Any] = []
+    for files, group in itertools.groupby(paths, os.path.isfile):
+        if files:
+            names = [name for path in group for name in _listed(path)]
+            unlabelled = np.full(len(names), -1, np.int32)
+            opened.append(sources.FolderSource("", names, unlabelled, None))
+            continue
+        for path in group:
+            folder = os.path.isdir(path)
+            name, part = (f"folder:{path}", folder_split) if folder else (path, split)
+            opened.append(sources.open_source(name, part, data_dir))
+    if not any(map(len, opened)):
+        raise UserError(f"{', '.join(paths)}: no image is listed there")
+    return opened
+
+
+def _listed(path: str) -> list[str]:
+    """Return the files in the lines of a .txt, relative to its folder; or the file itself."""
+    if not path.endswith(".txt"):
+        return [path]
+    lines = os.fsdecode(Path(path).read_bytes()).splitlines()
+    return [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
+
+
+class Example(NamedTuple):
+    """An image as a model takes it, and what a data source says about it."""
+
+    image_HWC: np.ndarray  # uint8; zeros if the image cannot be read
+    name: str
+    label: int  # -1 = none
+    error: str  # why the image cannot be read; '' = it can
+
+
+def read_example(source: Any, index: int, shape: tuple[int, int, int]) -> Example:
+    """Return the centre crop of an image of a data source, in the shape (H, W, C)."""
+    from mae_jax.data import crops, transforms
+
+    record = source[index]
+    try:
+        if "unreadable" in record:
+            raise transforms.BadImage(record["unreadable"])
+        picture = transforms.decode(record["image"], shape[-1])
+        image, error = crops.center(picture, shape[:2]), ""
+    except transforms.BadImage as reason:
+        image, error = np.zeros(shape, np.uint8), str(reason)
+    return Example(image, record["name"], record["label"], error)
+
+
+def first_ten(unreadable: Sequence[tuple[str, str]]) -> str:
+    """Return the first ten of (name of an image, why it cannot be read), as text."""
+    shown = [f"{name} ({reason})" for name, reason in unreadable[:10]]
+    return ", ".join(shown) + (", ..." if len(unreadable) > len(shown) else "")
+
+
+# --- progress ---
+
+
+@contextlib.contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with every number of units done.
+
+    Draws a bar on a terminal, and prints a line at every tenth of `total` elsewhere.
+    """
+    if sys.stderr.isatty():
+        from rich import progress as rich
+
+        columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+        with rich.Progress(rich.TextColumn(unit), *columns) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done * 10 // total, done + count
+        if done * 10 // total > before:
+            print(f"{done:,} of {total:,} {unit}", flush=True)
+
+    yield advance
