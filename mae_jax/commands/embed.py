@@ -58,15 +58,18 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
       UserError: an argument is missing, unknown or of the wrong type.
     """
     values = flags.FlagValues()
-    types = ("float32", "bfloat16")
     flags.DEFINE_string("out", None, "a new file, .npy or .parquet", flag_values=values)
-    flags.DEFINE_enum("feature", "cls", list(FEATURES), "of each image", flag_values=values)
-    flags.DEFINE_integer("layer", None, "after N blocks, not after the norm", flag_values=values)
-    flags.DEFINE_integer("batch_size", 64, "of this host", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", types, "of matrix products", flag_values=values)
+    flags.DEFINE_enum("feature", "cls", list(FEATURES), "what to write", flag_values=values)
+    types = ("float32", "bfloat16")
+    flags.DEFINE_enum("dtype", "float32", types, "type of matrix products", flag_values=values)
+    for name, default, lowest, text in (
+        ("layer", None, None, "take features after N blocks, before the norm"),
+        ("batch_size", 64, 1, "images that this host computes at a time"),
+        ("num_hosts", None, 1, "number of hosts, without --distributed"),
+        ("host", None, 0, "number of this host, from 0"),
+    ):
+        flags.DEFINE_integer(name, default, text, lowest, flag_values=values)
     flags.DEFINE_bool("distributed", False, "join a TPU pod or a cluster", flag_values=values)
-    flags.DEFINE_integer("num_hosts", None, "elsewhere, how many", flag_values=values)
-    flags.DEFINE_integer("host", None, "which of them, from 0", flag_values=values)
     cli.define_image_flags(values, split="train")
     cli.define_weight_flags(values)
     rest = cli.parse("embed", USAGE, argv, values)
@@ -177,6 +180,7 @@ def read_columns(path: Path) -> list[list[str]]:
 
 
 def write_columns(path: Path, rows: list[list[str]]) -> None:
+    """Write a CSV file with name, label and error of each image."""
     with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["name", "label", "error"], *rows])
 
@@ -254,6 +258,7 @@ def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]
 
 
 def digest(texts: Iterable[bytes]) -> str:
+    """Return a hash that changes with any of the texts."""
     return hashlib.blake2b(b"\0".join(texts), digest_size=12).hexdigest()
 
 
@@ -301,8 +306,7 @@ def main(argv: list[str]) -> int:
         source, *others = cli.open_images(paths, values.split, values.data_dir, values.split)
         if others:
             raise UserError(
-                f"{', '.join(paths)}: give files, or one folder, or one data source, and not"
-                " several of these"
+                f"{', '.join(paths)}: give files, a folder or a data source, not several of these"
             )
         if len(source) < hosts:
             raise UserError(f"{len(source)} images cannot be divided among {hosts} hosts")
@@ -342,9 +346,7 @@ def main(argv: list[str]) -> int:
         images, seconds = (b - a for a, b in zip(times[0], times[-1], strict=True))
         print(f"{images / seconds:,.1f} images/s, reading included, in batches of {batch_size}")
     if unreadable:
-        print(
-            f"{len(unreadable):,} could not be read and have no features:"
-            f" {cli.first_ten(unreadable)}\n(the column `error` of"
-            f" {out if out.suffix == '.parquet' else f'{out}.csv'} has all of them)"
-        )
+        table = f"{out}.csv" if out.suffix == ".npy" else out
+        print(f"{len(unreadable):,} could not be read: {cli.first_ten(unreadable)}")
+        print(f"(they have no features; the column `error` of {table} says why)")
     return 0
