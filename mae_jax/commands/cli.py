@@ -123,13 +123,14 @@ def open_images(
       UserError: a path is none of these, or there is no image.
     """
     from mae_jax.data import sources
+    from mae_jax.data.folder import FolderSource
 
     opened: list[Any] = []
     for files, group in itertools.groupby(paths, os.path.isfile):
         if files:
             names = [name for path in group for name in _listed(path)]
             unlabelled = np.full(len(names), -1, np.int32)
-            opened.append(sources.FolderSource("", names, unlabelled, None))
+            opened.append(FolderSource("", names, unlabelled, None))
             continue
         for path in group:
             folder = os.path.isdir(path)
