@@ -61,8 +61,6 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError("write numbers with commas between them") from None
 
 
-# --- weights ---
-
 WEIGHT_FLAGS = (
     *("part", "image_size", "file_image_size", "channels", "heads", "decoder_heads", "target"),
     *("mean", "std", "averaged", "allow_unused"),
@@ -97,9 +95,6 @@ def define_weight_flags(values: flags.FlagValues) -> None:
 def weight_options(values: flags.FlagValues) -> dict[str, Any]:
     """Return WEIGHT_FLAGS as keyword arguments of `mae_jax.load`."""
     return {name: getattr(values, name) for name in WEIGHT_FLAGS}
-
-
-# --- images ---
 
 
 def define_image_flags(values: flags.FlagValues, split: str) -> None:
@@ -174,9 +169,6 @@ def first_ten(unreadable: Sequence[tuple[str, str]]) -> str:
     """Return the first ten of (name of an image, why it cannot be read), as text."""
     shown = [f"{name} ({reason})" for name, reason in unreadable[:10]]
     return ", ".join(shown) + (", ..." if len(unreadable) > len(shown) else "")
-
-
-# --- progress ---
 
 
 @contextlib.contextmanager

@@ -1,14 +1,11 @@
 """Embed: features of one's own images, of any weights, as .npy or Parquet."""
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mae_jax import files
-from mae_jax.commands import cli
+from mae_jax.commands import cli, feature_file
 from mae_jax.errors import UserError
 
 USAGE = """\
@@ -48,7 +44,6 @@ FEATURES: dict[str, Callable] = {
 }
 REPLACEMENTS = {".npz": ".npy", ".array_record": ".parquet"}  # of formats that are gone
 THREADS = 16  # that read images
-GROUP_BYTES = 2**26  # features of a row group of Parquet
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
@@ -134,129 +129,6 @@ def embed(
             yield batch, compute(images_BHWC)
 
 
-# --- the output, and the files beside it ---
-
-
-def beside(out: Path) -> tuple[Path, Path, Path]:
-    """Return where features and where the other columns grow, and what says of which plan."""
-    return Path(f"{out}.part"), Path(f"{out}.csv"), Path(f"{out}.json")
-
-
-def begin(out: Path, plan: dict, shape: tuple[int, ...], batch_size: int) -> int:
-    """Make the files beside `out`, or find those of an interruption; return the rows done.
-
-    Args:
-      shape: of all features, with one row for each image.
-
-    Raises:
-      UserError: `out` is there, and was made by another plan.
-    """
-    part, columns, plan_file = beside(out)
-    same = plan_file.exists() and json.loads(plan_file.read_text()) == plan
-    if out.exists():
-        if not same:
-            raise UserError(f"{out} is there already: choose another name, or remove it")
-        return shape[0]
-    rows = []
-    if part.exists() and same:
-        rows = read_columns(columns)[:-1]  # the last one may be cut short
-    elif part.exists():
-        print("The images, weights or options changed since the interruption: starting again.")
-    rows = rows[: len(rows) // batch_size * batch_size]
-    write_columns(columns, rows)
-    if not rows:
-        part.unlink(missing_ok=True)
-        files.write_json(plan_file, plan)
-        np.lib.format.open_memmap(part, "w+", np.float32, shape=shape)
-        with part.open("r+b") as file:  # a full disk would kill whoever writes to a mapped file
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    return len(rows)
-
-
-def read_columns(path: Path) -> list[list[str]]:
-    """Return name, label and error of each image."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
-
-
-def write_columns(path: Path, rows: list[list[str]]) -> None:
-    """Write a CSV file with name, label and error of each image."""
-    with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["name", "label", "error"], *rows])
-
-
-def write(out: Path, done: int, batches: Iterator, advance: Callable) -> list[tuple[int, float]]:
-    """Add the rows of all batches to the files beside `out`; return when how many were done."""
-    part, columns, _ = beside(out)
-    features = np.lib.format.open_memmap(part, "r+")
-    times = []
-    with columns.open("a", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        # In pairs, so that the device computes a batch while the next one is read.
-        for (batch, computed), _ in itertools.pairwise(itertools.chain(batches, [None])):
-            rows = slice(done, done := done + len(batch))
-            features[rows] = np.asarray(computed)[: len(batch)]
-            features[rows][[bool(example.error) for example in batch]] = np.nan
-            table.writerows((x.name, x.label if x.label >= 0 else "", x.error) for x in batch)
-            file.flush()  # after the features: what is listed is done
-            times.append((done, time.monotonic()))
-            advance(len(batch))
-    return times
-
-
-def finish(out: Path) -> list[tuple[str, str]]:
-    """Make `out` of the files beside it; return the images that cannot be read, and why.
-
-    Raises:
-      UserError: none of the images can be read.
-    """
-    part, columns, _ = beside(out)
-    rows = read_columns(columns)
-    unreadable = [(name, error) for name, _, error in rows if error]
-    if len(unreadable) == len(rows):
-        for path in beside(out):
-            path.unlink()
-        raise UserError(f"none of the {len(rows)} images can be read: {cli.first_ten(unreadable)}")
-    if out.suffix == ".npy":
-        part.replace(out)
-    else:
-        with files.replacing(out) as whole:
-            write_parquet(whole, np.load(part, mmap_mode="r"), rows)
-        part.unlink()
-        columns.unlink()
-    return unreadable
-
-
-def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]) -> None:
-    """Write features and the other columns as one table, a group of rows at a time."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    kind = pa.float32()
-    for _ in features.shape[1:]:
-        kind = pa.list_(kind)
-    text = pa.string()
-    schema = pa.schema({"name": text, "label": pa.int32(), "features": kind, "error": text})
-    group = max(1, GROUP_BYTES // features[0].nbytes)
-    with parquet.ParquetWriter(os.fspath(path), schema) as writer:
-        for start in range(0, len(rows), group):
-            names, labels, errors = zip(*rows[start : start + group], strict=True)
-            good = [
-                None if error else x if x.ndim == 1 else list(x)
-                for x, error in zip(features[start : start + group], errors, strict=True)
-            ]
-            columns = {
-                "name": names,
-                "label": [int(label) if label else None for label in labels],
-                "features": good,
-                "error": [error or None for error in errors],
-            }
-            writer.write_table(pa.Table.from_pydict(columns, schema))
-
-
-# --- the command ---
-
-
 def digest(texts: Iterable[bytes]) -> str:
     """Return a hash that changes with any of the texts."""
     return hashlib.blake2b(b"\0".join(texts), digest_size=12).hexdigest()
@@ -329,7 +201,7 @@ def main(argv: list[str]) -> int:
         }
     first, last = (len(source) * i // hosts for i in (host, host + 1))
     plan = plan | images_of_host(source, paths, range(first, last))
-    done = begin(out, plan, (last - first, *feature_shape), batch_size)
+    done = feature_file.begin(out, plan, (last - first, *feature_shape), batch_size)
     if out.exists():
         print(f"{out} is complete: nothing to do")
         return 0
@@ -338,9 +210,9 @@ def main(argv: list[str]) -> int:
     batches = embed(compute, source, range(first + done, last), batch_size, shape)
     with cli.progress("images", last - first) as advance:
         advance(done)
-        times = write(out, done, batches, advance)
+        times = feature_file.write(out, done, batches, advance)
 
-    unreadable = finish(out)
+    unreadable = feature_file.finish(out)
     print(f"{out}: {values.feature} of {last - first:,} images")
     if len(times) > 1:  # the first batch, which compiles, is not timed
         images, seconds = (b - a for a, b in zip(times[0], times[-1], strict=True))
