@@ -199,7 +199,7 @@ def plan(
     began = time.monotonic()
     sharding.check_batch(mesh, config.batch_size, config.grad_accum)
     task: train.Task = make_task(config, sharding.constrain_batch(mesh))
-    per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
+    per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     tx, _ = task.optimizer(total, per_epoch)
     state, _ = train.lay_out(task, tx, config.seed, mesh)
