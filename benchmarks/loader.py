@@ -23,11 +23,11 @@ BATCH, SIZE = 128, 224
 def ours(args: argparse.Namespace) -> Iterator[Any]:
     from configs.finetune import get_config as finetuning
     from configs.pretrain import get_config as pretraining
-    from mae_jax.data import pipeline, sources
+    from mae_jax.data import pipeline, sources, workers
 
     config = finetuning() if args.finetune else pretraining()
     config.data.workers = args.workers
-    config.data.threads = args.cores
+    workers.THREADS = args.cores
     config.data.resizer = args.resizer
     source = sources.open_source(f"folder:{args.folder}", "train")
     for batch in pipeline.train_batches(
