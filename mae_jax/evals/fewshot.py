@@ -165,7 +165,7 @@ class Evaluator:
         self._name = split_name(cfg, config)
         self._prefix, self._feature = cfg.get("prefix", "eval"), cfg.feature
         compute = feature_of(predict, cfg.feature)
-        self._extractor = Extractor(config, compute, mesh, batch_size=cfg.batch_size)
+        self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
 
     def run(self, state: Any) -> Report:
         """Return eval/fewshot{N}_{FEATURE}: top-1 in percent, the mean over the draws.
