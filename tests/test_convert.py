@@ -149,7 +149,7 @@ def test_training_starts_from_a_converted_file(tmp_path):
     config.model.update({name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
     config.data.source = "bundled:digits"
     params, _ = pretrain_task.Task.from_config(config).init(jax.random.key(0))
-    assert same(checkpoint.restore(saved, {"params": params})["params"], wanted)
+    assert same(checkpoint.restore(saved, params, checkpoint.PARAMS), wanted)
 
 
 def test_positions_that_are_no_sine_cosine_table_are_kept(tmp_path):
