@@ -22,7 +22,7 @@ LAYERS = [
     {"evals"},
     {"data", "checkpoint", "provenance", "distributed"},
     {"optim", "sharding", "metrics", "interop"},
-    {"models", "flops", "config", "hlo"},
+    {"models", "flops", "config", "hlo", "traffic"},
 ]
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
