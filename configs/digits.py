@@ -1,19 +1,25 @@
-"""A small masked autoencoder on scikit-learn's 1,797 handwritten digits, and how it is measured.
+"""Pre-train a small masked autoencoder on scikit-learn's 1,797 handwritten digits, and measure it.
 
     mae-jax train --config=configs/digits.py --workdir=DIR
     mae-jax train --config=configs/digits.py:task=finetune,init=DIR,labels=10 --workdir=DIR_tuned
     mae-jax train --config=configs/digits.py:task=linear,init=DIR --workdir=DIR_linear
 
-Arguments: task (pretrain, finetune, linear, attentive, knn), init (workdir of the pre-training; ''
-= from scratch, or features that learned nothing), mask_ratio (of the pre-training), labels
-(finetune: percent of the training images, 1, 10 or 100), pixels (true: linear, attentive and knn
-see the pixels), seed.
+Hardware and time: 2 CPU cores; `bash launch/study.sh` makes all runs and a table in 20 minutes. It
+needs scikit-learn (the extra `quickstart`) and no download.
+Expected: our own numbers, in docs/study.md.
 
-`bash launch/study.sh` runs them all and makes a table. Made for 2 CPU cores; needs scikit-learn
-(the extra `quickstart`) and no download. Digits are not mirrored, and little is cut away. The rates
-of fine-tuning and from scratch were chosen among 3e-3, 1e-2 and 3e-2 on the last fifth of the
-training images (for 1 and 10 % of the labels; 100 % takes that of 10); probes choose theirs on the
-last tenth. The 360 test images chose nothing.
+Arguments:
+    task        pretrain, finetune, linear, attentive or knn
+    init        workdir of the pre-training; '' = from scratch, or features that learned nothing
+    mask_ratio  of the pre-training
+    labels      for finetune: percent of the training images, 1, 10 or 100
+    pixels      true = linear, attentive and knn see the pixels
+    seed
+
+Digits are not mirrored, and little is cut away. The rates of fine-tuning and of training from
+scratch were chosen from 3e-3, 1e-2 and 3e-2 on the last fifth of the training images (with 1 and 10
+percent of the labels; 100 percent takes the rate of 10). Probes choose theirs on the last tenth.
+Nothing was chosen on the 360 test images.
 """
 
 from mae_jax.configs.common import parse_arg
@@ -23,10 +29,10 @@ from mae_jax.configs.linprobe import get_config as probe_recipe
 from mae_jax.configs.pretrain import get_config as pretrain_recipe
 
 SOURCE = "source=bundled:digits,test=test"
-# Percent of the labels -> images, images of a step, steps
+# Percent of the labels -> images, batch size, steps.
 LABELS = {1: (14, 14, 300), 10: (144, 36, 600), 100: (1437, 48, 800)}
 
-# The same -> base rate of fine-tuning, and from scratch, where twice the steps are made
+# Percent of the labels -> base rate; training from scratch makes twice the steps.
 FINETUNED_BLR = {1: 3e-2, 10: 1e-2, 100: 1e-2}
 SCRATCH_BLR = {1: 3e-2, 10: 3e-2, 100: 3e-2}
 
@@ -75,7 +81,7 @@ def finetune(args):
     )
     steps *= 2 if scratch else 1
     config.train_for = f"{steps} steps"
-    # Another seed sees other labels, as far as there are others.
+    # Each seed sees other labelled images, unless it sees all of them.
     first = args["seed"] * images if images < 1437 else 0
     config.data.split = f"train[{first}:{first + images}]"
     config.data.augment = ""
@@ -102,7 +108,7 @@ def probe(args):
     if not args["pixels"] and not args["init"]:
         config.features = "random"
     config.probe.update(bn_group=128, attention_heads=4)
-    # LARS moves a head by its rate per step: few steps want larger rates than the published 0.1
+    # A step of LARS moves a head by its rate: few steps need larger rates than the published 0.1.
     linear = args["task"] == "linear"
     config.optim.update(
         blr=1.0 if linear else 1e-2,

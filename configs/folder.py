@@ -2,8 +2,11 @@
 
     mae-jax train --config=configs/folder.py --config.data.source=folder:PATH --workdir=DIR
 
-Arguments: variant, epochs, batch_size, image_size. A ViT-S/16 at 224 pixels with a 4-block decoder:
-fits a GPU with 8 GB. Nothing of it was tuned; with few images, train longer.
+Hardware: a ViT-S/16 at 224 pixels with a decoder of 4 blocks fits a GPU with 8 GB.
+Expected: no number is known. Nothing was tuned; with few images, train longer.
+
+Arguments:
+    variant, epochs, batch_size, image_size  as in configs/pretrain.py
 """
 
 from mae_jax.configs.common import parse_arg

@@ -1,13 +1,20 @@
-"""What a pre-trained encoder tells apart without training: k nearest neighbours, and few-shot.
+"""Measure a pre-trained encoder without training: k nearest neighbours and few-shot accuracy.
 
     mae-jax train --config=configs/knn.py:init=WORKDIR --workdir=DIR
 
-Arguments: init (workdir of a pre-training run), variant ('' = as the config of that run says, or
-B/16), source, bank (the split that neighbours and few shots come from), test (the split that is
-classified). Makes no update: it measures at step 0 and ends. --config.features=random (without
-init) or pixels gives the same of an untrained encoder, or of the pixels themselves.
+Hardware and hours: one pass over the training images and one over the test images, no update.
+Expected: the paper has no number for either, and we have not measured ImageNet. Others report low
+k-NN accuracies for the features of MAE.
 
-The paper has no number for either; others found k-NN on MAE's features low.
+Arguments:
+    init     workdir of a pre-training run
+    variant  '' = as in that run's config, or B/16
+    source   the dataset
+    bank     the split that neighbours and few shots come from
+    test     the split that is classified
+
+--config.features=random (without init) measures an untrained encoder, and --config.features=pixels
+the pixels themselves.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     mae-jax train --config=configs/pretrain.py:variant=L/16,epochs=800 --workdir=DIR
 
-Hardware and hours: the authors needed 15.4 hours for L/16 and 800 epochs on 128 TPU v3 cores.
-Expected, from the paper (top-1 accuracy in percent after 1600 epochs; not measured here):
+Hardware and hours: L/16 for 800 epochs took the paper's authors 15.4 hours on 128 TPU v3 cores.
+Expected: the paper's top-1 accuracies in percent after 1600 epochs; we have not measured them.
 
     variant  fine-tuned  linear probe
     B/16     83.6        68.0
@@ -11,10 +11,10 @@ Expected, from the paper (top-1 accuracy in percent after 1600 epochs; not measu
     H/14     86.9        76.6
 
 Arguments:
-  variant     Ti/16, S/16, B/16, L/16, H/14, 2B/14 or 6.5B/14
-  epochs      1600 for the paper's main results, 800 for its ablations
-  batch_size  of one update
-  image_size  height and width in pixels
+    variant     Ti/16, S/16, B/16, L/16, H/14, 2B/14 or 6.5B/14
+    epochs      the paper has 1600 for its main results and 800 for its ablations
+    batch_size  images of one update
+    image_size  height and width in pixels
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def get_config(arg=None):
     config.seed = 0
     config.train_for = f"{args['epochs']} epochs"
     config.batch_size = args["batch_size"]  # of one update, over all devices and passes
-    config.grad_accum = 1  # passes per update
+    config.grad_accum = 1  # passes of an update; each takes its share of the batch
 
     config.mask_ratio = 0.75
     config.masking = ConfigDict(
@@ -41,7 +41,7 @@ def get_config(arg=None):
     )
     config.target = ConfigDict({"name": "norm_pixels"})  # or pixels, or a dotted path
 
-    config.online_probe = False  # train a linear classifier of the cls token beside the model
+    config.online_probe = False  # True: train a linear classifier of the cls token beside the model
 
     config.model = ConfigDict(
         dict(

@@ -1,9 +1,12 @@
-"""Watch it learn: a small masked autoencoder on the photographs inside a few Python wheels.
+"""Watch a small masked autoencoder learn from the photographs inside a few Python wheels.
 
     bash launch/quickstart.sh
 
-A few minutes on 2 CPU cores, no download beyond the packages. The target is plain pixels, because
-those give the better pictures; the recipe for features is configs/pretrain.py.
+Hardware and time: a few minutes on 2 CPU cores; nothing is downloaded but the packages.
+Expected: pictures of the images that it fills in. The target is plain pixels, which give better
+pictures; normalised pixels, as in configs/pretrain.py, give better features.
+
+Arguments: as in configs/pretrain.py.
 """
 
 from mae_jax.configs.pretrain import get_config as recipe

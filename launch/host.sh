@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# One host of a run: `mae-jax train`, with an exit status that tells a launcher what to do next.
+# Run `mae-jax train` on one host; the exit status tells a launcher what to do next.
 #
 #   bash launch/host.sh --config=FILE --workdir=DIR --distributed        (TPU pods, GKE, Slurm)
 #   bash launch/host.sh --config=FILE --workdir=DIR --coordinator=HOST:PORT --num_hosts=N --host=I
 #
-# 0 finished. 75 start all hosts again, they go on from the last checkpoint: the run was asked to stop
-# and has saved, or a host was lost or never came. Anything else: an error that starting again does not cure.
+# Exit status:
+#   0      the run is finished
+#   75     start all hosts again, to continue from the last checkpoint: the run was asked to stop and has
+#          saved, or a host was lost or never came
+#   other  an error that a restart does not cure
 #
-# VENV: the environment (default: .venv in the checkout; without it, python3). XLA_PRESET: a name of
-# launch/xla_flags.sh. NAME: what this host is called in messages. STATUS_DIR: a folder for a file with the
-# exit status, named by Slurm's number of the process.
+# VENV        the environment (default: .venv in the checkout; python3 if there is none)
+# XLA_PRESET  a name of launch/xla_flags.sh
+# NAME        the name of this host in messages
+# STATUS_DIR  a folder for a file with the exit status; Slurm's number of the process is its name
 set -uo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,33 +37,33 @@ trap 'kill -TERM "$process"' TERM INT
 while true; do
   wait "$process"
   status=$?
-  kill -0 "$process" 2> /dev/null || break # interrupted by a signal, which was passed on
+  kill -0 "$process" 2> /dev/null || break # else a signal interrupted `wait`, and was passed on
 done
 
-say() { echo "$name: $*" >&2; }
-again="Start all hosts again: they go on from the last checkpoint."
+log() { echo "$name: $*" >&2; }
+again="Start all hosts again: they continue from the last checkpoint."
 if [ "$status" -ge 128 ]; then
-  sleep 1 # until the last of its words are in the file
+  sleep 1 # until its last messages are in the file
 fi
 case $status in
-  134) # SIGABRT, by which XLA ends a process of which others are gone
+  134) # SIGABRT, with which XLA ends a process when other processes are gone
     lost=$(grep -A1 -m1 'stopped sending heartbeats' "$errors" | tail -1 | tr -dc '0-9 ')
     if [ -n "$lost" ]; then
-      say "host $lost was lost (no heartbeat). See its log for why. $again"
+      log "host $lost was lost (no heartbeat). See its log for why. $again"
       status=75
     elif grep -q 'JAX distributed service detected fatal errors' "$errors"; then
-      say "host 0, the coordinator, is gone: lost itself, or its log names the host that was. $again"
+      log "host 0, the coordinator, is gone: it was lost, or its log names the host that was lost. $again"
       status=75
     else
-      say "aborted (SIGABRT) by itself; what it printed above says why."
+      log "aborted itself (SIGABRT); its messages above say why."
     fi
     ;;
   137)
-    say "killed (SIGKILL); by the kernel if its memory ran out, which 'dmesg' tells. $again"
+    log "killed (SIGKILL), by the kernel if its memory ran out: see 'dmesg'. $again"
     status=75
     ;;
   143 | 130 | 129)
-    say "ended by a signal before it could save. $again"
+    log "ended by a signal before it could save. $again"
     status=75
     ;;
 esac

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Several hosts on one machine, as processes: for tests, and to see what a pod does.
+# Run several hosts as processes of one machine: for tests, and to see what a pod does.
 #
 #   bash launch/local.sh N --config=FILE --workdir=DIR [FLAG ...]
 #
-# Ends when all have ended: with 0, with 75 (start me again: launch/host.sh), or with the error of the
-# first host that had one. PORT: of the coordinator (default: 8476).
+# Exit status, once all hosts have ended: 0, 75 (start again; see launch/host.sh), or that of the first
+# host with an error. PORT: the coordinator's (default: 8476).
 set -uo pipefail
 
 case ${1:-} in
@@ -16,7 +16,7 @@ esac
 count=$1
 shift
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-ended=$(mktemp) # one line for each host that ended, in that order: its number and status
+ended=$(mktemp) # a line for each host in the order in which they end: its number and status
 trap 'rm -f "$ended"' EXIT
 
 hosts=()
@@ -46,7 +46,7 @@ if error=$(grep -v -m1 -E ' (0|75)$' "$ended"); then
   exit "${error#* }"
 fi
 if grep -q ' 75$' "$ended"; then
-  echo "launch/local.sh: stopped (host $first ended first). Run the same command again to go on from" \
-    "the last checkpoint." >&2
+  echo "launch/local.sh: stopped (host $first ended first). Run the same command again to continue" \
+    "from the last checkpoint." >&2
   exit 75
 fi

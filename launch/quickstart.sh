@@ -3,9 +3,11 @@
 #
 #   bash launch/quickstart.sh [--config.KEY=VALUE ...]
 #
-# Needs python3 (3.11 or newer) with pip. Run again, it goes on where it was stopped, or says that it is
-# finished. PYTHON and VENV: see launch/setup.sh. WORKDIR: where the results go (default: workdir/quickstart
-# in the checkout).
+# It needs python3 (3.11 or newer) with pip. The same command again continues a run that was stopped, or
+# says that the run is finished.
+#
+# WORKDIR          the folder of the results (default: workdir/quickstart in the checkout)
+# PYTHON and VENV  see launch/setup.sh
 set -euo pipefail
 
 here=$PWD

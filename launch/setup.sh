@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# The virtual environment with the locked packages; sourced by the other scripts of this folder.
+# Make the virtual environment with the locked packages; the other scripts of this folder source this.
 #
-# PYTHON  the Python to build it from, 3.11 or newer (default: python3)
-# VENV    where it goes (default: .venv in the checkout; .venv-X.Y when PYTHON is given)
+# PYTHON  the Python to make it from, 3.11 or newer (default: python3)
+# VENV    its folder (default: .venv in the checkout; .venv-X.Y if PYTHON is set)
 #
-# Afterwards $root is the checkout and $python the environment's Python. Nothing is done when the
-# environment is complete and the lock unchanged; a half-made or outdated one is made again.
+# Afterwards $root is the checkout and $python the environment's Python. A complete environment is kept
+# while the lock is unchanged; an incomplete or outdated one is made again.
 
 fail() {
   printf '%s\n' "$@" >&2
@@ -28,8 +28,8 @@ venv=${VENV:-$root/.venv${PYTHON:+-$version}}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
 stamp=$venv/.mae_jax
-# What the environment is made from; the stamp holds it once everything is installed.
-wanted=$("$base" - "$root" << 'END'
+# A digest of what the environment is made from. The stamp holds it once everything is installed.
+digest=$("$base" - "$root" << 'END'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
@@ -38,7 +38,7 @@ print(hashlib.sha256(lock + sys.version.encode() + bytes(root)).hexdigest())
 END
 )
 
-if ! "$python" -c '' 2> /dev/null || [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
+if ! "$python" -c '' 2> /dev/null || [ "$(cat "$stamp" 2> /dev/null)" != "$digest" ]; then
   if [ ! -e "$stamp" ] && [ -e "$venv" ] && ! rmdir "$venv" 2> /dev/null; then
     fail "$venv was not made by launch/setup.sh: remove it, or set VENV=ANOTHER_FOLDER."
   fi
@@ -50,8 +50,8 @@ if ! "$python" -c '' 2> /dev/null || [ "$(cat "$stamp" 2> /dev/null)" != "$wante
   "$base" -m venv "$venv"
   pip=("$python" -m pip install --quiet --disable-pip-version-check)
   "${pip[@]}" --no-compile --requirement "$root/launch/requirements.lock"
-  # What pip would do on one core; what is no Python of this version stays as it is.
+  # pip would compile on one core. Files that are not for this version of Python fail, and are left.
   "$python" -m compileall -qq --workers 0 "$venv/lib" > /dev/null || true
   "${pip[@]}" --no-deps --editable "$root"
-  echo "$wanted" > "$stamp"
+  echo "$digest" > "$stamp"
 fi

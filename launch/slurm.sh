@@ -9,13 +9,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=TERM@180
-# GPU nodes under Slurm, one process for each GPU; puts itself back into the queue until it is done.
+# Run on GPU nodes under Slurm, one process for each GPU; the job requeues itself until it is finished.
 #
 #   sbatch [--nodes=4] launch/slurm.sh --config=FILE --workdir=DIR [FLAG ...]
 #
-# From the root of the checkout, with the environment made (bash launch/setup.sh, and then
-# .venv/bin/pip install "jax[cuda13]"), and DIR where all nodes see it. Three minutes before the time
-# limit, and when the job is preempted, the run saves. MAX_RESTARTS: default 50.
+# Start it from the root of the checkout. Make the environment first (bash launch/setup.sh, then
+# .venv/bin/pip install "jax[cuda13]"), and choose a DIR that all nodes see. The run saves three minutes
+# before the time limit, and when the job is preempted. MAX_RESTARTS: default 50.
 set -uo pipefail
 
 command -v srun > /dev/null || {
@@ -23,20 +23,20 @@ command -v srun > /dev/null || {
   exit 2
 }
 cd "${SLURM_SUBMIT_DIR:-.}" || exit
-export STATUS_DIR=$PWD/slurm-$SLURM_JOB_ID.ended # a file for each process: how it ended
+export STATUS_DIR=$PWD/slurm-$SLURM_JOB_ID.ended # a file for each process, with its exit status
 rm -rf "$STATUS_DIR"
 mkdir "$STATUS_DIR" || exit
-# All see a lost host by its heartbeat; Slurm killing the others would keep them from saying so.
+# A lost host is noticed by its missing heartbeat. Slurm must not kill the others before they report it.
 srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=0 \
   bash launch/host.sh --distributed "$@"
 status=$?
-# srun's status is the highest of all: an error (1, 2) hides behind the 75 of those that it ended.
+# srun returns the highest status: an error (1, 2) would hide behind the 75 of the hosts it ended.
 if error=$(grep -v -E -m1 '^(0|75)$' /dev/null "$STATUS_DIR"/*); then
   error=${error##*/}
   echo "launch/slurm.sh: process ${error%:*} failed with status ${error#*:}; see its message" >&2
   status=${error#*:}
 elif [ "$status" -ne 0 ]; then
-  status=75 # what left no file was lost
+  status=75 # a process without a file was lost
 fi
 rm -rf "$STATUS_DIR"
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# What masked autoencoding is worth on 1,797 small digits: fine-tuning against training from
-# scratch, probes against features that learned nothing, four mask ratios; three seeds of each.
+# Measure what pre-training is worth on 1,797 small digits: fine-tuning against training from scratch,
+# probes against features that have learned nothing, and four mask ratios, with three seeds each.
 #
-#   bash launch/study.sh        about 20 minutes on 2 idle CPU cores; run it again and it goes on
+#   bash launch/study.sh
 #
-# WORKDIR  where the runs, the table (study.md) and the figure go (default: workdir/study)
-# PYTHON and VENV: see launch/setup.sh.
+# It takes about 20 minutes on 2 idle CPU cores. The same command again continues where it was stopped.
+#
+# WORKDIR          the folder of the runs, the table (study.md) and the figure (default: workdir/study)
+# PYTHON and VENV  see launch/setup.sh
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh

@@ -1,37 +1,42 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice: made, set up, started on all workers, and started again until it is done.
+# Make and set up a Cloud TPU slice, run on all its workers, and restart the run until it is finished.
 #
 #   export TPU=NAME TYPE=v5litepod-16 ZONE=us-west4-a [PROJECT=ID]
 #   bash launch/tpu.sh create [--dry-run]    ask for the slice, as a queued resource
-#   bash launch/tpu.sh setup                 this checkout and its packages, on all workers
+#   bash launch/tpu.sh setup                 copy this checkout to all workers, and install its packages
 #   bash launch/tpu.sh run --config=FILE --workdir=gs://BUCKET/RUN [FLAG ...]
-#                                            until it is done, through preemptions; again = watch on
+#                                            run until finished, through preemptions; the same command
+#                                            again watches the run that was started before
 #   bash launch/tpu.sh status | logs [WORKER] | stop | delete
 #
-# TIER: spot (default) or on-demand. SLICES: how many slices of TYPE (default 1). RUNTIME: the image
-# (default: the one for TYPE). XLA_PRESET: see launch/xla_flags.sh. MAX_RESTARTS: of one `run` (default
-# 50). POLL: seconds between looks (default 30). --dry-run, with any subcommand, prints what would
-# change something, and changes nothing.
+# TIER          spot (default) or on-demand
+# SLICES        number of slices of TYPE (default 1)
+# RUNTIME       the image of the machines (default: the one for TYPE)
+# XLA_PRESET    see launch/xla_flags.sh
+# MAX_RESTARTS  of one `run` (default 50)
+# POLL          seconds between two requests for the state (default 30)
+#
+# With --dry-run, every subcommand prints the calls that would change something, and makes none of them.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 poll=${POLL:-30}
 slices=${SLICES:-1}
-looks=1
+tries=1
 dry=no
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-say() { echo "launch/tpu.sh: $*" >&2; }
+log() { echo "launch/tpu.sh: $*" >&2; }
 fail() {
-  say "$@"
+  log "$@"
   exit 1
 }
 
-# gcloud, which is never asked anything on the terminal.
+# ask ARGUMENT ...: call gcloud, without questions on the terminal.
 ask() { gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet < /dev/null; }
 
-# As `ask`, for what changes something.
+# change ARGUMENT ...: the same for calls that change something; --dry-run prints them.
 change() {
   if [ "$dry" = yes ]; then
     printf '%q ' gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet
@@ -41,8 +46,8 @@ change() {
   fi
 }
 
-# The state of the queued resource, such as ACTIVE or WAITING_FOR_RESOURCES; NONE if there is none.
-# Asked up to $looks times.
+# Print the state of the queued resource, such as ACTIVE or WAITING_FOR_RESOURCES; NONE if there is none.
+# If gcloud fails, try up to $tries times.
 state() {
   local try
   if [ "$dry" = yes ]; then
@@ -57,13 +62,13 @@ state() {
       return
     fi
     cat "$work/error" >&2
-    [ "$try" -lt "$looks" ] || fail "gcloud could not tell the state of $TPU; its message is above."
+    [ "$try" -lt "$tries" ] || fail "gcloud could not tell the state of $TPU; its message is above."
     sleep "$poll"
   done
 }
 
-# Sets tier and runtime of the slice that is wanted.
-wanted() {
+# Check TYPE and TIER, and set tier and runtime from them.
+read_settings() {
   [ -n "${TYPE:-}" ] || fail "set TYPE to an accelerator type, such as TYPE=v5litepod-16."
   case ${TIER:-spot} in
     spot) tier=(--spot) ;;
@@ -81,9 +86,9 @@ wanted() {
 
 create() {
   local now name=("--node-id=$TPU")
-  wanted
+  read_settings
   while now=$(state) && [ "$now" = DELETING ]; do
-    say "$TPU: $now"
+    log "$TPU: $now"
     sleep "$poll"
   done
   [ -n "$now" ] || exit 1
@@ -91,23 +96,23 @@ create() {
     NONE) ;;
     FAILED | SUSPENDED | SUSPENDING)
       [ "$now" != FAILED ] || ask queued-resources describe "$TPU" '--format=yaml(state)' >&2 || true
-      say "$TPU is $now: it is deleted and asked for again."
+      log "$TPU is $now: it is deleted, and a new one is asked for."
       delete
       ;;
     *)
-      say "$TPU is there already: $now."
+      log "$TPU is there already: $now."
       return
       ;;
   esac
   [ "$slices" -eq 1 ] || name=("--node-count=$slices" "--node-prefix=$TPU")
   change queued-resources create "$TPU" "${name[@]}" "--accelerator-type=$TYPE" \
     "--runtime-version=${RUNTIME:-$runtime}" "${tier[@]}"
-  [ "$dry" = yes ] || say "asked for $TYPE. It costs from when it is ACTIVE until 'delete'."
+  [ "$dry" = yes ] || log "asked for $TYPE. It costs from the time when it is ACTIVE until 'delete'."
 }
 
 delete() {
   if [ "$dry" = no ] && [ "$(state)" = NONE ]; then
-    say "there is no $TPU; nothing to delete."
+    log "there is no $TPU; nothing to delete."
     return
   fi
   change queued-resources delete "$TPU" --force
@@ -117,13 +122,13 @@ nodes() {
   if [ "$slices" -eq 1 ]; then echo "$TPU"; else seq -f "$TPU-%.0f" 0 $((slices - 1)); fi
 }
 
-# everywhere COMMAND, or everywhere --copy FILE: on, or to, every worker of every slice at once, three
-# times where ssh fails. What worker W of NODE said is in $work/said/NODE.W. Fails, naming them, if some
-# could not be reached.
+# everywhere COMMAND, or everywhere --copy FILE: run a command on, or copy a file to, every worker of
+# every slice at once, with three tries where ssh fails. The output of worker W of NODE goes to
+# $work/output/NODE.W. If some workers cannot be reached, name them and fail.
 everywhere() {
   local node workers worker failed=0 call
-  rm -rf "$work/said"
-  mkdir "$work/said"
+  rm -rf "$work/output"
+  mkdir "$work/output"
   for node in $(nodes); do
     call=(ssh "$node" "--command=$1")
     [ "$1" != --copy ] || call=(scp "$2" "$node:${2##*/}")
@@ -133,12 +138,12 @@ everywhere() {
     fi
     workers=$(ask tpu-vm describe "$node" '--format=value(networkEndpoints.len())') || return 1
     for ((worker = 0; worker < workers; worker++)); do
-      touch "$work/said/$node.$worker.failed"
+      touch "$work/output/$node.$worker.failed"
       (
         for try in 1 2 3; do
           if ask tpu-vm "${call[@]}" "--worker=$worker" \
-            > "$work/said/$node.$worker" 2> "$work/said/$node.$worker.errors"; then
-            rm "$work/said/$node.$worker.failed" "$work/said/$node.$worker.errors"
+            > "$work/output/$node.$worker" 2> "$work/output/$node.$worker.errors"; then
+            rm "$work/output/$node.$worker.failed" "$work/output/$node.$worker.errors"
             break
           fi
           [ "$try" -eq 3 ] || sleep "${RETRY:-5}"
@@ -147,20 +152,20 @@ everywhere() {
     done
   done
   wait
-  for worker in "$work"/said/*.failed; do
+  for worker in "$work"/output/*.failed; do
     [ -e "$worker" ] || continue
     failed=1
     worker=${worker%.failed}
-    say "worker ${worker##*.} of $(basename "${worker%.*}") failed three times:" \
+    log "worker ${worker##*.} of $(basename "${worker%.*}") failed three times:" \
       "$(tail -1 "$worker.errors")"
   done
   return "$failed"
 }
 
-# The last line of each worker, with its name in front.
+# Print the last line of each worker's output after the worker's name.
 answers() {
   local file name
-  for file in "$work"/said/*; do
+  for file in "$work"/output/*; do
     case $file in *.failed | *.errors) continue ;; esac
     [ -e "$file" ] || continue
     name=$(basename "$file")
@@ -179,17 +184,17 @@ setup() {
   answers
 }
 
-# Of `run`, whose restarts it counts.
+# Count a restart of `run`, and fail after too many.
 count_restart() {
   ((++restarts <= ${MAX_RESTARTS:-50})) ||
-    fail "gave up after $((restarts - 1)) restarts; what is above, or 'logs', says why."
+    fail "gave up after $((restarts - 1)) restarts; the messages above, or 'logs', say why."
 }
 
-# Returns when the slice is ACTIVE and set up.
+# Make and set up the slice, and return when it is ACTIVE.
 ready() {
   local now before=''
   now=$(state)
-  looks=5 # gcloud works: from here on, the network may be gone for a while
+  tries=5 # gcloud has worked: from now on, the network may fail for a while
   [ "$now" != ACTIVE ] || return 0
   create
   while now=$(state) || exit; [ "$now" != ACTIVE ]; do
@@ -198,19 +203,20 @@ ready() {
         count_restart
         create
         ;;
-      DELETING | NONE) fail "$TPU was deleted, and is not waited for any longer." ;;
+      DELETING | NONE) fail "$TPU was deleted: there is nothing to wait for." ;;
     esac
-    [ "$now" = "$before" ] || say "$TPU: $now"
+    [ "$now" = "$before" ] || log "$TPU: $now"
     before=$now
     sleep "$poll"
   done
   setup
 }
 
-# gone STATE: sets outcome for a slice that is not ACTIVE. Only a user deletes it.
-gone() { case $1 in DELETING | NONE) outcome=deleted ;; *) outcome=again ;; esac; }
+# lost STATE: set outcome for a slice that is not ACTIVE. It is deleted only by a user.
+lost() { case $1 in DELETING | NONE) outcome=deleted ;; *) outcome=again ;; esac; }
 
-# Sets outcome to finished, stopped, error, deleted or again, when all workers have ended or the slice is gone.
+# Wait until all workers have ended or the slice is lost, and set outcome to finished, stopped, error,
+# deleted or again.
 watch_run() {
   local failures=0 all now
   while true; do
@@ -231,12 +237,12 @@ watch_run() {
     else
       now=$(state)
       if [ "$now" != ACTIVE ]; then
-        gone "$now"
+        lost "$now"
         return
       fi
       ((++failures < 5)) ||
-        fail "some workers cannot be reached, but $TPU is ACTIVE. The run goes on without being" \
-          "watched; 'status' looks again, and 'run' with the same flags watches on."
+        fail "some workers cannot be reached, but $TPU is ACTIVE. The run continues unwatched: 'status'" \
+          "asks again, and 'run' with the same flags watches it again."
     fi
     sleep "$poll"
   done
@@ -245,9 +251,9 @@ watch_run() {
 run() {
   case " $* " in
     *" --workdir=gs://"*) ;;
-    *) fail "--workdir=gs://BUCKET/RUN is needed: what is on a worker's disk dies with the slice." ;;
+    *) fail "--workdir=gs://BUCKET/RUN is needed: a worker's disk is deleted with the slice." ;;
   esac
-  wanted # when it is preempted, too
+  read_settings # also needed to ask for the slice again after a preemption
   local restarts=0 start now
   start="cd mae_jax && ${XLA_PRESET:+XLA_PRESET=$XLA_PRESET }$(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
   if [ "$dry" = yes ]; then
@@ -257,34 +263,34 @@ run() {
   while true; do
     ready
     if everywhere "$start"; then
-      answers | grep ': running already' >&2 || true # and so with the flags of its start
+      answers | grep ': running already' >&2 || true # with the flags that it was started with
       watch_run
     else
       now=$(state)
       if [ "$now" != ACTIVE ]; then
-        gone "$now"
-      elif [ "$restarts" -gt 0 ]; then # ACTIVE, but not for long: it is being preempted
+        lost "$now"
+      elif [ "$restarts" -gt 0 ]; then # ACTIVE, but about to be preempted
         outcome=again
         sleep "$poll"
       else
         everywhere 'cd mae_jax && bash launch/worker.sh stop' || true
-        fail "the run was not started on every worker, and so stopped on all. Was 'setup' done?"
+        fail "the run could not be started on every worker, so it was stopped on all. Was 'setup' done?"
       fi
     fi
     case $outcome in
       finished)
-        say "finished. 'delete' ends the costs of $TPU."
+        log "finished. $TPU costs until 'delete'."
         return 0
         ;;
       stopped)
-        say "stopped, and saved; 'run' with the same flags goes on. $TPU still costs, until 'delete'."
+        log "stopped, and saved; 'run' with the same flags continues. $TPU costs until 'delete'."
         return 75
         ;;
-      deleted) fail "$TPU was deleted; the run goes on when 'run' is called again." ;;
-      error) fail "the run ended with the error above; see 'logs'. $TPU still costs, until 'delete'." ;;
+      deleted) fail "$TPU was deleted; 'run' with the same flags makes a slice and continues." ;;
+      error) fail "the run ended with the error above; see 'logs'. $TPU costs until 'delete'." ;;
     esac
     count_restart
-    say "a worker was lost or preempted ($(state)); restart $restarts, from the last checkpoint."
+    log "a worker was lost or preempted ($(state)); restart $restarts, from the last checkpoint."
   done
 }
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# On one worker of a TPU pod: what launch/tpu.sh asks for over ssh. Its last line is the answer.
+# Do on one worker of a TPU pod what launch/tpu.sh asks for over ssh. The last line printed is the answer.
 #
 #   bash launch/worker.sh setup | start FLAG ... | status | stop
 #
-# start detaches: the run outlives the connection. Its output goes to ~/mae_jax_run/log.
+# A started run outlives the connection. Its output goes to ~/mae_jax_run/log.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-run=$HOME/mae_jax_run # log; pid, of launch/host.sh; exit, its status; stopped, if it was asked to
+run=$HOME/mae_jax_run # files: log; pid and exit (status) of launch/host.sh; stopped, after `stop`
 
 running() { [ -e "$run/pid" ] && kill -0 "$(cat "$run/pid")" 2> /dev/null; }
 
@@ -19,7 +19,7 @@ status() {
   elif [ -e "$run/exit" ]; then
     echo "ended $(cat "$run/exit")"
   elif [ -e "$run/pid" ]; then
-    echo "ended 75" # the machine was started again under it
+    echo "ended 75" # the machine was rebooted during the run
   else
     echo idle
   fi
@@ -31,7 +31,7 @@ case ${1:-} in
     for PYTHON in python3.12 python3.13 python3.11 python3; do
       if new_enough "$PYTHON"; then break; fi
     done
-    if ! new_enough "$PYTHON"; then # Ubuntu 22.04, of the TPU images, has 3.10
+    if ! new_enough "$PYTHON"; then # the TPU images have Ubuntu 22.04, which has 3.10
       sudo add-apt-repository --yes ppa:deadsnakes/ppa > /dev/null
       sudo apt-get install --yes --quiet python3.12-venv > /dev/null
       PYTHON=python3.12
@@ -64,14 +64,14 @@ case ${1:-} in
       echo $status > "$1/exit.part"
       mv "$1/exit.part" "$1/exit"
     ' mae_jax "$run" "$root" "$@" >> "$run/log" 2>&1 < /dev/null &
-    for ((tenths = 0; tenths < 100; tenths++)); do # until the process is there to be asked about
+    for ((tenths = 0; tenths < 100; tenths++)); do # until `status` can see the process
       [ ! -e "$run/pid" ] || break
       sleep 0.1
     done
     echo started
     ;;
   status) status ;;
-  stop) # saves first; a run that does not end in five minutes is left to the next `stop`
+  stop) # the run saves first; if it does not end in five minutes, call `stop` again
     mkdir -p "$run"
     touch "$run/stopped"
     for ((seconds = 0; seconds < 300; seconds++)); do

@@ -7,6 +7,17 @@ from typing import Any
 
 from mae_jax.errors import UserError, nearest
 
+# Keys of older recipes and workdirs. A key that gets another name, or that goes, is added here.
+RENAMED_KEYS = {
+    "connect_seconds": "hosts.connect_seconds",
+    "heartbeat_seconds": "hosts.heartbeat_seconds",
+    "stall_seconds": "hosts.stall_seconds",
+}
+REMOVED_KEYS = {
+    "data.prefetch": "the constant PREFETCH of mae_jax/data/workers.py",
+    "data.threads": "the constant THREADS of mae_jax/data/workers.py",
+}
+
 
 def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
     """Return a duration such as '800 epochs', '1000 steps' or '5e6 examples' in steps.

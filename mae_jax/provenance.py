@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_jax import files
+from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 
@@ -38,19 +39,13 @@ FREE_KEYS = (
 )
 # Old workdirs must resume with newer code. Whoever adds a key to a recipe adds it here, with the
 # value that does what the code did before: a config.json without the key counts as having that
-# value. A key that gets another name, or that goes, is added to one of the two tables below.
+# value. A key that gets another name, or that goes, is added to mae_jax/config.py.
 ADDED_KEYS: dict[str, Any] = {
     "data.resizer": "pillow",
     "data.synthetic": False,
     "masking.tokens_in_encoder": False,
     "online_probe": False,
 }
-RENAMED_KEYS = {
-    "connect_seconds": "hosts.connect_seconds",
-    "heartbeat_seconds": "hosts.heartbeat_seconds",
-    "stall_seconds": "hosts.stall_seconds",
-}
-REMOVED_KEYS = ("data.prefetch", "data.threads")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -100,7 +95,7 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         text
         for key, text in _changes(before, after).items()
-        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS + REMOVED_KEYS)
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE_KEYS, *REMOVED_KEYS))
     ]
 
 

@@ -11,17 +11,10 @@ import pytest
 from tiny import run, tiny_config
 
 from mae_jax import checkpoint, distributed, optim, report, sharding, tasks, train
-from mae_jax.commands import recipes
 from mae_jax.commands import train as command
 from mae_jax.metrics import summary, writer
 from mae_jax.tasks import pretrain
 from mae_jax.train import stream
-
-
-def parse(argv):
-    """What `mae-jax train` makes of a command line."""
-    config, _, recipe = recipes.parse(argv, command.define, "train")
-    return config, recipe
 
 
 class ExplodesLater(pretrain.Task):
@@ -125,49 +118,6 @@ def test_a_missing_checkpoint_interval_or_mask_is_refused_before_anything_is_wri
     with pytest.raises(ValueError, match="fewer than one batch"):
         run(config, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("--config.mask_ratoi=0.9", 'Did you mean "mask_ratio"'),
-        ("--config.model.patch_siz=8", 'Did you mean "patch_size"'),
-        ("--config.evals.knn.every=5", "no such key in the config: 'knn'"),
-        ("--config.mask_ratio=nan", "mask_ratio is not a number"),
-        ("--config.mask_ratio=much", "could not convert string to float"),
-        ("--config.seed=1.5", "invalid literal for int"),
-        ("--nope=1", "nope"),
-        ("stray", "unexpected argument 'stray'"),
-    ],
-)
-def test_a_mistyped_option_is_refused_with_what_was_meant(override, words):
-    with pytest.raises(ValueError, match=words):
-        parse(["--config=configs/pretrain.py", override])
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [("variant=Q/16", "B/16"), ("size=3", "variant"), ("epochs=many", "wants a int")],
-)
-def test_a_mistyped_argument_of_a_config_is_refused(argument, words):
-    with pytest.raises(ValueError, match=words):
-        parse([f"--config=configs/pretrain.py:{argument}"])
-
-
-def test_configs_take_arguments_overrides_and_lie_anywhere(tmp_path):
-    mine = tmp_path / "mine.py"
-    mine.write_text(
-        "from configs.pretrain import get_config as recipe\n\n\n"
-        "def get_config(arg=None):\n    config = recipe(arg)\n    config.mask_ratio = 0.6\n"
-        "    return config\n"
-    )
-    config, recipe = parse(
-        [f"--config={mine}:variant=L/16,epochs=1600", "--config.model.image_size=(224,448)"]
-    )
-    assert (config.model.width, config.mask_ratio) == (1024, 0.6)
-    assert config.train_for == "1600 epochs"
-    assert config.model.image_size == (224, 448)
-    assert recipe == "mine"
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_slurm_job_is_queued_again_unless_a_process_had_an_error(tmp_path, ends,
 
 
 def test_slurm_process_that_waits_for_the_others_in_vain_is_to_be_started_again(tmp_path):
-    job = slurm(tmp_path, *hosts.flags(tmp_path, tmp_path / "run"), "--config.connect_seconds=3")
+    job = slurm(
+        tmp_path, *hosts.flags(tmp_path, tmp_path / "run"), "--config.hosts.connect_seconds=3"
+    )
     (tmp_path / "srun").write_text(SRUN.replace("for i in 0 1", "for i in 0"))
     run = hosts.Processes([job], 1)
     assert run.end() == [distributed.PREEMPTED], run.text()

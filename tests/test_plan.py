@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import flops, hlo, plan, sharding, tasks, traffic
+from mae_jax import flops, hlo, plan, sharding, traffic
 from mae_jax.commands import plan as command
 from mae_jax.errors import UserError
 from tests.tiny import tiny_config

@@ -13,18 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
 
-# A module imports from its own layer or from those below it.
-LAYERS = [
-    {"__main__"},
-    {"commands"},
+# A module imports from its own floor or from those below it.
+FLOORS = [
+    {"__main__", "commands"},
     {"tasks"},
-    {"train", "pretrained", "plan"},
+    {"train", "report", "pretrained", "plan"},
     {"evals"},
-    {"data", "checkpoint", "provenance", "distributed"},
-    {"optim", "sharding", "metrics", "interop"},
-    {"models", "flops", "config", "hlo", "traffic"},
+    {
+        *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
+        *("optim", "sharding", "metrics", "interop"),
+    },
+    {"models", "flops", "config", "errors", "files", "hlo", "traffic", "configs"},
 ]
-LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
+FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
 
 class Import(NamedTuple):
@@ -93,9 +94,9 @@ def test_imports_are_found_wherever_they_stand():
         list(imports("from . import x"))
 
 
-def test_every_part_has_a_layer():
+def test_every_part_has_a_floor():
     parts = {part(module_name(path)) for path, _ in python_files("mae_jax")} - {None}
-    assert parts <= set(LEVEL), "a new part of mae_jax: give it a place in LAYERS"
+    assert parts <= set(FLOOR), "a new part of mae_jax: give it a place in FLOORS"
 
 
 def test_imports_only_go_down():
@@ -103,9 +104,29 @@ def test_imports_only_go_down():
         f"{path}:{line} imports {name}"
         for path, found in python_files("mae_jax")
         for name, line, _ in found
-        if part(name) in LEVEL and LEVEL[part(name)] < LEVEL.get(part(module_name(path)), 0)
+        if part(name) in FLOOR and FLOOR[part(name)] < FLOOR.get(part(module_name(path)), 0)
     ]
     assert not upward
+
+
+def test_no_command_imports_another():
+    """What commands share stands in modules of mae_jax/commands without a function main."""
+    paths = (ROOT / "mae_jax/commands").glob("*.py")
+    commands = {f"mae_jax.commands.{path.stem}" for path in paths if defines_main(path)}
+    assert "mae_jax.commands.train" in commands
+    assert "mae_jax.commands.recipes" not in commands
+    between = [
+        f"{path}:{found.line} imports {found.name}"
+        for path, all_found in python_files("mae_jax/commands")
+        for found in all_found
+        if commands & {found.name, found.name.rpartition(".")[0]}
+    ]
+    assert not between
+
+
+def defines_main(path: Path) -> bool:
+    nodes = ast.parse(path.read_text()).body
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in nodes)
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -125,22 +146,29 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not graph
 
 
-def test_models_import_only_jax_flax_einops_numpy_and_themselves():
+def test_models_import_only_jax_flax_einops_numpy_errors_and_themselves():
     allowed = {"jax", "flax", "einops", "numpy"}
     standard = {"collections", "dataclasses", "functools", "math", "typing"}
+    ours = ("mae_jax.models", "mae_jax.errors")
     foreign = [
         f"{path}:{found.line} imports {found.name}"
         for path, all_found in python_files("mae_jax/models")
         for found in all_found
-        if found.package not in allowed | standard and not found.name.startswith("mae_jax.models")
+        if found.package not in allowed | standard and not found.name.startswith(ours)
     ]
     assert not foreign
 
 
-def test_configs_import_nothing_from_the_package():
-    assert [
-        path for path, found in python_files("configs") for x in found if x.package == "mae_jax"
-    ] == []
+def test_recipes_import_nothing_from_the_package_but_recipes():
+    """By the name that an installed package has, too."""
+    foreign = [
+        f"{path}:{found.line} imports {found.name}"
+        for path, all_found in python_files("configs")
+        for found in all_found
+        if found.package in ("mae_jax", "configs")
+        if not found.name.startswith("mae_jax.configs.")
+    ]
+    assert not foreign
 
 
 def test_tensorflow_is_never_imported():
@@ -236,6 +264,5 @@ def test_lock_pins_every_requirement():
     lines = (ROOT / "launch/requirements.lock").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.match(r"[\w.-]+==[\w.]+( ; .+)?$", pin) for pin in pins)
-    peers = {"safetensors", "timm", "torch", "torchvision", "transformers"}  # the extra torch
-    peers |= {"libtpu"}  # the extra plan
-    assert requirements() - peers <= {canonical(pin) for pin in pins}
+    extras = {"timm", "torch", "torchvision", "transformers", "libtpu", "gcsfs"}
+    assert requirements() - extras <= {canonical(pin) for pin in pins}

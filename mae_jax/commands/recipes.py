@@ -3,13 +3,14 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mae_jax import configs
+from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS
 from mae_jax.errors import UserError, nearest
 
 USAGE = """\
@@ -19,13 +20,6 @@ mae-jax {command} --config=RECIPE[:ARGUMENTS] [--config.KEY=VALUE ...] [FLAG ...
              or a Python file with a function get_config(arg)
   ARGUMENTS  such as variant=L/16,epochs=800; the first lines of a recipe's file explain them
   KEY=VALUE  changes a value of the recipe, such as --config.mask_ratio=0.9"""
-MOVED = {
-    "connect_seconds": "is now config.hosts.connect_seconds",
-    "heartbeat_seconds": "is now config.hosts.heartbeat_seconds",
-    "stall_seconds": "is now config.hosts.stall_seconds",
-    "data.threads": "is now the constant THREADS of mae_jax/data/workers.py: leave the key out",
-    "data.prefetch": "is now the constant PREFETCH of mae_jax/data/workers.py: leave the key out",
-}
 
 
 def parse(
@@ -50,7 +44,7 @@ def parse(
         raise SystemExit(0)
     given = " ".join(arg for arg in argv if re.match(r"--?config\b", arg))
     argv, file = _with_path(argv)
-    _refuse_moved(re.findall(r"--?config\.([\w.]+)", given))
+    _refuse_old(re.findall(r"--?config\.([\w.]+)", given))
 
     whole = [f"mae-jax {command}", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=whole)
@@ -62,7 +56,7 @@ def parse(
         # For an error inside a recipe, absl's message is the whole traceback.
         text = str(error).strip()
         text = text.splitlines()[-1] if "Traceback" in text else text
-        raise UserError(text.removeprefix("ValueError: ")) from None
+        raise UserError(re.sub(r"^(ValueError|mae_jax.errors.UserError): ", "", text)) from None
     except (AttributeError, KeyError) as error:
         what = " ".join(str(error.args[0]).split())
         raise UserError(f"{given}: no such key in the config: {what}") from None
@@ -75,7 +69,7 @@ def parse(
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     if not_a_number := re.search(r'"(\w+)": NaN', config.to_json()):
         raise UserError(f"{given}: {not_a_number[1]} is not a number (nan)")
-    _refuse_moved([*config, *(f"data.{key}" for key in config.get("data", ()))])
+    _refuse_old(_keys(config))
     config.lock()
     return config, values, file.stem
 
@@ -130,7 +124,17 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
 
 
-def _refuse_moved(keys: list[str]) -> None:
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a config as the command line has them, such as optim.blr."""
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _refuse_old(keys: Iterable[str]) -> None:
     for key in keys:
-        if key in MOVED:
-            raise UserError(f"config.{key} {MOVED[key]}")
+        if key in RENAMED_KEYS:
+            raise UserError(f"config.{key} is now config.{RENAMED_KEYS[key]}")
+        if key in REMOVED_KEYS:
+            raise UserError(f"config.{key} is now {REMOVED_KEYS[key]}: leave the key out")

@@ -1,4 +1,4 @@
-"""The recipes. In a checkout they are the files of ../configs; an installed package has them here."""
+"""The recipes: the folder configs of a checkout, or the files here in an installed package."""
 
 from pathlib import Path
 

@@ -1,0 +1,184 @@
+"""Recipes are found and read by name and by path, in a checkout and from an installed package."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from mae_jax.commands import recipes
+
+ROOT = Path(__file__).parents[1]
+PRETRAIN = ROOT / "configs/pretrain.py"
+FORK = """from {package}.pretrain import get_config as recipe
+
+
+def get_config(arg=None):
+    config = recipe(arg)
+    {change}
+    return config
+"""
+
+
+def parse(*argv):
+    def define(values):
+        flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+
+    return recipes.parse(list(argv), define, "train")
+
+
+def fork(folder, change, package="mae_jax.configs"):
+    file = folder / "mine.py"
+    file.write_text(FORK.format(package=package, change=change))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.mask_ratoi=0.9", 'Did you mean "mask_ratio"'),
+        ("--config.model.patch_siz=8", 'Did you mean "patch_size"'),
+        ("--config.evals.knn.every=5", "no such key in the config: 'knn'"),
+        ("--config.mask_ratio=nan", "mask_ratio is not a number"),
+        ("--config.mask_ratio=much", "could not convert string to float"),
+        ("--config.seed=1.5", "invalid literal for int"),
+        ("--nope=1", "nope"),
+        ("stray", "unexpected argument 'stray'"),
+        ("--config.connect_seconds=3", "is now config.hosts.connect_seconds"),
+        ("--config.heartbeat_seconds=3", "is now config.hosts.heartbeat_seconds"),
+        ("--config.stall_seconds=3", "is now config.hosts.stall_seconds"),
+        ("--config.data.threads=3", "is now the constant THREADS of mae_jax/data/workers.py"),
+        ("--config.data.prefetch=3", "is now the constant PREFETCH of mae_jax/data/workers.py"),
+    ],
+)
+def test_a_mistyped_or_old_option_is_refused_with_what_was_meant(override, words):
+    with pytest.raises(ValueError, match=words):
+        parse("--config=configs/pretrain.py", override)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("configs/pretrain.py:variant=Q/16", "B/16"),
+        ("configs/pretrain.py:size=3", "variant"),
+        ("configs/pretrain.py:epochs=many", "wants a int"),
+        ("configs/pretrian.py", "no file 'configs/pretrian.py' in .*; nearest: pretrain"),
+        ("elsewhere/pretrain.py", "no file 'elsewhere/pretrain.py'"),
+        ("common", "no recipe of that name"),
+    ],
+)
+def test_a_mistyped_recipe_or_argument_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        parse(f"--config={config}")
+
+
+def test_a_command_line_without_a_recipe_is_refused():
+    with pytest.raises(ValueError, match="--config=RECIPE is missing"):
+        parse("--workdir=DIR")
+
+
+@pytest.mark.parametrize("package", ["configs", "mae_jax.configs"])
+def test_recipes_take_arguments_overrides_and_lie_anywhere(tmp_path, package):
+    mine = fork(tmp_path, "config.mask_ratio = 0.6", package)
+    config, values, name = parse(
+        f"--config={mine}:variant=L/16,epochs=1600",
+        "--config.model.image_size=(224,448)",
+        "--workdir=DIR",
+    )
+    assert (config.model.width, config.mask_ratio) == (1024, 0.6)
+    assert config.train_for == "1600 epochs"
+    assert config.model.image_size == (224, 448)
+    assert config.is_locked
+    assert (name, values.workdir) == ("mine", "DIR")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("config.stall_seconds = 0", "config.hosts.stall_seconds"),
+        ("config.data.update(threads=2)", "the constant THREADS"),
+        ("import configs_of_nobody", "No module named 'configs_of_nobody'"),
+    ],
+)
+def test_a_recipe_that_sets_an_old_key_or_misses_a_module_is_refused(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        parse(f"--config={fork(tmp_path, change)}")
+
+
+def test_a_file_comes_before_the_installed_recipe_and_a_name_is_always_installed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.find("configs/pretrain.py") == recipes.find("pretrain") == PRETRAIN
+    (tmp_path / "configs").mkdir()
+    fork(tmp_path, "config.mask_ratio = 0.6").rename(tmp_path / "configs/pretrain.py")
+    assert parse("--config", "configs/pretrain.py")[0].mask_ratio == 0.6
+    assert parse("--config=pretrain")[0].mask_ratio == 0.75
+
+
+def test_help_lists_the_recipes_and_the_flags_of_the_command_alone(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--config=configs/pretrain.py", "--nope", "--help")
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert "mae-jax train --config=" in told and "pretrain, quickstart" in told
+    assert "--workdir" in told and "--flagfile" not in told
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A copy of the checkout, and its wheel unpacked."""
+    folder = tmp_path_factory.mktemp("installed")
+    checkout, wheel = folder / "checkout", folder / "wheel"
+    checkout.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    for name in ("mae_jax", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
+    # A copy, because a build leaves files behind.
+    source = shutil.copytree(checkout, folder / "source")
+    subprocess.run([*pip, "--no-build-isolation", f"--wheel-dir={folder}", source], check=True)
+    (file,) = folder.glob("*.whl")
+    zipfile.ZipFile(file).extractall(wheel)
+    return {"checkout": checkout, "wheel": wheel}
+
+
+@pytest.mark.parametrize(
+    ("place", "recipe"),
+    [("wheel", "mae_jax/configs/pretrain.py"), ("checkout", "configs/pretrain.py")],
+)
+def test_a_recipe_is_imported_without_jax(places, tmp_path, place, recipe):
+    code = (
+        "import sys; from mae_jax.configs import finetune, pretrain;"
+        "pretrain.get_config(), finetune.get_config();"
+        "print(pretrain.__file__, 'jax' in sys.modules)"
+    )
+    found = run(places[place], tmp_path, "-c", code)
+    assert found.stdout.split() == [str(places[place] / recipe), "False"]
+
+
+@pytest.mark.parametrize("config", ["pretrain:variant=Ti/16", "configs/pretrain.py:variant=Ti/16"])
+@pytest.mark.parametrize("place", ["wheel", "checkout"])
+def test_train_finds_the_installed_recipe_from_any_folder(places, tmp_path, place, config):
+    command = ["-m", "mae_jax", "train", f"--config={config}", "--config.mask_ratoi=0.9"]
+    refused = run(places[place], tmp_path, *command)
+    assert refused.returncode == 2, refused.stderr
+    assert 'Did you mean "mask_ratio"' in refused.stderr
+
+
+def test_the_wheel_has_every_recipe(places):
+    shipped = {path.name for path in (places["wheel"] / "mae_jax/configs").glob("*.py")}
+    assert shipped == {path.name for path in (ROOT / "configs").glob("*.py")}
+
+
+def run(place, cwd, *arguments):
+    """Run Python in a folder, with the packages of another place."""
+    environment = {"PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
