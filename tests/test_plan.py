@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import flops, hlo, plan, sharding, traffic
+from mae_jax import flops, hlo, plan, sharding, tasks, topologies, traffic
 from mae_jax.commands import plan as command
 from mae_jax.errors import UserError
 from tests.tiny import tiny_config
@@ -282,7 +282,7 @@ def test_hours_at_an_assumed_mfu_by_hand():
     ],
 )
 def test_topologies_and_their_names_in_the_cloud_and_in_jax(name, chips, cloud, device_kind):
-    topology = plan.parse_topology(name)
+    topology = topologies.parse(name)
     assert (topology.chips, topology.cloud, topology.device_kind) == (chips, cloud, device_kind)
 
 
@@ -344,8 +344,8 @@ def test_the_mesh_of_a_config_file_is_planned_for(run, tmp_path):
 
 def test_the_compiler_for_tpus_is_installed():
     assert importlib.util.find_spec("libtpu"), (
-        f"run bash launch/test.sh, or pip install --target=DIR libtpu=={plan.LIBTPU} with DIR on"
-        " PYTHONPATH"
+        "run bash launch/test.sh, or"
+        f" pip install --target=DIR libtpu=={topologies.LIBTPU} with DIR on PYTHONPATH"
     )
 
 
@@ -408,13 +408,13 @@ def test_slices_are_outermost_on_the_data_axis():
 )
 def test_an_unknown_topology_is_answered_with_the_nearest(topology, message):
     with pytest.raises(UserError, match=message):
-        plan.parse_topology(topology)
+        topologies.parse(topology)
 
 
 def test_without_the_compiler_for_tpus_the_way_to_get_it_is_said(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"pip install libtpu=={plan.LIBTPU}"):
-        plan.devices(plan.parse_topology("v5e:2x2"))
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install libtpu=={topologies.LIBTPU}"):
+        topologies.devices(topologies.parse("v5e:2x2"))
 
 
 @pytest.mark.parametrize(
