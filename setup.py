@@ -51,7 +51,7 @@ setup(
         "pillow>=11",
         "pyarrow",  # what `mae-jax embed` writes Parquet with; tensorflow-datasets needs it too
         "rich>=13",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "scipy>=1.14",
         "simplejpeg>=1.8",
         "tensorboardX>=2.6",

@@ -211,11 +211,6 @@ def restore_or_init(
     return init(), "from scratch"
 
 
-def load_params(checkpoint: epath.Path, state: Any) -> Any:
-    """Return `state` with all parameters of a checkpoint."""
-    return state.replace(params=restore(checkpoint, state.params, PARAMS))
-
-
 def find(path: str | os.PathLike, key: str) -> epath.Path:
     """Return the newest intact checkpoint of a workdir, or the checkpoint that `path` names.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -45,8 +46,11 @@ def open_manager(
     # By default Orbax slices an array among its replicas, and compiles a program for each array and
     # device while training waits for the first save. The first replica alone can write it too.
     handlers = ocp.type_handlers
-    handlers.register_type_handler(
-        jax.Array, handlers.ArrayHandler(use_replica_parallel=False), override=True
+    registry = handlers.create_type_handler_registry(
+        (int, handlers.ScalarHandler()),
+        (float, handlers.ScalarHandler()),
+        (np.ndarray, handlers.NumpyHandler()),
+        (jax.Array, handlers.ArrayHandler(use_replica_parallel=False)),
     )
     policies = ocp.checkpoint_managers
     kept: list = [policies.LatestN(keep)]
@@ -55,7 +59,7 @@ def open_manager(
     manager = Manager(
         root,
         # Named, so that an empty step directory does not change how the others are read.
-        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,

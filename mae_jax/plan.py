@@ -1,11 +1,10 @@
-"""What a training step needs on given chips, before they are paid for.
+"""Say what a training step needs on given chips, before anybody pays for them.
 
-The real step is compiled for the topology, on any machine, and the program is read: memory by kind,
-what the chips exchange, and the least time that the chips' peaks allow. Nothing here is measured.
+The real step is compiled for a topology, on any machine, and the program is read: memory by kind,
+what the devices exchange, and the least time that the chips' peaks allow. Nothing is measured.
 """
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -15,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import flops, hlo, sharding, train
+from mae_jax import distributed, flops, hlo, sharding, traffic, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
-from mae_jax.errors import UserError
-from mae_jax.optim import path_name
+from mae_jax.errors import UserError, nearest
 
-# Shapes that the cloud offers, of chips (docs.cloud.google.com/tpu/docs); the compiler knows more.
+# Chips of the cloud's shapes (docs.cloud.google.com/tpu/docs); the compiler knows more shapes.
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 SHAPES = {
@@ -39,19 +37,18 @@ SHAPES = {
     "v5p": DEEP,
     "v6e": FLAT,
 }
-GPUS = {"v100": "NVIDIA V100", "a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
-# What JAX 0.10.2 asks for; 0.12 reads what it compiles too, 0.10 not all that newer ones compile.
+GPUS = ("v100", "a100", "h100", "h200")
+# What JAX 0.10.2 asks for. JAX 0.12 also reads what this version compiles; JAX 0.10 does not read
+# everything that newer versions compile.
 LIBTPU = "0.0.42"
-# What a plan depends on, beside the config: the step, how it is laid out, and what is read from it.
-CODE = ("models", "tasks", "train.py", "optim.py", "sharding.py", "flops.py", "hlo.py", "plan.py")
 
 
 class Topology(NamedTuple):
     """Chips and how they are joined."""
 
-    name: str  # as it was asked for: v5e:4x4, cpu:8, h100:8
+    name: str  # as the user gave it: v5e:4x4, cpu:8, h100:8
     kind: str  # v3, v4, ..., cpu, gpu, v100, ...
-    chips: int  # or GPUs or simulated devices, of one slice
+    chips: int  # of one slice; or GPUs, or simulated devices
     slices: int = 1  # joined by the data-center network only
 
     @property
@@ -60,75 +57,78 @@ class Topology(NamedTuple):
 
     @property
     def cloud(self) -> str:
-        """The cloud's name of one slice: cores for v3, v4 and v5p, chips for v5e and v6e."""
-        if not self.is_tpu:
-            return ""
+        """The cloud's name of one slice: it counts cores for v3, v4 and v5p, else chips."""
         prefix = {"v5e": "v5litepod"}.get(self.kind, self.kind)
-        return f"{prefix}-{self.chips * (1 if self.kind in ('v5e', 'v6e') else 2)}"
+        cores = self.chips * (1 if self.kind in ("v5e", "v6e") else 2)
+        return f"{prefix}-{cores}" if self.is_tpu else ""
+
+    @property
+    def device_kind(self) -> str:
+        """JAX's name of the device, or '' if it is one of this machine's own."""
+        if self.is_tpu:
+            return flops.ALIASES.get(f"TPU {self.kind}", f"TPU {self.kind}")
+        return f"NVIDIA {self.kind.upper()}" if self.kind in GPUS else ""
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes of memory of one device, or None for an unknown device."""
+        chip = flops.chip(self.device_kind)
+        return chip.hbm * 2**30 if chip and chip.hbm else None
 
 
-def topology(name: str, slices: int = 1) -> Topology:
-    """'v5e:4x4' (chips), 'cpu:8' or 'h100:8' (devices), and how many of them.
-
-    Raises:
-      UserError: there is no such topology; the nearest names are given.
-    """
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """Return the topology of a name: 'v5e:4x4' (chips), 'cpu:8' or 'h100:8' (devices)."""
     kind, _, shape = name.partition(":")
     sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    whole = kind in SHAPES and len(sides) == SHAPES[kind][0].count("x") + 1
-    counted = kind in ("cpu", "gpu", *GPUS) and len(sides) == 1
-    if not (whole or counted) or 0 in sides:
-        known = [f"{kind}:{shape}" for kind, shapes in SHAPES.items() for shape in shapes]
-        clouds = {topology(shape).cloud: shape for shape in known}
+    counted = ("cpu", "gpu", *GPUS)
+    dimensions = SHAPES[kind][0].count("x") + 1 if kind in SHAPES else int(kind in counted)
+    if not dimensions or len(sides) != dimensions or 0 in sides:
+        shapes = [f"{kind}:{shape}" for kind in SHAPES for shape in SHAPES[kind]]
+        clouds = {parse_topology(shape).cloud: shape for shape in shapes}
         if name in clouds:
             raise UserError(f"{name!r} is the cloud's name; its chips are {clouds[name]}")
-        near = difflib.get_close_matches(name, [*known, *clouds], 3, 0.4)
-        near += [f"{gpu}:8" for gpu in difflib.get_close_matches(kind, ["cpu", "gpu", *GPUS], 1)]
+        choices = [*shapes, *clouds, *(f"{device}:8" for device in counted)]
         raise UserError(
-            f"there is no topology {name!r}; nearest: {', '.join(near) or 'v5e:4x4, cpu:8, gpu:8'}."
-            f" TPUs are shapes of chips ({', '.join(SHAPES)}), others are counted"
+            f"there is no topology {name!r}: TPUs are shapes of chips ({', '.join(SHAPES)}), other"
+            f" devices are counted{nearest(name, choices)}"
         )
     if slices < 1 or (slices > 1 and kind not in SHAPES):
         raise UserError(f"num_slices={slices}: at least 1, and more than one of TPUs only")
     return Topology(name, kind, math.prod(sides), slices)
 
 
-def devices(where: Topology) -> list[Any]:
-    """The devices of a topology: descriptions to compile for, or this machine's own.
-
-    Raises:
-      UserError: no compiler for TPUs is installed, it does not know the shape, or this process
-        cannot simulate so many CPU devices any more.
-    """
-    if where.is_tpu:
-        return _tpu_devices(where)
-    if where.kind not in ("cpu", *GPUS) and jax.default_backend() == "gpu":
-        found = jax.devices("gpu")
-        if len(found) >= where.chips:
-            return found[: where.chips]
+def devices(topology: Topology) -> list[Any]:
+    """Return the devices of a topology: descriptions to compile for, or this machine's own."""
+    if topology.is_tpu:
+        return _tpu_devices(topology)
+    if topology.kind not in ("cpu", *GPUS) and jax.default_backend() == "gpu":
+        gpus = jax.devices("gpu")
+        if len(gpus) >= topology.chips:
+            return gpus[: topology.chips]
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started; it may have enough
-            jax.config.update("jax_num_cpu_devices", where.chips)
-    found = jax.devices("cpu")
-    if len(found) < where.chips:
+            jax.config.update("jax_num_cpu_devices", topology.chips)
+    cpus = jax.devices("cpu")
+    if len(cpus) < topology.chips:
         raise UserError(
-            f"{where.name}: this process has {len(found)} CPU devices; start it with"
-            f" XLA_FLAGS=--xla_force_host_platform_device_count={where.chips}, or name the topology"
-            " with the most devices first"
+            f"{topology.name}: this process has {len(cpus)} CPU devices; start it with"
+            f" XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips}, or name the"
+            " topology with the most devices first"
         )
-    return found[: where.chips]
+    return cpus[: topology.chips]
 
 
-def _tpu_devices(where: Topology) -> list[Any]:
+def _tpu_devices(topology: Topology) -> list[Any]:
+    """Return descriptions of the devices of a TPU topology, from the TPUs' compiler."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"{where.name}: the compiler for TPUs is not installed; it runs on any Linux machine:"
-            f" pip install libtpu=={LIBTPU}"
+            f"{topology.name}: the compiler for TPUs is not installed; it runs on any Linux"
+            f" machine: pip install libtpu=={LIBTPU}"
         )
     from jax.experimental import topologies
 
-    # For a compiler without a TPU: no question to the cloud's metadata server, one worker, and no
-    # lock that only one process may hold.
+    # Without a TPU the compiler must not ask the cloud's metadata server, wait for other workers,
+    # or take the lock that only one process may hold.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -137,109 +137,42 @@ def _tpu_devices(where: Topology) -> list[Any]:
         "TPU_LIBRARY_PATH": importlib.import_module("libtpu").get_library_path(),
     }.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
-    if where.kind == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as on Cloud TPU VMs
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as on Cloud TPU VMs
     try:
-        return list(topologies.get_topology_desc(where.name, platform="tpu", **options).devices)
+        return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
     except Exception as error:  # of many types, and none of ours
         raise UserError(
-            f"{where.name}: the compiler does not know this shape"
-            f" ({str(error).splitlines()[0][:200]}); the cloud has {', '.join(SHAPES[where.kind])}"
+            f"{topology.name}: the compiler does not know this shape"
+            f" ({str(error).splitlines()[0][:200]}); the cloud has"
+            f" {', '.join(SHAPES[topology.kind])}"
         ) from None
 
 
-def meshes(where: Topology, state_bytes: float) -> Iterator[dict[str, int]]:
-    """Meshes to try when none was asked for: those that exchange least come first.
+def meshes(topology: Topology, state_bytes: float) -> Iterator[dict[str, int]]:
+    """Yield the meshes to try when none was asked for, those that exchange least first.
 
-    Data-parallel, then parameters split over ever more chips of a slice; without those on which
-    the state and its gradients alone would not fit.
+    The first is data-parallel; the others split the state over more and more chips of a slice.
+    Meshes on which the state and its gradients alone do not fit are left out.
     """
-    cores = where.chips * (2 if where.kind == "v3" else 1)
-    limit = memory_limit(where)
-    sizes = [size for size in (1, 4, 16, 64, 256) if cores % size == 0 and size < cores]
-    for fsdp in [*sizes, cores] if cores > 1 else [1]:
-        if limit is None or state_bytes / fsdp < limit:
+    count = topology.chips * (2 if topology.kind == "v3" else 1)
+    sizes = [size for size in (1, 4, 16, 64, 256) if count % size == 0 and size < count]
+    for fsdp in [*sizes, count]:
+        if topology.memory is None or state_bytes / fsdp < topology.memory:
             yield {"data": -1, "fsdp": fsdp, "tensor": 1}
-
-
-KINDS = {
-    "v3": "TPU v3",
-    "v4": "TPU v4",
-    "v5e": "TPU v5 lite",
-    "v5p": "TPU v5",
-    "v6e": "TPU v6 lite",
-    **GPUS,
-}
-
-
-def memory_limit(where: Topology) -> float | None:
-    """Bytes of memory of one device, or None where we do not know it."""
-    chip = flops.chip(KINDS.get(where.kind, ""))
-    return chip.hbm * 2**30 if chip and chip.hbm else None
-
-
-class Model(NamedTuple):
-    """What the arrays of a program are told apart by."""
-
-    sizes: frozenset[
-        int
-    ]  # numbers of elements of parameters, of one layer of them, of their shards
-    vectors: int  # elements of all biases, scales and tokens of a layer together
-
-
-def model_arrays(params: Any, devices: int) -> Model:
-    """The sizes that parameters and gradients can have in a program for so many devices."""
-    sizes, vectors = set(), 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        stacked = "blocks" in path_name(path)
-        one = leaf.size // leaf.shape[0] if stacked else leaf.size
-        vectors += one if one < sharding.LARGE else 0
-        for whole in {leaf.size, one}:
-            # Rings hand on one device's shard, both ways around half of it.
-            sizes |= {whole // n for n in range(1, 2 * devices + 1) if whole % n == 0}
-    return Model(frozenset(sizes), vectors)
-
-
-def role(collective: hlo.Collective, array: hlo.Array, model: Model) -> str:
-    """weight, gradient, scalar or activation: what an array is that devices exchange.
-
-    Told by its number of elements, for programs reshape and transpose what they send. Biases and
-    scales travel packed into tiles of 128. What is none of these counts as an activation.
-    """
-    packed = array.dims[-1:] == (128,) and array.size <= 2 * model.vectors + 1024
-    if array.size == 1 or array.dims == (1, 1, 128):
-        return "scalar"
-    if array.size not in model.sizes and not packed:
-        return "activation"
-    summed = collective.kind in ("all-reduce", "reduce-scatter") or collective.computed
-    return "gradient" if summed and collective.kind != "all-gather" else "weight"
-
-
-def traffic(found: Iterable[hlo.Collective], model: Model) -> list[dict[str, Any]]:
-    """Bytes of a step by kind of collective, mesh axes, and what is sent; the largest first."""
-    table: dict[tuple, dict[str, Any]] = {}
-    for collective in found:
-        whole = sum(array.bytes for array in collective.arrays) or 1
-        for array in collective.arrays:
-            what = role(collective, array, model)
-            key = (collective.kind, "+".join(collective.axes), what)
-            row = table.setdefault(
-                key, dict(zip(("kind", "axes", "what"), key, strict=True)) | {"bytes": 0, "sent": 0}
-            )
-            row["bytes"] += array.bytes * collective.times
-            row["sent"] += round(collective.sent * array.bytes / whole)
-    return sorted(table.values(), key=lambda row: -row["bytes"])
 
 
 def roofline(
     chip: flops.Chip, work: float, moved: float, sent: float, sent_slowly: float
 ) -> dict[str, Any]:
-    """The least time of a step, were all of a device's parts busy at once, and which one decides.
+    """Return the least time of a step if all parts of a device are busy at once, and the limit.
 
     Args:
-      work: FLOPs of one device; moved: bytes to and from its memory; sent: bytes to neighbours;
-      sent_slowly: bytes between slices. All of one step.
+      work: FLOPs of one device in one step.
+      moved: bytes to and from its memory.
+      sent: bytes to its neighbours.
+      sent_slowly: bytes between slices.
     """
     seconds = {
         "compute": work / (chip.tflops * 1e12),
@@ -247,49 +180,17 @@ def roofline(
         "links": sent / (chip.link_rate * 1e9) if chip.link_rate else None,
         "slices": sent_slowly / (chip.slow_rate * 1e9) if sent_slowly and chip.slow_rate else None,
     }
-    known = {part: time for part, time in seconds.items() if time is not None}
-    bound = max(known, key=lambda part: known[part])
-    return {"seconds": seconds, "step": known[bound], "bound": bound}
-
-
-def sizes_of(state: train.TrainState) -> dict[str, int]:
-    """Bytes of the state on one device, by kind."""
-
-    def held(tree: Any) -> int:
-        return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-
-    return {
-        "parameters": held(state.params),
-        "optimizer": held(state.opt_state),
-        "other": held(state.extra),
-    }
-
-
-def needed(error: BaseException) -> tuple[float | None, float | None] | None:
-    """(bytes needed at least, bytes there) if the compiler's error says that it does not fit."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
-        return None
-    size = r"([\d.]+)([KMGT])"
-    found = re.search(rf"Used {size} of {size} hbm", text) or re.search(
-        rf"\({size}\) exceeds available HBM \({size}\)", text
-    )
-    if not found:
-        return None, None
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    step, bound = max((time, part) for part, time in seconds.items() if time is not None)
+    return {"seconds": seconds, "step": step, "bound": bound}
 
 
 def plan(
-    config: ConfigDict, where: Topology, mesh: Mesh, make_task: Callable, compiled: bool = True
+    config: ConfigDict, topology: Topology, mesh: Mesh, make_task: Callable, compiled: bool = True
 ) -> dict[str, Any]:
-    """Compiles the step of a config for a mesh and says what it takes, as JSON would hold it.
+    """Compile the step of a config for a mesh and return what it takes, as JSON would hold it.
 
     Args:
-      make_task: of the config's task.
+      make_task: (config, constrain) -> task.
       compiled: False = without a program: no temporary memory, and nothing of what is exchanged.
 
     Raises:
@@ -301,74 +202,111 @@ def plan(
     per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     tx, _ = task.optimizer(total, per_epoch)
-    state, _ = train.lay_out(task, tx, config, mesh)
-    chip = flops.chip(KINDS.get(where.kind, mesh.devices.flat[0].device_kind))
-    forward = task.flops_per_example
-    # With remat, the blocks' forward pass runs twice.
-    hardware = task.passes + bool(config.model.get("remat", False))
-    share = config.batch_size / mesh.size
+    state, _ = train.lay_out(task, tx, config.seed, mesh)
+    device_kind = topology.device_kind or mesh.devices.flat[0].device_kind
     result: dict[str, Any] = {
-        "topology": where.name,
-        "cloud": where.cloud,
-        "num_slices": where.slices,
+        "topology": topology.name,
+        "cloud": topology.cloud,
+        "num_slices": topology.slices,
         "devices": mesh.size,
-        "device_kind": KINDS.get(where.kind, mesh.devices.flat[0].device_kind),
+        "device_kind": device_kind,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "gflops": {
-            "forward_per_image": forward / 1e9,
-            "step_per_image": task.passes * forward / 1e9,
-            "step_per_device": hardware * forward * share / 1e9,
-        },
+        "gflops": work(task, config, mesh.size),
         "steps": total,
-        "memory": sizes_of(state) | {"chip": memory_limit(where)},
+        "memory": state_memory(state) | {"chip": topology.memory},
         "compiled": compiled,
         "fits": None,
         "versions": versions(),
     }
     if not compiled:
         return result
-
+    sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
     try:
-        program = train.compile_step(task, tx, config, mesh)
+        program = train.compile_step(task, tx, mesh, state, seed=config.seed, **sizes)
     except Exception as error:
-        if (short := needed(error)) is None:
+        if (shortage := memory_shortage(error)) is None:
             raise
         result["fits"] = False
-        result["memory"] |= {"total": short[0], "chip": short[1] or result["memory"]["chip"]}
-        return result | {"compile_seconds": round(time.monotonic() - began, 1)}
-    memory = program.step.memory_analysis()
-    text = hlo.parse(program.step.as_text())
-    found = hlo.collectives(text, mesh.shape)
-    rows = traffic(found, model_arrays(state.params, mesh.size))
-    state_bytes = sum(result["memory"][kind] for kind in ("parameters", "optimizer", "other"))
-    given = memory.argument_size_in_bytes
-    held = given + memory.temp_size_in_bytes
-    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if where.is_tpu:  # the sum counts memory twice that is used again: it can exceed the chip's
-        held = memory.peak_memory_in_bytes
-    result["memory"] |= {
-        "batch": max(given - state_bytes, 0),
-        "temporary": held - given,
-        "total": held,
-        "moved": hlo.traffic(text),
-    }
-    result["collectives"] = rows
-    result["fits"] = True if where.is_tpu else None
-    if chip:
-        slow = sum(row["sent"] for row in rows if row["axes"] == "slices")
-        quick = sum(row["sent"] for row in rows) - slow
-        work = result["gflops"]["step_per_device"] * 1e9
-        line = roofline(chip, work, result["memory"]["moved"], quick, slow)
-        line["hours"] = line["step"] * total / 3600
-        line["mfu"] = task.passes * forward * share / (chip.tflops * 1e12) / line["step"]
-        result["roofline"] = line
+        result["memory"] |= {key: size for key, size in shortage.items() if size}
+    else:
+        result["fits"] = True if topology.is_tpu else None
+        text = hlo.parse(program.as_text())
+        result["memory"] |= step_memory(program, result["memory"], topology.is_tpu)
+        result["memory"]["moved"] = traffic.memory_bytes(text)
+        result["collectives"] = traffic.by_axes(traffic.collectives(text, mesh.shape))
+        if chip := flops.chip(device_kind):
+            result["roofline"] = recipe_roofline(chip, result)
     return result | {"compile_seconds": round(time.monotonic() - began, 1)}
 
 
+def work(task: train.Task, config: ConfigDict, devices: int) -> dict[str, float]:
+    """Return the GFLOPs of a forward pass and of a step, counted from the network's sizes."""
+    forward = task.flops_per_example / 1e9
+    # With remat the forward pass of the blocks runs twice.
+    passes = task.flops_multiplier + bool(config.model.get("remat", False))
+    return {
+        "forward_per_image": forward,
+        "step_per_image": task.flops_multiplier * forward,
+        "step_per_device": passes * forward * config.batch_size / devices,
+    }
+
+
+def state_memory(state: train.TrainState) -> dict[str, int]:
+    """Return the bytes of the state on one device, by kind."""
+
+    def size(tree: Any) -> int:
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    kinds = {"parameters": state.params, "optimizer": state.opt_state, "other": state.extra}
+    return {kind: size(tree) for kind, tree in kinds.items()}
+
+
+def step_memory(program: Any, state: dict[str, Any], is_tpu: bool) -> dict[str, int]:
+    """Return the bytes of the batch, of temporary arrays, and of all that a step holds."""
+    memory = program.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    total = arguments + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if is_tpu:  # the sum counts reused memory twice: it can exceed what the chip has
+        total = memory.peak_memory_in_bytes
+    held = sum(state[kind] for kind in ("parameters", "optimizer", "other"))
+    return {"batch": max(arguments - held, 0), "temporary": total - arguments, "total": total}
+
+
+def memory_shortage(error: BaseException) -> dict[str, float | None] | None:
+    """Return the bytes that a step needs and has, or None if it fails for another reason."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    size = r"([\d.]+)([KMGT])"
+    sizes = re.search(rf"Used {size} of {size} hbm", text) or re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)", text
+    )
+    if not sizes:
+        return {"total": None}
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    total, chip = (float(sizes[i]) * unit[sizes[i + 1]] for i in (1, 3))
+    return {"total": total, "chip": chip}
+
+
+def recipe_roofline(chip: flops.Chip, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the roofline of a plan's step, with the hours of the recipe and the MFU it means."""
+    slow = sum(row["sent"] for row in result["collectives"] if row["axes"] == "slices")
+    quick = sum(row["sent"] for row in result["collectives"]) - slow
+    gflops = result["gflops"]
+    line = roofline(chip, gflops["step_per_device"] * 1e9, result["memory"]["moved"], quick, slow)
+    useful = gflops["step_per_image"] * 1e9 * result["batch_size"] / result["devices"]
+    mfu = useful / (chip.tflops * 1e12) / line["step"]
+    return line | {"hours": line["step"] * result["steps"] / 3600, "mfu": mfu}
+
+
 def hours(result: dict[str, Any], mfu: float) -> float | None:
-    """Hours of the whole recipe if the chips reached so much of their peak: an assumption."""
+    """Return the hours of the whole recipe if the chips reach this fraction of their peak."""
     chip = flops.chip(result["device_kind"])
     if chip is None:
         return None
@@ -377,10 +315,9 @@ def hours(result: dict[str, Any], mfu: float) -> float | None:
 
 
 def advice(result: dict[str, Any], config: ConfigDict) -> str:
-    """What would make a plan fit that does not."""
+    """Return what may make a step fit that does not."""
     memory, mesh = result["memory"], result["mesh"]
-    gib = 2**30
-    state = memory["parameters"] + memory["optimizer"]
+    state = (memory["parameters"] + memory["optimizer"]) / 2**30
     ideas = []
     if not config.model.get("remat", False):
         ideas.append("--config.model.remat=True (blocks are computed again in the backward pass)")
@@ -390,38 +327,25 @@ def advice(result: dict[str, Any], config: ConfigDict) -> str:
             f"fewer than {share} images per chip: more chips, a smaller --config.batch_size, or"
             f" --config.grad_accum={config.grad_accum * 2} (--search_batch finds the largest)"
         )
-    wider = result["devices"] // result["num_slices"]
-    if mesh["fsdp"] < wider:
+    widest = result["devices"] // result["num_slices"]
+    if mesh["fsdp"] < widest:
         ideas.append(
-            f"--config.mesh.fsdp={wider} (state per chip {state * mesh['fsdp'] / wider / gib:.2f}"
-            f" GiB instead of {state / gib:.2f})"
+            f"--config.mesh.fsdp={widest} (state per chip {state * mesh['fsdp'] / widest:.2f} GiB"
+            f" instead of {state:.2f})"
         )
     return "; or ".join(ideas) or "a topology with more chips, or with more memory in each"
 
 
 def versions() -> dict[str, str]:
-    """What a plan came from: code, JAX and compiler."""
-    root = Path(__file__).parent
-    files = [file for part in CODE for file in sorted([root / part, *(root / part).glob("*.py")])]
-    text = b"".join(file.read_bytes() for file in files if file.is_file())
-    found = {"code": hashlib.sha256(text).hexdigest()[:12], "jax": jax.__version__}
+    """Return what a plan depends on beside the config: code, JAX and compiler."""
+    compiler = {}
     if importlib.util.find_spec("libtpu"):
-        found["libtpu"] = importlib.metadata.version("libtpu")
-    return found
+        compiler["libtpu"] = importlib.metadata.version("libtpu")
+    return {"code": distributed.source_digest(), "jax": jax.__version__} | compiler
 
 
-def remembered(
-    folder: Path, config: ConfigDict, where: Topology, mesh: Any, make: Callable[[], dict]
-) -> dict[str, Any]:
-    """A plan from the cache, under a hash of all that it depends on, or a new one."""
-    facts = [json.loads(config.to_json()), where, mesh, versions()]
+def cache_file(folder: Path, config: ConfigDict, topology: Topology, mesh: Mesh) -> Path:
+    """Return the file that holds a plan once it is made, named by all that the plan depends on."""
+    facts = [json.loads(config.to_json()), topology, dict(mesh.shape), versions()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    file = folder / f"{key}.json"
-    if file.exists():
-        return json.loads(file.read_text()) | {"cached": True}
-    result = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(file)
-    return result
+    return folder / f"{key}.json"

@@ -94,7 +94,8 @@ class Task(Protocol):
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
         """Return a fresh state with what config.init_from takes of a checkpoint: parameters."""
-        return checkpoint.load_params(path, state)
+        params = checkpoint.restore(path, state.params, checkpoint.PARAMS)
+        return dataclasses.replace(state, params=params)
 
 
 def stream(seed: int, name: str, step: Array | int) -> Array:

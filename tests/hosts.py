@@ -1,4 +1,4 @@
-"""Real processes of `mae-jax train` as the hosts of one run, for the tests of several hosts."""
+"""Start real processes of `mae-jax train` as the hosts of one run."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reac
 IMAGES = 1437
 
 CONFIG = f'''
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.pretrain import get_config as recipe
 
 def get_config(arg=None):
     config = recipe("batch_size=128,image_size=32")
@@ -27,34 +28,31 @@ def get_config(arg=None):
         decoder_heads=2, dtype="float32", channels=1,
     )
     config.train_for, config.optim.warmup = "{STEPS} steps", "5 steps"
-    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,), threads=2, prefetch=1)
+    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,))
     config.evals = {{}}
     config.checkpoint.update(every="3 steps", keep=2, keep_every="")
     config.log_every = "1 steps"
-    config.heartbeat_seconds = 10
+    config.hosts.heartbeat_seconds = 10
     return config
 '''
 
-# `mae-jax train` that writes down which examples it was given, one line for each step.
+# `mae-jax train` that writes the indices of its examples into a file, one line for each step.
 RECORDING = """
-import json, os, sys
-sys.path.insert(0, os.getcwd())
-from mae_jax import __main__
-from mae_jax.tasks import pretrain
+    import json, os, sys
+    sys.path.insert(0, os.getcwd())
+    from mae_jax import __main__
+    from mae_jax.tasks import pretrain
 
-make_task, seen = pretrain.make_task, sys.argv.pop(1)
+    batches, seen = pretrain.Task.batches, sys.argv.pop(1)
 
-def recording(*args):
-    task = make_task(*args)
-    def batches(start, rows):
-        for step, (batch, *rest) in enumerate(task.batches(start, rows), start):
+    def recording(self, start, rows):
+        for step, (batch, *rest) in enumerate(batches(self, start, rows), start):
             with open(seen, "a") as file:
                 print(json.dumps([step, batch["index"].tolist()]), file=file)
             yield batch, *rest
-    return task._replace(batches=batches)
 
-pretrain.make_task = recording
-sys.exit(__main__.main(["train", *sys.argv[1:]]))
+    pretrain.Task.batches = recording
+    sys.exit(__main__.main(["train", *sys.argv[1:]]))
 """
 
 
@@ -76,16 +74,25 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def images(folder: Path) -> Path:
-    """A folder of small pictures, which opens at once: the bundled digits import scikit-learn."""
+def images(folder: Path, count: int = IMAGES, size: int = 8) -> Path:
+    """Make FOLDER/images, which opens at once: the bundled digits import scikit-learn."""
     made = folder / "images"
     if not made.exists():
-        made.mkdir()
+        made.mkdir(parents=True)
         rng = np.random.default_rng(0)
-        for index in range(IMAGES):
-            levels = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+        for index in range(count):
+            levels = rng.integers(0, 256, (size, size)).astype(np.uint8)
             Image.fromarray(levels).save(made / f"{index}.png")
     return made
+
+
+def checkouts(*folders: Path) -> list[Path]:
+    """Make folders that hold links to the code, for hosts that run in folders of their own."""
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for name in ("mae_jax", "configs"):
+            (folder / name).symlink_to(ROOT / name)
+    return [*folders]
 
 
 def flags(folder: Path, workdir: Path) -> list[str]:
@@ -94,21 +101,21 @@ def flags(folder: Path, workdir: Path) -> list[str]:
 
 
 class Processes:
-    """Processes that are killed when they take too long; `said[i]` grows line by line."""
+    """Processes that are killed when they take too long; `output[i]` grows line by line."""
 
-    def __init__(self, commands: list[list[str]], devices: int, places: list[Path] | None = None):
+    def __init__(self, commands: list[list[str]], devices: int, folders: list[Path] | None = None):
         self.processes = [
             subprocess.Popen(
                 command,
-                cwd=place,
+                cwd=folder,
                 env=environment(devices),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for command, place in zip(commands, places or [ROOT] * len(commands), strict=True)
+            for command, folder in zip(commands, folders or [ROOT] * len(commands), strict=True)
         ]
-        self.said: list[list[str]] = [[] for _ in commands]
+        self.output: list[list[str]] = [[] for _ in commands]
         self._readers = [
             threading.Thread(target=self._read, args=(i,), daemon=True)
             for i in range(len(commands))
@@ -118,19 +125,19 @@ class Processes:
             thread.start()
 
     def _read(self, index: int) -> None:
-        self.said[index].extend(line.rstrip() for line in self.processes[index].stdout)
+        self.output[index].extend(line.rstrip() for line in self.processes[index].stdout)
 
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
 
     def until(self, condition) -> None:
-        """Waits for a condition, or for the end of a process."""
+        """Wait for a condition, or for the end of a process."""
         while all(process.poll() is None for process in self.processes) and not condition():
             time.sleep(0.01)
 
     def end(self) -> list[int]:
-        """The exit statuses."""
+        """Wait for the processes; return their exit statuses."""
         statuses = [process.wait() for process in self.processes]
         self._too_long.cancel()
         for reader in self._readers:
@@ -138,15 +145,21 @@ class Processes:
         return statuses
 
     def text(self) -> str:
-        return "\n".join(line for lines in self.said for line in lines)
+        return "\n".join(line for lines in self.output for line in lines)
 
 
 def apart(
-    folder: Path, workdir: Path, hosts: int, devices: int, own_flags=None, places=None, seen=""
+    folder: Path, workdir: Path, hosts: int, devices: int, own_flags=None, folders=None, seen=""
 ) -> Processes:
-    """Hosts without a launcher; with `seen`, host I writes its examples to the file {seen}-I."""
+    """Start hosts without a launcher.
+
+    Args:
+      own_flags: more flags, for each host.
+      folders: current folder of each host.
+      seen: if given, host I writes its examples to the file {seen}-I.
+    """
     port = free_port()
-    (folder / "recording.py").write_text(RECORDING)
+    (folder / "recording.py").write_text(textwrap.dedent(RECORDING))
     commands = []
     for host in range(hosts):
         start = (
@@ -157,17 +170,17 @@ def apart(
             [sys.executable, *start, *flags(folder, workdir), *(joined if hosts > 1 else ())]
             + (own_flags[host] if own_flags else [])
         )
-    return Processes(commands, devices, places)
+    return Processes(commands, devices, folders)
 
 
 def launched(folder: Path, workdir: Path, hosts: int, devices: int) -> Processes:
-    """Hosts under launch/local.sh."""
+    """Start hosts under launch/local.sh."""
     command = ["env", f"PORT={free_port()}", "bash", "launch/local.sh", str(hosts)]
     return Processes([[*command, *flags(folder, workdir)]], devices)
 
 
 def signal_host(workdir: Path, host: int, number: int) -> None:
-    """To the process of one host of a launched run."""
+    """Send a signal to the process of one host of a launched run."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_text().split("\0")
@@ -178,7 +191,7 @@ def signal_host(workdir: Path, host: int, number: int) -> None:
 
 
 def logged(workdir: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl that tell of updates."""
+    """Return the complete lines of metrics.jsonl that report updates."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -186,17 +199,32 @@ def logged(workdir: Path) -> list[dict]:
 
 
 def losses(workdir: Path) -> list[float]:
-    """Of all steps, each logged once and in order."""
+    """Return the losses of all steps; each step must be logged once and in order."""
     entries = logged(workdir)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     return [entry["train/loss"] for entry in entries]
 
 
 def examples(seen: str, hosts: int) -> dict[int, list[int]]:
-    """Step -> the examples that all hosts together were given."""
+    """Return step -> the examples that all hosts together were given."""
     given: dict[int, list[int]] = {}
     for host in range(hosts):
         for line in Path(f"{seen}-{host}").read_text().splitlines():
             step, indices = json.loads(line)
             given.setdefault(step, []).extend(indices)
     return given
+
+
+def run_until_logged(folder: Path, workdir: Path, hosts: int, devices: int) -> Processes:
+    """Start hosts under launch/local.sh, and wait until they have made three more updates."""
+    run = launched(folder, workdir, hosts, devices)
+    before = len(logged(workdir))
+    run.until(lambda: len(logged(workdir)) > before + 2)
+    return run
+
+
+def assert_read_once(given: dict[int, list[int]]) -> None:
+    """Check that each of two epochs gave every example at most once, in full batches."""
+    for epoch in (range(PER_EPOCH), range(PER_EPOCH, 2 * PER_EPOCH)):
+        read = [index for step in epoch for index in given[step]]
+        assert len(set(read)) == len(read) == 128 * PER_EPOCH

@@ -30,7 +30,7 @@ def test_the_operation_at_magnitude_9_is_the_official_one(name):
     key = f"{NAMES[name]}@9"
     image = augment.apply(Image.fromarray(GOLDEN["image"]), name, 9.0, negative=True)
     np.testing.assert_array_equal(np.asarray(image), GOLDEN[key])
-    strength, signed, _ = augment.OPERATIONS[name]
+    _, strength, signed = augment.OPERATIONS[name]
     if ARGS[key]:
         factor = name in ("color", "contrast", "brightness", "sharpness")
         value = -strength(9.0) if signed else strength(9.0)
@@ -52,7 +52,7 @@ STRENGTHS = {
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_strength_grows_with_magnitude(name):
     for magnitude, strength in STRENGTHS[name].items():
-        assert augment.OPERATIONS[name][0](magnitude) == pytest.approx(strength)
+        assert augment.OPERATIONS[name].strength(magnitude) == pytest.approx(strength)
 
 
 def test_draws_follow_the_published_rules(monkeypatch):

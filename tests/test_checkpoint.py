@@ -14,7 +14,11 @@ from jax.sharding import PartitionSpec as P
 from states import assert_equal, data_files, flip, init, save_steps, state_of, target
 
 from mae_jax import integrity
-from mae_jax.checkpoint import Checkpointer, load_params, restore_or_init
+from mae_jax.checkpoint import PARAMS, Checkpointer, restore, restore_or_init
+
+
+def load_params(path, state):
+    return state.replace(params=restore(path, state.params, PARAMS))
 
 
 def start(workdir, **changes):

@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from official import classifier_params
+from official import classifier_params, golden_state
 
-from configs.common import model_sizes
 from mae_jax import optim
 from mae_jax.models import classifier, posemb
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Block, ComputeConfig
+from mae_jax.models.spec import ComputeConfig, ModelSpec, ViTSpec
+from mae_jax.models.vit import Block, Encoder
 from mae_jax.tasks import classify
 
 DATA = Path(__file__).parent / "data"
@@ -21,16 +23,19 @@ POOLS = ("avg", "cls")
 
 
 def load(pool):
-    arrays = np.load(DATA / f"vit_tiny_{pool}.npz")
-    meta = json.loads(str(arrays["meta"]))
-    state = {k.removeprefix("param/"): arrays[k] for k in arrays.files if k.startswith("param/")}
-    return arrays, meta, state
+    file = DATA / f"vit_tiny_{pool}.npz"
+    state, meta = golden_state(file)
+    return np.load(file), meta, state
 
 
-def build(pool, meta, **changes):
-    side = meta["img"] // meta["patch"]
-    sizes = {"width": meta["embed_dim"], "depth": meta["depth"], "heads": meta["heads"]}
-    return classifier.build((side, side), classes=meta["classes"], pool=pool, **(sizes | changes))
+def build(pool, meta, compute=ComputeConfig(), width=None, heads=None, drop_path=0.0):
+    width = width or meta["embed_dim"]
+    encoder = ViTSpec(
+        width, meta["depth"], heads or meta["heads"], 4 * width, drop_path, trained_positions=True
+    )
+    sizes = (meta["img"],) * 2, (meta["patch"],) * 2, 3
+    spec = ModelSpec(*sizes, encoder, classes=meta["classes"], pool=pool)
+    return classifier.Classifier(spec, compute)
 
 
 def assert_close(ours, theirs):
@@ -101,9 +106,8 @@ PLACES = {  # of ViT-B/16: path -> (decayed, layers)
 
 
 def base_params():
-    sizes = model_sizes("B/16")
-    sizes.pop("patch_size")
-    network = classifier.build((14, 14), classes=1000, **sizes)
+    meta = {"img": 224, "patch": 16, "embed_dim": 768, "depth": 12, "heads": 12, "classes": 1000}
+    network = build("avg", meta)
     patches = jax.ShapeDtypeStruct((1, 196, 768), jnp.float32)
     return jax.eval_shape(network.init, jax.random.key(0), patches)["params"]
 
@@ -170,7 +174,7 @@ def test_a_table_of_another_grid_is_refused():
 def test_drop_path_drops_whole_branches_of_samples_and_scales_the_survivors():
     """Every sample is one of four: each branch dropped, or divided by the keep probability."""
     rate, batch = 0.4, 64
-    block = Block(heads=2, mlp_ratio=2.0, compute=ComputeConfig())
+    block = Block(heads=2, hidden=16, compute=ComputeConfig())
     x = jax.random.normal(jax.random.key(0), (batch, 3, 8))
     params = block.init(jax.random.key(1), x, jnp.float32(0), True)
 
@@ -210,7 +214,7 @@ def test_drop_path_rates_grow_linearly_from_zero():
     encoder = params["encoder"] | {"stack": {"blocks": blocks}}
     encoder["cls_token"] = jnp.zeros((1, 1, 8))
     encoder.pop("norm")
-    bare = network.encoder.clone(final_norm=False, parent=None)
+    bare = Encoder(network.spec, network.compute, final_norm=False)
     x = (
         bare.apply(
             {"params": encoder}, patches, deterministic=False, rngs={"drop_path": jax.random.key(3)}
@@ -241,14 +245,6 @@ def test_a_fresh_head_is_tiny_and_scratch_is_normal_everywhere():
     assert all(abs(names[name].std() / 0.02 - 1) < 0.2 for name in redrawn - {patches})
 
 
-def test_soft_cross_entropy_is_that_of_numpy():
-    rng = np.random.default_rng(0)
-    logits, target = rng.normal(size=(6, 5)), rng.dirichlet(np.ones(5), 6)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    ours = classifier.soft_cross_entropy(jnp.asarray(logits), jnp.asarray(target))
-    np.testing.assert_allclose(ours, -(target * log_p).sum(1).mean(), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -259,9 +255,9 @@ def test_soft_cross_entropy_is_that_of_numpy():
     ids=str,
 )
 def test_impossible_classifiers_are_refused(changes, message):
-    sizes = {"width": 64, "depth": 1, "heads": 4, "classes": 2}
+    meta = {"img": 8, "patch": 4, "embed_dim": 64, "depth": 1, "heads": 4, "classes": 2}
     with pytest.raises(ValueError, match=message):
-        classifier.build((2, 2), **(sizes | changes))
+        build(**({"pool": "avg", "meta": meta} | changes))
 
 
 # --- partial fine-tuning ---
@@ -284,7 +280,7 @@ def partial_loss(network, patches, trained):
             out = network.apply({"params": params}, patches)
         else:
             out = classifier.apply_partly_frozen(network, params, patches, trained)
-        return classifier.soft_cross_entropy(out.logits_BY, target)
+        return optax.softmax_cross_entropy(out.logits_BY, target).mean()
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -327,7 +323,9 @@ def test_the_frozen_part_costs_no_backward_pass():
     for trained, blocks in ((0, 0), (0.5, 2 / 3), (1, 1), (2, 2)):
         assert measured[trained] < 1 + 2 * blocks / 4 + 0.01, measured
     for trained, passes in measured.items():
-        assert classify.passes(trained, 4, 4.0) == pytest.approx(passes, abs=0.05)
+        config = SimpleNamespace(trained_blocks=trained)
+        task = classify.Task(network, images=None, config=config)
+        assert task.flops_multiplier == pytest.approx(passes, abs=0.05)
     assert measured[0] < measured[0.5] < measured[1] < measured[2]
     whole = flops(partial_loss(network, patches, None)) / forward
     # Gradients that are computed and then masked would exceed every one of these bounds.

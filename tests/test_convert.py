@@ -19,8 +19,9 @@ from mae_jax import checkpoint
 from mae_jax.commands import convert
 from mae_jax.interop import names, pth
 from mae_jax.interop.open import open_weights
-from mae_jax.tasks import classify, encoder
+from mae_jax.tasks import classify
 from mae_jax.tasks import pretrain as pretrain_task
+from mae_jax.tasks.init_from import load_encoder
 
 DATA = Path(__file__).parent / "data"
 STATE, META = golden_state(DATA / "mae_tiny.npz")
@@ -134,8 +135,9 @@ def test_training_starts_from_a_converted_file(tmp_path):
     config = finetune.get_config(f"source=bundled:digits,test=test,batch_size=8,init={init}")
     assert (config.model.width, config.model.depth) == (META["embed_dim"], META["depth"])
     config.mix.group = 8
-    params, _ = classify.make_task(config).init(jax.random.key(0))
-    found = encoder.load_encoder(saved, params["encoder"], config)
+    task = classify.Task.from_config(config)
+    params, _ = task.init(jax.random.key(0))
+    found = load_encoder(saved, params["encoder"], task.spec)
     assert not same(params["encoder"]["stack"], wanted["encoder"]["stack"])
     for name in ("patch_embed", "cls_token", "stack"):
         assert same(found[name], wanted["encoder"][name]), name
@@ -144,8 +146,8 @@ def test_training_starts_from_a_converted_file(tmp_path):
     made = json.loads((init / "config.json").read_text())["model"]
     config.model.update({name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
     config.data.source = "bundled:digits"
-    params, _ = pretrain_task.make_task(config).init(jax.random.key(0))
-    assert same(checkpoint.restore(saved, {"params": params})["params"], wanted)
+    params, _ = pretrain_task.Task.from_config(config).init(jax.random.key(0))
+    assert same(checkpoint.restore(saved, params, checkpoint.PARAMS), wanted)
 
 
 def test_positions_that_are_no_sine_cosine_table_are_kept(tmp_path):

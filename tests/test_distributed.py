@@ -1,7 +1,11 @@
 """Several hosts are one run, or none: real processes on this machine, joined over gloo."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -10,7 +14,6 @@ import hosts
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from mae_jax import distributed
 from mae_jax.commands import train
@@ -40,30 +43,26 @@ def test_two_hosts_make_the_run_of_one_and_read_every_example_once(folder, alone
 
     given = hosts.examples(seen, HOSTS)
     assert {len(indices) for step, indices in given.items() if step < hosts.STEPS} == {128}
-    for epoch in (range(hosts.PER_EPOCH), range(hosts.PER_EPOCH, 2 * hosts.PER_EPOCH)):
-        read = [index for step in epoch for index in given[step]]
-        assert len(set(read)) == len(read) == 128 * hosts.PER_EPOCH
+    hosts.assert_read_once(given)
     single = hosts.examples(str(folder / "alone-seen"), 1)
     for step in range(hosts.STEPS):
         assert sorted(given[step]) == sorted(single[step])
 
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert not any("loss" in line for line in run.said[1]), "only host 0 reports"
+    assert not any("loss" in line for line in run.output[1]), "only host 0 reports"
     assert (folder / "compilation_cache").is_dir()
 
 
-def test_a_lost_host_ends_all_and_the_run_goes_on_as_if_nothing_had_happened(folder, alone):
+def test_a_lost_host_ends_all_and_the_run_goes_on_to_the_same_losses(folder, alone):
     workdir = folder / "killed"
     for lost, sentence in ((1, "host 1 was lost"), (0, "host 0, the coordinator, is gone")):
-        run = hosts.launched(folder, workdir, HOSTS, DEVICES)
-        before = len(hosts.logged(workdir))
-        run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
+        run = hosts.run_until_logged(folder, workdir, HOSTS, DEVICES)
         hosts.signal_host(workdir, lost, signal.SIGKILL)
         assert run.end() == [distributed.PREEMPTED], run.text()
         assert sentence in run.text()
         assert f"host {lost}: killed (SIGKILL)" in run.text()
         assert "Start all hosts again" in run.text()
-        assert f"host {lost} ended first" in run.said[0][-1]
+        assert f"host {lost} ended first" in run.output[0][-1]
     run = hosts.launched(folder, workdir, HOSTS, DEVICES)
     assert run.end() == [0], run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
@@ -74,9 +73,7 @@ def test_sigterm_to_one_host_stops_all_and_the_run_goes_on_with_half_and_twice_a
 ):
     workdir = folder / "moved"
     for count in (2, 1):
-        run = hosts.launched(folder, workdir, count, DEVICES)
-        before = len(hosts.logged(workdir))
-        run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
+        run = hosts.run_until_logged(folder, workdir, count, DEVICES)
         hosts.signal_host(workdir, count - 1, signal.SIGTERM)
         assert run.end() == [distributed.PREEMPTED], run.text()
         assert "it is saved" in run.text()
@@ -91,7 +88,7 @@ def test_a_host_with_another_config_is_refused_by_all_with_the_difference(folder
     own = [[], ["--config.optim.blr=1.0"]]
     run = hosts.apart(folder, folder / "config", HOSTS, 1, own_flags=own)
     assert run.end() == [2, 2], run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "host 1: config.optim.blr is 1.0, on host 0 it is 0.00015" in "\n".join(lines)
     assert not (folder / "config").exists()
 
@@ -102,51 +99,42 @@ def test_a_host_with_other_code_is_refused_by_all(folder):
     shutil.copytree(hosts.ROOT / "configs", copy / "configs")
     with (copy / "mae_jax/optim.py").open("a") as file:
         file.write("# changed on one host only\n")
-    run = hosts.apart(folder, folder / "code", HOSTS, 1, places=[hosts.ROOT, copy])
+    run = hosts.apart(folder, folder / "code", HOSTS, 1, folders=[hosts.ROOT, copy])
     assert run.end() == [2, 2], run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "host 1: code of mae_jax is" in "\n".join(lines)
 
 
 def test_a_host_with_fewer_examples_or_none_is_refused_by_all(folder):
-    places = [folder / "place 0", folder / "place 1"]
-    for place, count in zip(places, (6, 5), strict=True):
-        (place / "photos").mkdir(parents=True)
-        shutil.copytree(hosts.ROOT / "configs", place / "configs")
-        for index in range(count):
-            Image.new("L", (40, 40), index).save(place / "photos" / f"{index}.png")
-        (place / "mae_jax").symlink_to(hosts.ROOT / "mae_jax")
-    own = [["--config.data.source=folder:photos", "--config.batch_size=2"]] * 2
-    run = hosts.apart(folder, folder / "data", HOSTS, 1, own_flags=own, places=places)
+    folders = hosts.checkouts(folder / "six", folder / "five")
+    for own, count in zip(folders, (6, 5), strict=True):
+        hosts.images(own, count)
+    flags = [["--config.data.source=folder:images", "--config.batch_size=2"]] * 2
+    run = hosts.apart(folder, folder / "data", HOSTS, 1, flags, folders)
     assert run.end() == [2, 2], run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "host 1: the number of examples is 5, on host 0 it is 6" in "\n".join(lines)
 
-    shutil.rmtree(places[1] / "photos")
-    run = hosts.apart(folder, folder / "data", HOSTS, 1, own_flags=own, places=places)
+    shutil.rmtree(folders[1] / "images")
+    run = hosts.apart(folder, folder / "data", HOSTS, 1, flags, folders)
     assert run.end() == [2, 2], run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "host 1 refuses to start: " in "\n".join(lines)
     assert not (folder / "data").exists()
 
 
 def test_an_error_of_one_host_ends_it_at_once_and_then_the_others(folder):
-    places = [folder / "disk 0", folder / "disk 1"]
-    for host, place in enumerate(places):
-        (place / "photos").mkdir(parents=True)
-        shutil.copytree(hosts.ROOT / "configs", place / "configs")
-        for index in range(64):
-            Image.new("L", (40, 40), index).save(place / "photos" / f"{index}.png")
-        (place / "mae_jax").symlink_to(hosts.ROOT / "mae_jax")
-        if host == 1:
-            for index in range(0, 64, 8):
-                (place / "photos" / f"{index}.png").write_bytes(b"damaged")
-    own = [["--config.data.source=folder:photos", "--config.batch_size=16"]] * 2
+    folders = hosts.checkouts(folder / "disk 0", folder / "disk 1")
+    for own in folders:
+        hosts.images(own, 64)
+    for index in range(0, 64, 8):
+        (folders[1] / "images" / f"{index}.png").write_bytes(b"damaged")
+    flags = [["--config.data.source=folder:images", "--config.batch_size=16"]] * 2
     began = time.monotonic()
-    run = hosts.apart(folder, folder / "error", HOSTS, 1, own_flags=own, places=places)
+    run = hosts.apart(folder, folder / "error", HOSTS, 1, flags, folders)
     assert run.end() == [-signal.SIGABRT, 2], run.text()
     assert time.monotonic() - began < 120  # JAX's barrier at the end would take 300 s
-    assert "cannot be read, more than config.data.max_bad_fraction" in "\n".join(run.said[1])
+    assert "cannot be read, more than config.data.max_bad_fraction" in "\n".join(run.output[1])
 
 
 FAILING_SAVE = """
@@ -168,19 +156,15 @@ def test_a_save_that_fails_on_one_host_ends_all(folder, monkeypatch):
     run = hosts.apart(folder, folder / "full", HOSTS, 1, seen="unused")
     assert run.end() == [1, -signal.SIGABRT], run.text()
     assert time.monotonic() - began < 120
-    assert "host 0: checkpoint 3 could not be written" in "\n".join(run.said[0])
-    assert "No space left on device" in "\n".join(run.said[0])
+    assert "host 0: checkpoint 3 could not be written" in "\n".join(run.output[0])
+    assert "No space left on device" in "\n".join(run.output[0])
 
 
 def test_a_workdir_that_is_not_shared_is_refused_by_all(folder):
-    places = [folder / "own 0", folder / "own 1"]
-    for place in places:
-        place.mkdir()
-        for name in ("mae_jax", "configs"):
-            (place / name).symlink_to(hosts.ROOT / name)
-    run = hosts.apart(folder, Path("run"), HOSTS, 1, places=places)
+    folders = hosts.checkouts(folder / "own 0", folder / "own 1")
+    run = hosts.apart(folder, Path("run"), HOSTS, 1, folders=folders)
     assert run.end() == [2, 2], run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "hosts [1] do not see there what host 0 writes" in "\n".join(lines)
 
 
@@ -196,30 +180,24 @@ def test_a_host_without_the_others_says_so_and_ends(folder):
         1,
     )
     assert run.end() == [2, 2], run.text()
-    first, second = ("\n".join(lines) for lines in run.said)
+    first, second = ("\n".join(lines) for lines in run.output)
     assert "not all hosts came" in first and "Start on all workers" in first
     assert f"cannot reach the coordinator (host 0) at localhost:{port}" in second
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "coordinator, num_hosts, host, words",
     [
-        (["--num_hosts=2", "--host=0"], "--coordinator=HOST:PORT"),
-        (["--coordinator=10.0.0.2:8476", "--num_hosts=2"], "give all three"),
-        (["--coordinator=10.0.0.2:8476", "--num_hosts=2", "--host=2"], "from 0 to num_hosts - 1"),
-        (["--coordinator=10.0.0.2", "--num_hosts=2", "--host=0"], "write HOST:PORT"),
-        (["--distributed"], "found no cluster"),
+        (None, 2, 0, "--coordinator=HOST:PORT"),
+        ("10.0.0.2:8476", 2, None, "give all three"),
+        ("10.0.0.2:8476", 2, 2, "from 0 to num_hosts - 1"),
+        ("10.0.0.2", 2, 0, "write HOST:PORT"),
+        (None, None, None, "found no cluster"),
     ],
 )
-def test_flags_that_do_not_belong_together_are_refused(flags, words):
-    values = dict(flag.removeprefix("--").split("=") for flag in flags if "=" in flag)
-    given = {
-        name: int(value) if value.isdigit() else value
-        for name, value in ((key, values[key]) for key in values)
-    }
-    renamed = {"coordinator": None, "num_hosts": None, "host": None} | given
+def test_flags_that_contradict_each_other_are_refused(coordinator, num_hosts, host, words):
     with pytest.raises(ValueError, match=words):
-        distributed.join(**renamed)
+        distributed.join(coordinator, num_hosts, host)
 
 
 @pytest.mark.parametrize(
@@ -255,25 +233,34 @@ def test_the_host_that_differs_from_most_is_the_one_that_is_named():
     assert distributed.describe_differences([usual, usual]) == []
 
 
+def test_watchdog_is_silent_while_things_end_and_when_it_is_off(capfd):
+    for seconds in (1.0, 0):
+        with distributed.watchdog(seconds) as heartbeat:
+            for step in range(8):
+                time.sleep(0.2)
+                heartbeat(f"step {step}")
+    assert capfd.readouterr().err == ""
+
+
 def test_watchdog_prints_the_stacks_of_all_threads_when_nothing_ends(capfd):
     stalled, printed = threading.Event(), ""
     waiting = threading.Thread(target=stalled.wait, name="reader")
     waiting.start()
-    with distributed.watchdog(0.2) as happened:
-        happened("step 7")
+    with distributed.watchdog(0.2) as heartbeat:
+        heartbeat("step 7")
         while "most recent call first" not in printed:
             printed += capfd.readouterr().err
     stalled.set()
     waiting.join()
     printed += capfd.readouterr().err
-    assert "nothing ended for 0.2 s after step 7" in printed
+    assert "host 0: nothing ended for 0.2 s after step 7 (config.hosts.stall_seconds)" in printed
     assert printed.count("most recent call first") >= 2
     assert "test_distributed.py" in printed
 
 
-def test_an_error_that_a_lost_host_caused_is_not_taken_for_ones_own(monkeypatch):
+def test_an_error_that_a_lost_host_caused_does_not_end_this_host(monkeypatch):
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    assert distributed.alone_with(ValueError("one's own"))
+    assert distributed.alone_with(ValueError("only here"))
     for wrap in (lambda error: OSError("explained"), lambda error: None):
         try:
             try:
@@ -284,3 +271,51 @@ def test_an_error_that_a_lost_host_caused_is_not_taken_for_ones_own(monkeypatch)
                 raise OSError("while it was explained")  # noqa: B904
         except OSError as error:
             assert not distributed.alone_with(error)
+
+
+def test_sigterm_is_noticed_and_does_not_kill():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_requested = distributed.preemption()
+        assert not stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+ASKED_TO_STOP = """
+    import os, signal, sys, time
+    sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
+    import hosts, jax.numpy as jnp
+    from states import State
+    from mae_jax import checkpoint, distributed
+
+    workdir, when = sys.argv[1:]
+    distributed.join(f"localhost:{hosts.free_port()}", 1, 0)
+    stop_requested = distributed.preemption()
+    if when == "a save ends":
+        run = checkpoint.Checkpointer(workdir)
+        assert not stop_requested()
+        run.save(12, State(jnp.int32(12), {"a": jnp.ones(8)}, {}, {}))
+        assert not stop_requested()
+        run.wait()  # it ends when the loop is a step further
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # the service looks once a second
+    print("MISSED", next((call for call in range(30) if stop_requested()), "for ever"))
+"""
+
+
+@pytest.mark.parametrize("when", ["a save ends", "it compiles"])
+def test_hosts_that_are_asked_to_stop_stop_at_the_next_step(tmp_path, when):
+    command = [sys.executable, "-c", textwrap.dedent(ASKED_TO_STOP), str(tmp_path), when]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "MISSED 0" in done.stdout.splitlines(), done.stdout + done.stderr
+
+
+def test_preempted_ends_a_process_with_its_own_exit_status():
+    code = "from mae_jax import distributed; raise distributed.Preempted('saved step 3')"
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=300)
+    assert done.returncode == distributed.PREEMPTED == 75
+    assert str(distributed.Preempted("saved step 3")) == "saved step 3"

@@ -1,6 +1,6 @@
 """Features of one's own images: the model's, in order, the same after any interruption."""
 
-import json
+import csv
 import os
 import shutil
 import signal
@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from array_record.python import array_record_data_source
 from PIL import Image
 from pyarrow import parquet
-from tensorflow_datasets.proto import tf_example_pb2
 
 import mae_jax
 from mae_jax.commands import embed
@@ -31,10 +30,9 @@ def folder(tmp_path) -> Path:
     """Ten images in two classes, of which one is broken and one cut short."""
     rng = np.random.default_rng(0)
     for i in range(10):
-        place = tmp_path / "images" / ("cat", "dog")[i // 5]
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (40, 36 + i, 3), np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
+        path = tmp_path / "images" / ("cat", "dog")[i // 5] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36 + i, 3), np.uint8)).save(path)
     (tmp_path / "images/cat/3.png").write_text("no image")
     short = (tmp_path / "images/dog/7.png").read_bytes()[:200]
     (tmp_path / "images/dog/7.png").write_bytes(short)
@@ -45,14 +43,24 @@ BAD = ["cat/3.png", "dog/7.png"]
 
 
 def run(out: Path, *arguments) -> dict[str, np.ndarray]:
+    """Embed, and return the columns of a .npy."""
     assert embed.main([str(WEIGHTS), *map(str, arguments), f"--out={out}"]) == 0
-    return dict(np.load(out)) if out.suffix == ".npz" else {}
+    return columns(out) if out.suffix == ".npy" and out.exists() else {}
 
 
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name, x in a.items():
-        np.testing.assert_array_equal(x, b[name], name)
+def columns(out: Path) -> dict[str, np.ndarray]:
+    with open(f"{out}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = {name: np.array([row[name] for row in rows]) for name in ("name", "label", "error")}
+    return texts | {"features": np.load(out)}
+
+
+def assert_same(a: dict, b: dict, atol: float = 0) -> None:
+    for name in a.keys() | b.keys():
+        if name == "features" and atol:
+            np.testing.assert_allclose(a[name], b[name], atol=atol)
+        else:
+            np.testing.assert_array_equal(a[name], b[name], name)
 
 
 def pictures(folder: Path, names: list[str]) -> np.ndarray:
@@ -61,20 +69,20 @@ def pictures(folder: Path, names: list[str]) -> np.ndarray:
 
 
 def test_a_row_for_each_image_in_order_and_nothing_for_bad_ones(folder, tmp_path, capsys):
-    found = run(tmp_path / "a.npz", folder, "--batch_size=4")
+    found = run(tmp_path / "a.npy", folder, "--batch_size=4")
     names = [f"{'cat' if i < 5 else 'dog'}/{i}.png" for i in range(10)]
     assert found["name"].tolist() == names
-    np.testing.assert_array_equal(found["label"], [0] * 5 + [1] * 5)
+    assert found["label"].tolist() == ["0"] * 5 + ["1"] * 5
     bad = np.isin(names, BAD)
     assert np.isnan(found["features"][bad]).all() and not np.isnan(found["features"][~bad]).any()
     np.testing.assert_array_equal(found["error"] != "", bad)
     good = [name for name in names if name not in BAD]
     tokens = MODEL.encode(PARAMS, pictures(folder, good))
     np.testing.assert_allclose(found["features"][~bad], tokens[:, 0], atol=1e-5)
-    told = capsys.readouterr().out
-    assert "2 could not be read" in told and all(name in told for name in BAD)
-    assert list(json.loads((tmp_path / "a.npz.json").read_text())["bad"]) == BAD
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.npz.json", "images"]
+    printed = capsys.readouterr().out
+    assert "2 could not be read" in printed and all(name in printed for name in BAD)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a.npy", "a.npy.csv", "a.npy.json", "images"]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +90,10 @@ def test_a_row_for_each_image_in_order_and_nothing_for_bad_ones(folder, tmp_path
     [("mean", None), ("patches", None), ("tokens", 1), ("cls", 2)],
 )
 def test_features_and_layers_are_those_of_the_model(feature, layer, folder, tmp_path):
-    (folder / BAD[0]).unlink()
-    (folder / BAD[1]).unlink()
+    for name in BAD:
+        (folder / name).unlink()
     flag = [] if layer is None else [f"--layer={layer}"]
-    found = run(tmp_path / "a.npz", folder, f"--feature={feature}", *flag)
+    found = run(tmp_path / "a.npy", folder, f"--feature={feature}", *flag)
     images = pictures(folder, found["name"].tolist())
     tokens = MODEL.encode(PARAMS, images)
     if layer is not None:
@@ -95,94 +103,85 @@ def test_features_and_layers_are_those_of_the_model(feature, layer, folder, tmp_
 
 
 def test_the_batch_size_changes_nothing(folder, tmp_path):
-    batches = [run(tmp_path / f"{n}.npz", folder, f"--batch_size={n}") for n in (3, 8, 40)]
-    for name, x in batches[0].items():
-        for other in batches[1:]:
-            if name == "features":
-                np.testing.assert_allclose(other[name], x, atol=1e-6)
-            else:
-                np.testing.assert_array_equal(other[name], x)
+    first, *others = (run(tmp_path / f"{n}.npy", folder, f"--batch_size={n}") for n in (3, 8, 40))
+    for other in others:
+        assert_same(other, first, atol=1e-6)
 
 
-def test_parquet_and_arrayrecord_hold_what_npz_holds(folder, tmp_path):
-    for flags in ([], ["--feature=patches"]):
-        for suffix in (".npz", ".parquet", ".array_record"):
-            (tmp_path / f"a{suffix}").unlink(missing_ok=True)
-            run(tmp_path / f"a{suffix}", folder, *flags)
-        wanted = np.load(tmp_path / "a.npz")
-        table = parquet.read_table(tmp_path / "a.parquet").to_pydict()
-        reader = array_record_data_source.ArrayRecordDataSource(str(tmp_path / "a.array_record"))
-        assert len(reader) == len(table["name"]) == len(wanted["name"]) == 10
-        for i, record in enumerate(reader.__getitems__(range(10))):
-            columns = tf_example_pb2.Example.FromString(record).features.feature
-            assert columns["name"].bytes_list.value[0].decode() == wanted["name"][i]
-            assert columns["label"].int64_list.value[0] == wanted["label"][i]
-            assert table["name"][i] == wanted["name"][i]
-            assert table["label"][i] == wanted["label"][i]
-            if wanted["error"][i]:
-                assert table["features"][i] is None and "features" not in columns
-                assert table["error"][i] == wanted["error"][i]
-                assert columns["error"].bytes_list.value[0].decode() == wanted["error"][i]
-                continue
-            assert table["error"][i] is None and "error" not in columns
-            features = wanted["features"][i]
-            np.testing.assert_array_equal(np.array(table["features"][i], np.float32), features)
-            flat = np.array(columns["features"].float_list.value, np.float32)
-            np.testing.assert_array_equal(flat, features.reshape(-1))
+@pytest.mark.parametrize("feature", ["cls", "patches"])
+def test_parquet_holds_what_npy_and_csv_hold(feature, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "GROUP_BYTES", 1)  # a group for each row
+    wanted = run(tmp_path / "a.npy", folder, f"--feature={feature}")
+    run(tmp_path / "b.parquet", folder, f"--feature={feature}")
+    table = parquet.read_table(tmp_path / "b.parquet").to_pydict()
+    assert table["name"] == wanted["name"].tolist()
+    assert table["label"] == wanted["label"].astype(int).tolist()
+    assert table["error"] == [error or None for error in wanted["error"].tolist()]
+    for row, features in zip(table["features"], wanted["features"], strict=True):
+        if row is None:
+            assert np.isnan(features).all()
+        else:
+            np.testing.assert_array_equal(np.array(row, np.float32), features)
+    assert sum(row is None for row in table["features"]) == 2
+    assert {path.name for path in tmp_path.glob("b*")} == {"b.parquet", "b.parquet.json"}
 
 
-def test_killed_it_goes_on_where_it_stopped_with_the_same_bytes(tmp_path, capsys):
-    arguments = ["bundled:digits", "--batch_size=8", "--save_every=32"]
-    out = tmp_path / "killed.npz"
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_killed_it_goes_on_where_it_stopped_with_the_same_bytes(suffix, tmp_path, capsys):
+    arguments = ["bundled:digits", "--batch_size=8"]
+    out, whole = tmp_path / f"killed{suffix}", tmp_path / f"whole{suffix}"
     process = subprocess.Popen(
         [sys.executable, "-m", "mae_jax", "embed", WEIGHTS, *arguments, f"--out={out}"],
         cwd=ROOT,
         env=os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
         stdout=subprocess.DEVNULL,
     )
-    work = tmp_path / "killed.npz.part"
-    while process.poll() is None and len(list(work.glob("*.npz"))) < 3:
+    rows = Path(f"{out}.csv")
+    while process.poll() is None and not (rows.exists() and rows.stat().st_size > 2000):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    embed.main([str(WEIGHTS), *arguments, f"--out={out}"])
+    run(out, *arguments)
     assert "were done before: going on" in capsys.readouterr().out
-    embed.main([str(WEIGHTS), *arguments, f"--out={tmp_path / 'whole.npz'}"])
-    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert not work.exists()
+    run(whole, *arguments)
+    for name in ("", ".csv") if suffix == ".npy" else ("",):
+        assert Path(f"{out}{name}").read_bytes() == Path(f"{whole}{name}").read_bytes()
+    assert not Path(f"{out}.part").exists()
 
 
 def interrupt(out: Path, *arguments) -> None:
-    """Runs until eight images are read, and one part is saved."""
-    decode, count = transforms.decode, 0
+    """Embed all images, and stop before the output is made of them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed, "finish", Mock(side_effect=KeyboardInterrupt))
+        run(out, *arguments)
+    assert not out.exists() and len(np.load(f"{out}.part")) == 10
 
-    def fail(*arguments):
-        nonlocal count
-        count += 1
-        if count > 8:
-            raise MemoryError
-        return decode(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "decode", fail)
-        patch.setattr(embed, "THREADS", 1)
-        with pytest.raises(MemoryError):
-            run(out, *arguments)
-    assert not out.exists()
+@pytest.mark.parametrize("cut", [8, 1, 0])
+def test_rows_cut_short_by_a_crash_are_written_again(cut, folder, tmp_path, capsys):
+    out = tmp_path / "a.npy"
+    interrupt(out, folder, "--batch_size=8")
+    features, text = np.load(f"{out}.part", mmap_mode="r+"), Path(f"{out}.csv").read_bytes()
+    features[8:] = 0
+    features.flush()
+    Path(f"{out}.csv").write_bytes(text[: len(text) - cut])
+    found = run(out, folder, "--batch_size=8")
+    assert "8 of 10 images were done before: going on" in capsys.readouterr().out
+    assert_same(found, run(tmp_path / "b.npy", folder, "--batch_size=8"))
 
 
 def test_an_interruption_by_other_weights_or_options_starts_again(folder, tmp_path, capsys):
-    out = tmp_path / "a.npz"
-    interrupt(out, folder, "--batch_size=8", "--save_every=1")
-    found = run(out, folder, "--batch_size=8", "--feature=mean")
+    out = tmp_path / "a.npy"
+    interrupt(out, folder)
+    found = run(out, folder, "--feature=mean")
     assert "changed since the interruption: starting again" in capsys.readouterr().out
     out.unlink()
-    assert_same(run(out, folder, "--batch_size=8", "--feature=mean"), found)
+    assert_same(run(out, folder, "--feature=mean"), found)
 
 
 def test_what_is_complete_is_not_done_again_and_what_is_other_is_kept(folder, tmp_path, capsys):
-    out = tmp_path / "a.npz"
+    out = tmp_path / "a.npy"
     run(out, folder)
     before = out.read_bytes()
     run(out, folder)
@@ -193,84 +192,80 @@ def test_what_is_complete_is_not_done_again_and_what_is_other_is_kept(folder, tm
 
 
 def test_another_folder_with_the_same_names_is_another_plan(folder, tmp_path, monkeypatch):
-    out, other = tmp_path / "a.npz", tmp_path / "other"
+    out, other = tmp_path / "a.npy", tmp_path / "other"
     shutil.copytree(folder, other)
     run(out, folder)
     with pytest.raises(ValueError, match="is there already"):
         run(out, other)
-    (folder / "list.txt").write_text("cat/0.png\n")
-    for place in (folder, other):
-        monkeypatch.chdir(place)
-        (place / "list.txt").write_text("cat/0.png\n")
-        if place == folder:
-            run(tmp_path / "b.npz", "list.txt")
+    for root in (folder, other):
+        (root / "list.txt").write_text("cat/0.png\n")
+    monkeypatch.chdir(folder)
+    run(tmp_path / "b.npy", "list.txt")
+    monkeypatch.chdir(other)
     with pytest.raises(ValueError, match="is there already"):
-        run(tmp_path / "b.npz", "list.txt")
+        run(tmp_path / "b.npy", "list.txt")
 
 
 def test_images_written_again_under_their_names_are_another_plan(folder, tmp_path, capsys):
-    out = tmp_path / "a.npz"
-    options = (folder, "--batch_size=4", "--save_every=1")
-    interrupt(out, *options)
+    out = tmp_path / "a.npy"
+    interrupt(out, folder)
     shutil.copy(folder / "dog/9.png", folder / "cat/0.png")
-    found = run(out, *options)
+    found = run(out, folder)
     assert "changed since the interruption: starting again" in capsys.readouterr().out
     np.testing.assert_allclose(found["features"][0], found["features"][9], atol=1e-5)
     # As long as it was, and as old to the second.
     before = os.stat(folder / "cat/0.png")
     os.utime(folder / "cat/0.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(ValueError, match="is there already"):
-        run(out, *options)
+        run(out, folder)
 
 
 def test_shards_of_two_hosts_are_disjoint_and_complete(folder, tmp_path):
-    whole = run(tmp_path / "a.npz", folder)
+    out = tmp_path / "a.npy"
+    whole = run(out, folder)
     for host in (1, 0):
-        flags = [f"--out={tmp_path / 'a.npz'}", "--num_hosts=2", f"--host={host}"]
-        embed.main([str(WEIGHTS), str(folder), *flags])
-    shards = [np.load(tmp_path / f"a-{host:05d}-of-00002.npz") for host in range(2)]
-    for name, x in whole.items():
-        both = np.concatenate([shard[name] for shard in shards])
-        if name == "features":
-            np.testing.assert_allclose(both, x, atol=1e-6)
-        else:
-            np.testing.assert_array_equal(both, x)
+        run(out, folder, "--num_hosts=2", f"--host={host}")
+    shards = [columns(tmp_path / f"a-{host:05d}-of-00002.npy") for host in range(2)]
+    both = {name: np.concatenate([shard[name] for shard in shards]) for name in whole}
+    assert_same(both, whole, atol=1e-6)
     assert not set(shards[0]["name"]) & set(shards[1]["name"])
 
 
 def test_files_and_lists_are_read_in_their_order(folder, tmp_path):
     (folder / "list.txt").write_text("dog/9.png\n\ncat/0.png\nnowhere.png\n")
-    found = run(tmp_path / "a.npz", folder / "list.txt", folder / "cat/1.png")
+    found = run(tmp_path / "a.npy", folder / "list.txt", folder / "cat/1.png")
     wanted = [str(folder / name) for name in ("dog/9.png", "cat/0.png", "nowhere.png", "cat/1.png")]
     assert found["name"].tolist() == wanted
     assert found["error"].tolist() == ["", "", "No such file or directory", ""]
-    assert (found["label"] == -1).all()
+    assert (found["label"] == "").all()
     tokens = MODEL.encode(PARAMS, pictures(folder, ["dog/9.png", "cat/0.png", "cat/1.png"]))
     np.testing.assert_allclose(found["features"][[0, 1, 3]], tokens[:, 0], atol=1e-5)
 
 
 def test_a_dataset_gives_names_and_labels(tmp_path):
-    found = run(tmp_path / "a.npz", "bundled:digits", "--split=test[:20]")
+    found = run(tmp_path / "a.npy", "bundled:digits", "--split=test[:20]")
     source = sources.open_source("bundled:digits", "test[:20]")
     assert found["name"].tolist() == source.names
-    np.testing.assert_array_equal(found["label"], source.labels)
-    assert found["features"].shape == (20, MODEL.spec.width)
+    np.testing.assert_array_equal(found["label"].astype(int), source.labels)
+    assert found["features"].shape == (20, MODEL.spec.encoder.width)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["images", "--out=a.csv"], "ends in .npz or .parquet or .array_record"),
+        (["images", "--out=a.csv"], "ends in .npy or .parquet"),
+        (["images", "--out=a.npz"], r".npy replaces it, such as --out=a\.npy"),
+        (["images", "--out=a.array_record"], ".parquet replaces it"),
         (["images"], "IMAGES and --out=FILE are wanted"),
-        (["images", "--out=nowhere/a.npz"], "there is no folder"),
-        (["images", "--out=a.npz", "--layer=3"], "has layers 1 to 2"),
-        (["images", "--out=a.npz", "--num_hosts=2"], "give both"),
-        (["images", "--out=a.npz", "--num_hosts=11", "--host=0"], "divided among 11 hosts"),
-        (["images", "images/cat/1.png", "--out=a.npz"], "not several of these"),
-        (["images/cat/3.png", "--out=a.npz"], "none of the 1 images can be read"),
-        (["images/cat/3.png"] * 2 + ["--out=a.npz"], "none of the 2 images can be read"),
-        (["empty.txt", "--out=a.npz"], "no image is listed"),
-        (["nowhere.jpg", "--out=a.npz"], "data source 'nowhere.jpg' is none of"),
+        (["images", "--out=nowhere/a.npy"], "there is no folder"),
+        (["images", "--out=a.npy", "--layer=3"], "has layers 1 to 2"),
+        (["images", "--out=a.npy", "--num_hosts=2"], "give both"),
+        (["images", "--out=a.npy", "--num_hosts=11", "--host=0"], "divided among 11 hosts"),
+        (["images", "images/cat/1.png", "--out=a.npy"], "not several of these"),
+        (["images/cat/3.png", "--out=a.npy"], "none of the 1 images can be read"),
+        (["images/cat/3.png"] * 2 + ["--out=a.npy"], "none of the 2 images can be read"),
+        (["empty.txt", "--out=a.npy"], "no image is listed"),
+        (["nowhere.jpg", "--out=a.npy"], "data source 'nowhere.jpg' is none of"),
     ],
 )
 def test_mistakes_leave_nothing_behind(arguments, words, folder, monkeypatch):

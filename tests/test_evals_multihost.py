@@ -1,28 +1,25 @@
 """Two real processes evaluate together: the numbers and tables are those of one alone."""
 
 import json
-import socket
-import subprocess
 import sys
 import textwrap
-import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from hosts import Processes, free_port
 from jax.sharding import Mesh
-from test_results import accuracy_config, logits_of_a_pixel
-from test_train import mesh_of
+from test_results import accuracy_config, logits_of_a_pixel, write
+from tiny import mesh_of
 
-from configs.linprobe import get_config
 from mae_jax import evals
-from mae_jax.evals import results
+from mae_jax.configs.linprobe import get_config
 
 TOGETHER = """
     import json, os, sys
     workdir, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import jax
     jax.distributed.initialize(f"localhost:{port}", 2, process)
@@ -53,20 +50,19 @@ def measured(mesh: Mesh, workdir) -> dict:
         fewshot=dict(bank, type="fewshot", shots=(2,), draws=2),
         probe=dict(common, type="probe", select_split="train[95%:]"),
     )
-    state, found = SimpleNamespace(params={}, extra={}), {}
-    for name, logits in (("all", logits_of_a_pixel), ("probe", two_heads)):
+    state, numbers = SimpleNamespace(params={}, extra={}), {}
+    heads = {"probe": two_heads}
+    for kind, cfg in config.evals.items():
         chosen = config.copy_and_resolve_references()
-        for kind in config.evals:
-            if (kind == "probe") != (name == "probe"):
-                del chosen.evals[kind]
-        for kind, evaluator in evals.build(
-            chosen, {"logits": logits, "features": features}, mesh
-        ).items():
-            found[kind] = evaluator.run(state)[0]
-            if hasattr(evaluator, "results"):
-                found[f"{kind} tables"] = results.report(evaluator.results)
-                results.write(workdir, evaluator.results, {"hosts": jax.process_count()})
-    return found
+        chosen.evals = {kind: cfg}
+        predict = {"logits": heads.get(kind, logits_of_a_pixel), "features": features}
+        report = evals.build(chosen, predict, mesh)[kind].run(state)
+        numbers[kind] = dict(report.scalars)
+        if report.files:
+            numbers[f"{kind} tables"] = json.loads(report.files["results.json"]({}))
+            if jax.process_index() == 0:
+                write(Path(workdir), report, hosts=jax.process_count())
+    return numbers
 
 
 def close(ours, theirs) -> bool:
@@ -79,29 +75,18 @@ def close(ours, theirs) -> bool:
 
 
 def test_evaluations_on_two_hosts_give_the_numbers_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     (tmp_path / "two").mkdir()
-    code = textwrap.dedent(TOGETHER)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "two"), str(port), str(index)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in (0, 1)
+    code, port = textwrap.dedent(TOGETHER), str(free_port())
+    command = [sys.executable, "-c", code, str(tmp_path / "two"), port]
+    processes = Processes([[*command, "0"], [*command, "1"]], devices=2)
+    alone = json.loads(json.dumps(measured(mesh_of(1, 1, 1), tmp_path)))
+    assert processes.end() == [0, 0], processes.text()
+    together = [
+        json.loads(line.removeprefix("FOUND "))
+        for lines in processes.said
+        for line in lines
+        if line.startswith("FOUND ")
     ]
-    too_long = threading.Timer(300, lambda: [process.kill() for process in processes])
-    too_long.start()
-    try:
-        alone = json.loads(json.dumps(measured(mesh_of(1, 1, 1), tmp_path)))
-        said = [process.communicate()[0].splitlines()[-1] for process in processes]
-    finally:
-        too_long.cancel()
-        for process in processes:
-            process.kill()
-    together = [json.loads(line.removeprefix("FOUND ")) for line in said]
     assert together[0] == together[1]
     assert alone["accuracy"]["eval/images"] == 90
     assert {"accuracy", "accuracy tables", "knn", "fewshot", "probe", "probe tables"} == set(alone)

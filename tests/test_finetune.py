@@ -7,42 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_train import mesh_of
+from tiny import (
+    DECODER,
+    MODEL,
+    assert_trees_equal,
+    batch_of,
+    finetune_config,
+    fresh_state,
+    load_encoder_into,
+    mesh_of,
+    save_workdir,
+    task_on,
+    updates,
+)
 
-from configs import finetune
-from mae_jax import checkpoint, evals, metrics, optim, provenance, sharding, train
+from mae_jax import checkpoint, evals, optim, sharding, tasks, train
 from mae_jax.commands import train as command
+from mae_jax.configs import finetune
 from mae_jax.data import pipeline, sources
 from mae_jax.evals import results
+from mae_jax.metrics import writer
 from mae_jax.models import classifier, posemb
-from mae_jax.tasks import classify, encoder
-
-TINY = dict(width=32, depth=2, heads=4, patch_size=(8, 8), image_size=(16, 16), channels=1,
-            dtype="float32")  # fmt: skip
-
-
-def tiny_config(arg="", **model) -> ConfigDict:
-    """The recipe from scratch, unless the argument names something to start from."""
-    arg = arg or "scratch=true"
-    config = finetune.get_config(f"source=bundled:digits,test=test,batch_size=16,{arg}")
-    config.model.update(TINY | model)
-    config.data.update(mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
-    config.mix.group = 8
-    config.train_for, config.optim.warmup, config.log_every = "4 steps", "1 steps", "1 steps"
-    config.checkpoint.every = "4 steps"
-    for cfg in config.evals.values():
-        cfg.update(every="4 steps", split="test[:50]", batch_size=16)
-    return config
-
-
-def batch_of(config, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (config.batch_size, *config.model.image_size, config.model.channels)
-    return {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, 10, config.batch_size).astype(np.int32),
-    }
-
 
 # --- recipes ---
 
@@ -92,14 +77,14 @@ def test_h_at_448_has_a_grid_of_32():
 
 
 def prepared(config, mesh):
-    task = classify.make_task(config, sharding.constrain_batch(mesh))
+    task = task_on(config, mesh)
     batch = sharding.put_batch(mesh, batch_of(config), config.batch_size)
     draw = jax.jit(lambda batch, step: task.prepare(batch, lambda n: train.stream(0, n, step)))
     return [jax.device_get(draw(batch, step)) for step in (0, 1)], draw.lower(batch, 0)
 
 
 def test_erasing_and_mixing_are_the_same_on_every_mesh_and_new_at_every_step():
-    config = tiny_config()
+    config = finetune_config()
     config.erase = 0.5
     (one, other), _ = prepared(config, mesh_of(1, 1, 1))
     (eight, _), _ = prepared(config, mesh_of(8, 1, 1))
@@ -110,7 +95,7 @@ def test_erasing_and_mixing_are_the_same_on_every_mesh_and_new_at_every_step():
 
 
 def test_without_mixing_targets_are_smoothed_labels_and_images_normalized():
-    config = tiny_config()
+    config = finetune_config()
     config.mix.update(mixup=0.0, cutmix=0.0)
     config.erase = 0.0
     (out, _), _ = prepared(config, mesh_of(1, 1, 1))
@@ -120,7 +105,7 @@ def test_without_mixing_targets_are_smoothed_labels_and_images_normalized():
 
 
 def test_mixing_gathers_no_batch_on_a_device():
-    config = tiny_config()
+    config = finetune_config()
     config.batch_size, config.mix.group = 64, 32
     _, lowered = prepared(config, mesh_of(8, 1, 1))
     text = lowered.compile().as_text()
@@ -136,34 +121,19 @@ def test_mixing_gathers_no_batch_on_a_device():
 @pytest.fixture(scope="module")
 def states():
     """Mesh -> the states before the first and after each of three updates."""
-    found = {}
-    config = tiny_config()
+    config = finetune_config()
     config.ema = 0.6
+    by_mesh = {}
     for shape in [(1, 1, 1), (2, 4, 1)]:
-        mesh = mesh_of(*shape)
-        task = classify.make_task(config, sharding.constrain_batch(mesh))
-        tx, _ = task.optimizer(10, 100)
-        program = train.compile_step(task, tx, config, mesh)
-        state = program.init()
-        found[shape] = [jax.device_get(state)]
-        for step in range(3):
-            batch = sharding.put_batch(mesh, batch_of(config, step), config.batch_size)
-            state, scalars = program.step(state, batch)
-            assert np.isfinite(scalars["loss"])
-            found[shape].append(jax.device_get(state))
-    return found
-
-
-def assert_trees_close(ours, theirs, **tolerance):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
+        by_mesh[shape], metrics = updates(config, mesh_of(*shape), 3)
+        assert all(np.isfinite(x["loss"]) for x in metrics)
+    return by_mesh
 
 
 def test_updates_are_the_same_on_every_mesh(states):
     """Compared with the size of an update: Adam amplifies the rounding of tiny gradients."""
     one, many = states[1, 1, 1], states[2, 4, 1]
-    assert_trees_close(many[0].params, one[0].params, atol=1e-6)
+    assert_trees_equal(many[0].params, one[0].params, atol=1e-6)
     moved = jax.tree.map(lambda a, b: np.linalg.norm(a - b), one[-1].params, one[0].params)
     apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b), one[-1].params, many[-1].params)
     assert sum(jax.tree.leaves(moved)) > 1e-3
@@ -175,15 +145,15 @@ def test_averaged_weights_follow_the_weights(states):
     expected = first.params
     for state in others:
         expected = jax.tree.map(lambda a, p: 0.6 * a + 0.4 * p, expected, state.params)
-        assert_trees_close(state.extra["ema"], expected, rtol=1e-4, atol=1e-6)
+        assert_trees_equal(state.extra["ema"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_partial_fine_tuning_moves_what_it_trains_and_nothing_else():
-    config = tiny_config()
-    assert classify.make_task(config).passes == 3
+    config = finetune_config()
+    assert tasks.build(config).flops_multiplier == 3
     config.trained_blocks, config.ema = 1.0, 0.0
-    task = classify.make_task(config)
-    assert task.passes == 2  # forward, and twice that for one block of two
+    task = tasks.build(config)
+    assert task.flops_multiplier == 2  # forward, and twice that for one block of two
     tx, _ = task.optimizer(10, 100)
     state = train.init_state(task, tx, 0)
     state = state.replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
@@ -216,7 +186,7 @@ def test_the_rate_of_each_layer_is_scaled_floor_included():
 
 
 def test_augmentation_changes_batches_and_not_their_labels():
-    config = tiny_config()
+    config = finetune_config()
     source = sources.open_source("bundled:digits", "train")
     shape = dict(batch_size=32, image_size=(16, 16), channels=1, seed=0)
     plain, augmented = (
@@ -240,24 +210,24 @@ def test_ranks_and_losses_are_those_of_numpy():
 
 
 def test_accuracy_is_the_same_for_any_devices_and_batch_size():
-    config = tiny_config()
+    config = finetune_config()
     config.evals.accuracy.split = "test[:50]"
     del config.evals.averaged
     found = []
     for shape, batch_size in [((1, 1, 1), 50), ((2, 1, 1), 8), ((8, 1, 1), 16)]:
         mesh = mesh_of(*shape)
-        task = classify.make_task(config, sharding.constrain_batch(mesh))
+        task = task_on(config, mesh)
         params, extra = task.init(jax.random.key(0))
         params["head"]["kernel"] *= 100
         state = train.TrainState(jnp.zeros(()), params, (), extra)
         config.evals.accuracy.batch_size = batch_size
-        scalars, _ = evals.build(config, task.predict, mesh)["accuracy"].run(state)
+        scalars = evals.build(config, task.predict(), mesh)["accuracy"].run(state).scalars
         found.append(scalars)
     source = sources.open_source("bundled:digits", "test[:50]")
     (batch,) = pipeline.eval_batches(
         source, config.data, batch_size=50, image_size=(16, 16), channels=1
     )
-    logits = np.asarray(task.predict["logits"](params, extra, {"image": batch["image"]}))
+    logits = np.asarray(task.predict()["logits"](params, extra, {"image": batch["image"]}))
     top1 = 100 * (logits.argmax(1) == batch["label"]).mean()
     top5 = 100 * (np.argsort(-logits)[:, :5] == batch["label"][:, None]).any(1).mean()
     for scalars in found:
@@ -269,20 +239,19 @@ def test_accuracy_is_the_same_for_any_devices_and_batch_size():
 
 # --- runs ---
 
-PRETRAIN = """
-from configs.pretrain import get_config as recipe
+PRETRAIN = f"""
+from mae_jax.configs.pretrain import get_config as recipe
 
 def get_config(arg=None):
     config = recipe("batch_size=16,image_size=16")
-    config.model.update(width=32, depth=2, heads=4, patch_size=(8, 8), decoder_width=16,
-                        decoder_depth=1, decoder_heads=4, dtype="float32", channels=1)
-    config.data.update(source="bundled:digits", mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
+    config.model.update({MODEL | DECODER})
+    config.data.update(source="bundled:digits", mean=(0.5,), std=(0.5,))
     config.train_for, config.optim.warmup, config.log_every = "2 steps", "1 steps", "1 steps"
-    config.checkpoint.every, config.evals = "2 steps", {}
+    config.checkpoint.every, config.evals = "2 steps", {{}}
     return config
 """
 FLAGS = (
-    "--config.data.threads=2", "--config.train_for=6 steps", "--config.optim.warmup=1 steps",
+    "--config.train_for=6 steps", "--config.optim.warmup=1 steps",
     "--config.log_every=1 steps", "--config.checkpoint.every=6 steps",
     "--config.evals.accuracy.every=6 steps", "--config.evals.accuracy.batch_size=64",
 )  # fmt: skip
@@ -313,7 +282,7 @@ def test_the_train_command_fine_tunes_a_pretrained_run(pretrained, tmp_path, cap
     assert command.main(argv) == 0
     said = capsys.readouterr().out
     assert f"weights of {pretrained}/checkpoints/2" in said
-    last = {k: v for line in metrics.read(run / "metrics.jsonl") for k, v in line.items()}
+    last = {k: v for line in writer.read(run / "metrics.jsonl") for k, v in line.items()}
     assert last["step"] == 6 and np.isfinite(last["train/loss"])
     assert 0 <= last["eval/top1"] <= last["eval/top5"] <= 100
     assert last["eval/images"] == 360
@@ -322,17 +291,9 @@ def test_the_train_command_fine_tunes_a_pretrained_run(pretrained, tmp_path, cap
     assert "nothing to do" in capsys.readouterr().out
 
 
-def fresh_state(config, mesh):
-    """Of a task on a mesh: the task, and its state before it is started from anything."""
-    task = classify.make_task(config, sharding.constrain_batch(mesh))
-    init = partial(train.init_state, task, task.optimizer(10, 100)[0], 0)
-    shardings = sharding.state_shardings(mesh, jax.eval_shape(init))
-    return task, jax.jit(init, out_shardings=shardings)()
-
-
 @pytest.mark.parametrize("pool, image_size", [("cls", (16, 16)), ("avg", (32, 24))], ids=str)
 def test_a_run_starts_from_the_encoder_and_positions_of_its_grid(pretrained, pool, image_size):
-    config = tiny_config(f"init={pretrained}", pool=pool, image_size=image_size)
+    config = finetune_config(f"init={pretrained}", pool=pool, image_size=image_size)
     config.ema = 0.9
     task, fresh = fresh_state(config, mesh_of(2, 2, 1))
     path, saved = saved_encoder(pretrained)
@@ -342,20 +303,11 @@ def test_a_run_starts_from_the_encoder_and_positions_of_its_grid(pretrained, poo
     if pool == "avg":
         saved.pop("norm")
     ours = jax.device_get(state.params)
-    assert_trees_close(ours["encoder"], dict(saved), atol=1e-6)
+    assert_trees_equal(ours["encoder"], dict(saved), atol=1e-6)
     np.testing.assert_array_equal(ours["head"]["kernel"], fresh.params["head"]["kernel"])
-    assert_trees_close(jax.device_get(state.extra["ema"]), ours)
+    assert_trees_equal(jax.device_get(state.extra["ema"]), ours)
     shardings = [jax.tree.map(lambda x: x.sharding, s.params) for s in (fresh, state)]
     assert shardings[0] == shardings[1]
-
-
-def load_into(config, workdir):
-    """What a checkpoint's encoder is checked against, without computing anything."""
-    task = classify.make_task(config)
-    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])["encoder"]
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
-    return encoder.load_encoder(checkpoint.find(workdir, "init_from"), target, config)
 
 
 @pytest.mark.parametrize(
@@ -368,33 +320,29 @@ def load_into(config, workdir):
     ids=str,
 )
 def test_an_encoder_that_does_not_fit_is_refused_with_both_sides_shown(pretrained, model, message):
-    config = tiny_config(f"init={pretrained}", **model)
+    config = finetune_config(f"init={pretrained}", **model)
     with pytest.raises(ValueError, match=message):
-        load_into(config, pretrained)
+        load_encoder_into(config, pretrained)
 
 
 def test_a_checkpoint_without_the_final_norm_cannot_be_pooled_by_cls(pretrained, tmp_path):
     """Such as one of a fine-tuned model; its trained positions are taken, also resized."""
-    config = tiny_config()
+    config = finetune_config()
     config.ema = 0.0
     _, state = fresh_state(config, mesh_of(1, 1, 1))
-    workdir = tmp_path / "finetuned"
-    provenance.prepare_workdir(workdir, config)
-    saver = checkpoint.Checkpointer(workdir)
-    saver.save(1, state)
-    saver.close()
-    config = tiny_config(f"init={workdir}", image_size=(24, 24))
-    found = load_into(config, workdir)
+    workdir = save_workdir(config, tmp_path / "finetuned", state)
+    config = finetune_config(f"init={workdir}", image_size=(24, 24))
+    found = load_encoder_into(config, workdir)
     table = posemb.resize(state.params["encoder"]["pos_embed"], (2, 2), (3, 3))
     np.testing.assert_allclose(found["pos_embed"], table, atol=1e-6)
     config.model.pool = "cls"
     with pytest.raises(ValueError, match="no final norm, which this task reads"):
-        load_into(config, workdir)
+        load_encoder_into(config, workdir)
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint: looked for"):
-        load_into(tiny_config(f"init={tmp_path / 'nothing'}"), tmp_path / "nothing")
+        load_encoder_into(finetune_config(f"init={tmp_path / 'nothing'}"), tmp_path / "nothing")
 
 
 # --- what cannot work ---
@@ -423,11 +371,11 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     ids=str,
 )
 def test_impossible_configs_are_refused(change, message):
-    config = tiny_config()
+    config = finetune_config()
     for key, value in change.items():
         if isinstance(value, dict):
             config[key].update(value)
         else:
             config[key] = value
     with pytest.raises(ValueError, match=message):
-        classify.make_task(config)
+        tasks.build(config)

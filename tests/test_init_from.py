@@ -8,34 +8,47 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from test_finetune import fresh_state, load_into, tiny_config
-from test_probe import config_after
-from test_train import mesh_of
-from test_train import tiny_config as pretrain_config
+from tiny import (
+    finetune_config,
+    fresh_state,
+    load_encoder_into,
+    mesh_of,
+    probe_of,
+    run,
+    save_workdir,
+    tiny_config,
+)
 
-from configs import finetune, linprobe
-from mae_jax import checkpoint, evals, provenance, sharding, train
+from mae_jax import checkpoint, evals, tasks
 from mae_jax.commands import train as command
+from mae_jax.configs import finetune, linprobe
 from mae_jax.evals import fewshot
 from mae_jax.models import patch_embed
-from mae_jax.models.patch_embed import Pixels
 from mae_jax.models.patchify import patchify
-from mae_jax.tasks import classify, pretrain
-from mae_jax.tasks import probe as probe_task
+from mae_jax.models.spec import ModelSpec, ViTSpec
+from mae_jax.tasks import common
 
-RGB = Pixels((8, 8), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-GREY = Pixels((8, 8), (0.45,), (0.22,))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def kernel_and_bias(pixels, width=16, seed=0):
+def spec_of(patch, mean, std):
+    """A network of which the patch embedding alone matters."""
+    vit = ViTSpec(width=16, depth=1, heads=1, hidden=16)
+    return ModelSpec(patch, patch, len(mean), vit, mean=mean, std=std)
+
+
+RGB = spec_of((8, 8), MEAN, STD)
+GREY = spec_of((8, 8), (0.45,), (0.22,))
+
+
+def kernel_and_bias(spec, width=16, seed=0):
     rng = np.random.default_rng(seed)
-    values = pixels.patch[0] * pixels.patch[1] * len(pixels.mean)
-    return rng.normal(size=(values, width)).astype(np.float32), rng.normal(size=width)
+    return rng.normal(size=(spec.patch_dim, width)).astype(np.float32), rng.normal(size=width)
 
 
-def embed(levels_BHWC, pixels, kernel, bias):
-    normalised = (levels_BHWC - np.array(pixels.mean)) / np.array(pixels.std)
-    return np.asarray(patchify(jnp.asarray(normalised), pixels.patch)) @ kernel + bias
+def embed(levels_BHWC, spec, kernel, bias):
+    normalised = (levels_BHWC - np.array(spec.mean)) / np.array(spec.std)
+    return np.asarray(patchify(jnp.asarray(normalised), spec.patch_size)) @ kernel + bias
 
 
 # --- the arithmetic ---
@@ -52,7 +65,7 @@ def test_grey_images_keep_their_embedding_when_channels_change(old, new):
 
 
 def test_enlarged_patches_keep_their_embedding():
-    old, new = Pixels((4, 6), (0.0,) * 3, (1.0,) * 3), Pixels((7, 12), (0.0,) * 3, (1.0,) * 3)
+    old, new = spec_of((4, 6), (0.0,) * 3, (1.0,) * 3), spec_of((7, 12), (0.0,) * 3, (1.0,) * 3)
     kernel, bias = kernel_and_bias(old)
     patches = np.random.default_rng(1).normal(size=(5, 4, 6, 3)).astype(np.float32)
     larger = jax.image.resize(patches, (5, 7, 12, 3), "bilinear")
@@ -63,7 +76,7 @@ def test_enlarged_patches_keep_their_embedding():
 
 def test_of_shrunken_patches_no_kernel_is_nearer():
     """The least squares over many patches of independent pixels, solved without the formula."""
-    kernel, _ = kernel_and_bias(Pixels((6, 6), (0.0,), (1.0,)), width=3)
+    kernel, _ = kernel_and_bias(spec_of((6, 6), (0.0,), (1.0,)), width=3)
     patches = np.random.default_rng(1).normal(size=(40_000, 6, 6))
     small = np.asarray(jax.image.resize(patches, (40_000, 3, 4), "bilinear"))
     wanted = patches.reshape(len(patches), -1) @ kernel
@@ -75,8 +88,8 @@ def test_of_shrunken_patches_no_kernel_is_nearer():
 
 
 def test_channels_that_have_nothing_to_do_with_each_other_are_refused():
-    four = Pixels((8, 8), (0.5,) * 4, (0.5,) * 4)
-    with pytest.raises(ValueError, match="of 3 channels cannot be made ones of 4"):
+    four = spec_of((8, 8), (0.5,) * 4, (0.5,) * 4)
+    with pytest.raises(ValueError, match="of 3 channels cannot be adapted to 4"):
         patch_embed.adapt(*kernel_and_bias(RGB), RGB, four)
 
 
@@ -86,26 +99,23 @@ def test_channels_that_have_nothing_to_do_with_each_other_are_refused():
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """Workdir -> a run of no updates, for grey images and for coloured ones; their encoders."""
-    found = {}
+    runs = {}
     for channels in (1, 3):
-        config = pretrain_config()
+        config = tiny_config()
         config.model.channels = channels
-        config.data.update(mean=(0.5, 0.4, 0.3)[:channels], std=(0.2, 0.25, 0.3)[:channels])
-        workdir = tmp_path_factory.mktemp(f"pretrained{channels}")
-        task = pretrain.make_task(config)
+        config.data.update(mean=MEAN[:channels], std=STD[:channels])
+        task = tasks.build(config)
         params, _ = jax.jit(lambda task=task: task.init(jax.random.key(0)))()
-        provenance.prepare_workdir(workdir, config)
-        saver = checkpoint.Checkpointer(workdir)
-        saver.save(0, {"params": params})
-        saver.close()
-        found[channels] = workdir, jax.device_get(params["encoder"])
-    return found
+        workdir = tmp_path_factory.mktemp(f"pretrained{channels}")
+        save_workdir(config, workdir, {"params": params})
+        runs[channels] = workdir, jax.device_get(params["encoder"])
+    return runs
 
 
-def finetune_config(workdir, **model):
-    config = tiny_config(f"init={workdir}", **{"image_size": (32, 32), **model})
+def tuning_of(workdir, **model):
+    config = finetune_config(f"init={workdir}", **{"image_size": (32, 32), **model})
     channels = config.model.channels
-    config.data.update(mean=(0.5, 0.4, 0.3)[:channels], std=(0.2, 0.25, 0.3)[:channels])
+    config.data.update(mean=MEAN[:channels], std=STD[:channels])
     return config
 
 
@@ -114,15 +124,14 @@ def test_fine_tuning_starts_from_an_encoder_of_other_channels_and_patches(
     pretrained, old, new, capsys
 ):
     workdir, encoder = pretrained[old]
-    config = finetune_config(workdir, channels=new, patch_size=(4, 4), image_size=(16, 16))
+    config = tuning_of(workdir, channels=new, patch_size=(4, 4), image_size=(16, 16))
     task, fresh = fresh_state(config, mesh_of(2, 2, 1))
     state = task.load(checkpoint.find(workdir, "init_from"), fresh)
     said = capsys.readouterr().out
     assert f"patch embedding of 8 x 8 pixels of {old} channel(s) adapted to 4 x 4" in said
     ours = jax.device_get(state.params["encoder"])
     before, after = (
-        Pixels(patch, (0.5, 0.4, 0.3)[:n], (0.2, 0.25, 0.3)[:n])
-        for patch, n in (((8, 8), old), ((4, 4), new))
+        spec_of(patch, MEAN[:n], STD[:n]) for patch, n in (((8, 8), old), ((4, 4), new))
     )
     held = encoder["patch_embed"]
     kernel, bias = patch_embed.adapt(held["kernel"], held["bias"], before, after)
@@ -138,7 +147,7 @@ def test_fine_tuning_starts_from_an_encoder_of_other_channels_and_patches(
 
 def test_what_fits_is_taken_as_it_is_and_nothing_is_said(pretrained, capsys):
     workdir, encoder = pretrained[1]
-    found = load_into(finetune_config(workdir), workdir)
+    found = load_encoder_into(tuning_of(workdir), workdir)
     jax.tree.map(np.testing.assert_array_equal, found["patch_embed"], encoder["patch_embed"])
     assert "adapted" not in capsys.readouterr().out
 
@@ -146,10 +155,8 @@ def test_what_fits_is_taken_as_it_is_and_nothing_is_said(pretrained, capsys):
 def test_a_probe_starts_from_an_encoder_of_other_channels_and_patches(pretrained, capsys):
     workdir, encoder = pretrained[3]
     changes = {"model.channels": 1, "data.mean": (0.45,), "data.std": (0.25,)}
-    config = config_after(pretrained[3], **{"model.patch_size": (4, 4), **changes})
-    task = probe_task.make_task(config, sharding.constrain_batch(mesh_of(2, 1, 1)))
-    tx, _ = task.optimizer(10, 100)
-    state = train.lay_out(task, tx, config, mesh_of(2, 1, 1))[1]()
+    config = probe_of(pretrained[3][0], **{"model.patch_size": (4, 4), **changes})
+    task, state = fresh_state(config, mesh_of(2, 1, 1))
     loaded = task.load(checkpoint.find(workdir, "init_from"), state).extra["encoder"]
     assert "adapted to 4 x 4 pixels of 1 channel(s)" in capsys.readouterr().out
     assert loaded["patch_embed"]["kernel"].shape == (16, 32)
@@ -158,17 +165,17 @@ def test_a_probe_starts_from_an_encoder_of_other_channels_and_patches(pretrained
 
 def test_channels_that_cannot_be_adapted_are_refused_with_the_way_out(pretrained):
     workdir, _ = pretrained[3]
-    config = finetune_config(workdir)
+    config = tuning_of(workdir)
     config.model.channels = 2
     config.data.update(mean=(0.5, 0.5), std=(0.5, 0.5), augment="")
     with pytest.raises(ValueError, match=r"(?s)of 3 channel.*Set config.model.channels to 3 or 1"):
-        load_into(config, workdir)
+        load_encoder_into(config, workdir)
 
 
 def test_each_channel_needs_its_mean_in_every_task(pretrained):
-    config = config_after(pretrained[3], **{"model.channels": 1})
-    with pytest.raises(ValueError, match="config.data.mean has 3 numbers for images of 1 channel"):
-        probe_task.make_task(config)
+    config = probe_of(pretrained[3][0], **{"model.channels": 1})
+    with pytest.raises(ValueError, match="mean has 3 numbers for images of 1 channel"):
+        tasks.build(config)
 
 
 # --- what is no checkpoint of an encoder ---
@@ -200,7 +207,7 @@ def test_a_checkpoint_without_an_encoder_is_refused_with_what_it_has(tmp_path):
     saver.save(0, {"params": {"probe": jnp.zeros(3)}, "extra": {"encoder": jnp.zeros(2)}})
     saver.close()
     with pytest.raises(ValueError, match="holds no encoder; its parameters: probe. Name a run"):
-        load_into(finetune_config(tmp_path), tmp_path)
+        load_encoder_into(tuning_of(tmp_path), tmp_path)
 
 
 # --- labels ---
@@ -217,7 +224,7 @@ def folder_of_classes(root, counts):
 
 
 def folder_config(source, test) -> ConfigDict:
-    config = tiny_config()
+    config = finetune_config()
     config.data.source, config.ema, config.train_for = source, 0.0, "1 steps"
     del config.evals.averaged
     config.evals.accuracy.update(split=test, every="1 steps")
@@ -228,12 +235,10 @@ def folder_config(source, test) -> ConfigDict:
 
 def test_a_class_of_one_image_is_trained_on_and_has_no_accuracy_where_it_has_no_image(tmp_path):
     source = folder_of_classes(tmp_path / "images", {"cat": 20, "dog": 20, "rare": 1})
-    run = tmp_path / "run"
     for test in ("train[90%:]", "train[:90%]"):
         config = folder_config(source, test)
-        task = classify.make_task(config)
-        train.fit(config, run / test[6], task, mesh_of(1, 1, 1))
-    both = [json.loads((run / x / "results.json").read_text())["per_class"] for x in "9:"]
+        run(config, tmp_path / test[6], (1, 1, 1))
+    both = [json.loads((tmp_path / x / "results.json").read_text())["per_class"] for x in "9:"]
     assert [row["class"] for row in both[0]] == ["cat", "dog", "rare"]
     assert sorted(rows[2]["images"] for rows in both) == [0, 1]
     assert sorted(str(rows[2]["accuracy"]) for rows in both) in (["0.0", "None"], ["100.0", "None"])
@@ -242,13 +247,13 @@ def test_a_class_of_one_image_is_trained_on_and_has_no_accuracy_where_it_has_no_
 def test_accuracy_on_training_images_is_refused_unless_it_is_meant(tmp_path):
     source = folder_of_classes(tmp_path / "images", {"cat": 20, "dog": 20})
     config = folder_config(source, "train[80%:]")
-    task, mesh = classify.make_task(config), mesh_of(1, 1, 1)
-    evals.build(config, task.predict, mesh)
+    task, mesh = tasks.build(config), mesh_of(1, 1, 1)
+    evals.build(config, task.predict(), mesh)
     config.evals.accuracy.of_training_images = False
     with pytest.raises(ValueError, match="config.data.split='train' have 8 images in common"):
-        evals.build(config, task.predict, mesh)
+        evals.build(config, task.predict(), mesh)
     config.data.split = "train[:80%]"
-    evals.build(config, classify.make_task(config).predict, mesh)
+    evals.build(config, tasks.build(config).predict(), mesh)
 
 
 def test_a_class_of_one_image_is_named_where_there_are_too_few(tmp_path):
@@ -281,10 +286,9 @@ class Unlabelled:
 
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_out_of_range_stops_fine_tuning_before_an_update(label, monkeypatch, tmp_path):
-    monkeypatch.setattr(classify, "open_labelled", lambda *_: Unlabelled(label))
+    monkeypatch.setattr(common, "open_labelled", lambda *_: Unlabelled(label))
     config = folder_config("bundled:digits", "test[:20]")
     config.evals = {}
-    task = classify.make_task(config)
     with pytest.raises(ValueError, match=f"an image has label {label}, and labels go from 0 to 9"):
-        train.fit(config, tmp_path, task, mesh_of(1, 1, 1))
+        run(config, tmp_path, (1, 1, 1))
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -7,22 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 from PIL import Image
-from test_train import tiny_config
+from tiny import fresh_state, mesh_of, task_on, tiny_config
 
-from mae_jax import evals, sharding, train
+from mae_jax import evals
 from mae_jax.data.sources import open_source
 from mae_jax.evals import features, fewshot, knn
-from mae_jax.tasks import pretrain
 
 MESHES = [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2)]
-
-
-def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def random_bank(batches=3, rows=16, width=5, classes=4):
@@ -34,6 +27,13 @@ def random_bank(batches=3, rows=16, width=5, classes=4):
     for number, place in enumerate([(0, 2), (0, 11), (1, 3), (2, 9)]):
         label[place], counted[place] = number, True
     return features.Features(x, label, counted)
+
+
+def table(config, predict, state, split, feature="cls", batch_size=16):
+    """Features and labels of the readable images of a split, on one device."""
+    compute = features.feature_of(predict, feature)
+    extractor = features.Extractor(config, compute, mesh_of(1, 1, 1), batch_size=batch_size)
+    return extractor.table(state, open_source(config.data.source, split))
 
 
 def brute_force(query, bank, k):
@@ -84,20 +84,11 @@ def test_features_that_are_not_finite_have_no_vote_and_as_queries_are_wrong(shap
     def run(bound):
         predict = {"features": features_of(bound)}
         (evaluator,) = evals.build(config, predict, mesh_of(*shape)).values()
-        return evaluator.run(SimpleNamespace(params={}, extra={}))[0]["eval/knn1_cls"]
+        return evaluator.run(SimpleNamespace(params={}, extra={})).scalars["eval/knn1_cls"]
 
-    def table(split):
-        extractor = features.Extractor(
-            config,
-            features.feature_of({"features": features_of(85)}, "cls"),
-            mesh_of(1, 1, 1),
-            batch_size=16,
-        )
-        return extractor.table(
-            SimpleNamespace(params={}, extra={}), open_source("bundled:digits", split)
-        )
-
-    (x, label), (bank_x, bank_label) = table("test[:50]"), table("train[:70]")
+    state = SimpleNamespace(params={}, extra={})
+    x, label = table(config, {"features": features_of(85)}, state, "test[:50]")
+    bank_x, bank_label = table(config, {"features": features_of(85)}, state, "train[:70]")
     finite, bank_finite = np.isfinite(x).all(1), np.isfinite(bank_x).all(1)
     assert 0 < finite.sum() < 50 and 0 < bank_finite.sum() < 70
     _, near = brute_force(x[finite], features.Features(bank_x, bank_label, bank_finite), 1)
@@ -147,12 +138,12 @@ def test_the_penalty_is_the_one_with_the_least_error_of_images_left_out():
 
 def test_classes_are_drawn_alike_and_a_class_with_too_few_is_named():
     source = open_source("bundled:digits", "train")
-    few = features.draw_per_class(source, 3, 1, seed=0)
+    few = fewshot.draw_per_class(source, 3, 1, seed=0)
     assert [few[i]["label"] for i in range(30)] == list(np.repeat(np.arange(10), 3))
-    other = features.draw_per_class(source, 3, 1, seed=1)
+    other = fewshot.draw_per_class(source, 3, 1, seed=1)
     assert set(few.indices) != set(other.indices)
     with pytest.raises(ValueError, match="500 images of each class.*'0' has 1"):
-        features.draw_per_class(source, 500, 1, seed=0)
+        fewshot.draw_per_class(source, 500, 1, seed=0)
 
 
 # --- as evaluators ---
@@ -174,17 +165,18 @@ def config_of(**changes) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def state():
-    params, extra = pretrain.make_task(tiny_config()).init(train.stream(0, "init", 0))
-    return SimpleNamespace(step=0, params=params, extra=extra)
+    return jax.device_get(fresh_state(tiny_config(), mesh_of(1, 1, 1))[1])
+
+
+@pytest.fixture(scope="module")
+def predict():
+    return task_on(tiny_config(), mesh_of(1, 1, 1)).predict()
 
 
 def evaluate(state, config, shape=(1, 1, 1)):
     mesh = mesh_of(*shape)
-    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
-    found = {}
-    for evaluator in evals.build(config, task.predict, mesh).values():
-        found |= evaluator.run(state)[0]
-    return found
+    evaluators = evals.build(config, task_on(config, mesh).predict(), mesh)
+    return {k: v for x in evaluators.values() for k, v in x.run(state).scalars.items()}
 
 
 @pytest.fixture(scope="module")
@@ -203,31 +195,24 @@ def test_accuracies_are_the_same_on_any_mesh_and_for_any_batch_size(
     }  # fmt: skip
 
 
-def test_the_accuracy_of_knn_is_that_of_brute_force(state, alone):
-    config = config_of()
-    task = pretrain.make_task(config)
-    mesh = mesh_of(1, 1, 1)
-    extractor = features.Extractor(
-        config, features.feature_of(task.predict, "cls"), mesh, batch_size=10
-    )
-    x, label = extractor.table(state, open_source("bundled:digits", "test[:50]"))
-    bank_x, bank_label = extractor.table(state, open_source("bundled:digits", "train[:70]"))
+def test_the_accuracy_of_knn_is_that_of_brute_force(state, predict, alone):
+    x, label = table(config_of(), predict, state, "test[:50]", batch_size=10)
+    bank_x, bank_label = table(config_of(), predict, state, "train[:70]", batch_size=10)
     bank = features.Features(bank_x, bank_label, np.ones(70, bool))
     similarity, near = brute_force(x, bank, 5)
     right = knn.vote(similarity, near, 10, 0.07) == label
     assert alone["eval/knn5_cls"] == 100 * right.mean()
 
 
-def test_features_are_of_the_whole_image_in_order(state):
-    task = pretrain.make_task(tiny_config())
+def test_features_are_of_the_whole_image_in_order(state, predict):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (2, 32, 32, 1), np.uint8))
-    found = task.predict["features"](state.params, {}, {"image": images})
+    found = predict["features"](state.params, {}, {"image": images})
     assert {name: x.shape for name, x in found.items()} == {"cls": (2, 32), "mean": (2, 32)}
     changed = images.at[:, 24:, 24:].set(0)  # the last patch is seen by all
-    again = task.predict["features"](state.params, {}, {"image": changed})
+    again = predict["features"](state.params, {}, {"image": changed})
     assert all(np.abs(found[name] - again[name]).max() > 1e-3 for name in found)
-    mirrored = task.predict["features"](state.params, {}, {"image": images[:, :, ::-1]})
+    mirrored = predict["features"](state.params, {}, {"image": images[:, :, ::-1]})
     assert np.abs(found["mean"] - mirrored["mean"]).max() > 1e-3
 
 
@@ -242,18 +227,13 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_images_that_cannot_be_read_are_left_out_of_queries_and_bank(state, folder):
+def test_images_that_cannot_be_read_are_left_out_of_queries_and_bank(state, predict, folder):
     splits = dict(split="train[:30%]", bank_split="train[30%:]", batch_size=5)
     config = config_of(source=f"folder:{folder}", **splits)
     (folder / "cat" / "03.png").write_bytes(b"not an image")
     (folder / "dog" / "07.png").write_bytes(b"")
-    mesh = mesh_of(1, 1, 1)
-    task = pretrain.make_task(config)
-    extractor = features.Extractor(
-        config, features.feature_of(task.predict, "mean"), mesh, batch_size=5
-    )
     sizes = [
-        len(extractor.table(state, open_source(config.data.source, splits[key]))[0])
+        len(table(config, predict, state, splits[key], "mean", 5)[0])
         for key in ("split", "bank_split")
     ]
     assert sum(sizes) == 22
@@ -313,20 +293,10 @@ def test_a_source_without_labels_is_refused(state, folder):
 def test_queries_of_a_class_that_the_bank_lacks_are_refused(state, folder):
     for i in range(11):
         (folder / "dog" / f"{i:02d}.png").unlink()
-    order = open_source(f"folder:{folder}", "train")
-    assert len(order) == 13
-    splits = [("train[:1]", "train[1:]")] + [
-        (f"train[{i}:{i + 1}]", f"train[:{i}]+train[{i + 1}:]") for i in range(1, 13)
-    ]
-    refused = 0
-    for split, bank_split in splits:
-        query = open_source(f"folder:{folder}", split)
-        if query.class_names[query[0]["label"]] == "dog":
-            config = config_of(
-                source=f"folder:{folder}", split=split, bank_split=bank_split, ks=(1,)
-            )
-            with pytest.raises(ValueError, match="no image of class 'dog' is in the bank"):
-                del config.evals.fewshot
-                evaluate(state, config)
-            refused += 1
-    assert refused == 1
+    source = f"folder:{folder}"
+    (dog,) = [i for i in range(13) if open_source(source, f"train[{i}:{i + 1}]")[0]["label"] == 1]
+    splits = dict(split=f"train[{dog}:{dog + 1}]", bank_split=f"train[:{dog}]+train[{dog + 1}:]")
+    config = config_of(source=source, ks=(1,), **splits)
+    del config.evals.fewshot
+    with pytest.raises(ValueError, match="no image of class 'dog' is in the bank"):
+        evaluate(state, config)

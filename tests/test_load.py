@@ -21,7 +21,7 @@ from mae_jax.models import masking, posemb
 from mae_jax.models.posemb import sincos_2d
 from mae_jax.models.spec import ComputeConfig
 from mae_jax.pretrained import Model
-from mae_jax.tasks.pretrain import make_task
+from mae_jax.tasks.pretrain import Task
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "mae_tiny.npz")
@@ -99,7 +99,7 @@ def test_what_had_to_be_assumed_is_said(tmp_path, capsys):
 
 def saved_and_loaded(config, workdir, step):
     """Fresh parameters, saved as a run's, and what is loaded; both predict the same."""
-    task = make_task(config)
+    task = Task.from_config(config)
     params, _ = task.init(jax.random.key(0))
     saver = checkpoint.Checkpointer(workdir)
     saver.save(step, {"params": params})
@@ -109,7 +109,7 @@ def saved_and_loaded(config, workdir, step):
     shape = (2, *config.model.image_size, config.model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
-    theirs = task.predict["reconstruction"](params, {}, batch)
+    theirs = task.predict()["reconstruction"](params, {}, batch)
     kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
     exact = Model(model.spec, ComputeConfig(jnp.dtype(config.model.dtype)))
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
@@ -129,7 +129,7 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
 def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):
     config = ConfigDict(quickstart.get_config())
     config.ema = 0.9
-    last, _ = make_task(config).init(jax.random.key(0))
+    last, _ = Task.from_config(config).init(jax.random.key(0))
     mean = jax.tree.map(lambda x: x + 1, last)
     workdir = tmp_path / "run"
     with checkpoint.Checkpointer(workdir) as saver:

@@ -23,8 +23,8 @@ def add_command(tmp_path, monkeypatch):
 
 
 def test_help_lists_every_command_with_one_line(capsys):
-    shared = {"__init__", "cli", "recipes"}
-    modules = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - shared
+    paths = Path(commands.__file__).parent.glob("*.py")
+    modules = {path.stem for path in paths if "\ndef main(" in path.read_text()}
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
@@ -58,7 +58,7 @@ def test_version_is_the_package_version(capsys):
 
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "mae-jax: no command 'trian'; did you mean 'train'?\n"
+    assert capsys.readouterr().err == "mae-jax: no command 'trian'; nearest: train\n"
     assert cli.main(["zzz"]) == 2
     assert "train" in capsys.readouterr().err
 
@@ -71,7 +71,12 @@ def test_command_gets_its_arguments_and_sets_the_exit_status(add_command, capsys
     assert cli.main(["silent"]) == 0
 
 
-CHECK = 'def main(argv):\n    raise ValueError(\n        "size=0: at least 1"\n    )'
+CHECK = """
+from mae_jax.errors import UserError
+
+def main(argv):
+    raise UserError("size=0: at least 1")
+"""
 
 
 def test_failed_check_is_one_clear_message_without_traceback(add_command, monkeypatch, capsys):

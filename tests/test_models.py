@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +13,40 @@ import pytest
 from configs.common import SIZES, model_sizes
 from mae_jax import flops
 from mae_jax.models import mae, masking, targets
+from mae_jax.models.attention import attend
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.vit import ComputeConfig, Mlp, Stack, attend, grid_of
+from mae_jax.models.spec import ComputeConfig, ModelSpec, ViTSpec, patch_grid
+from mae_jax.models.vit import Encoder, Mlp, Stack
 
-GRIDS = {"B/16": (14, 14), "L/16": (14, 14), "H/14": (16, 16)}
+TINY = ModelSpec((16, 16), (4, 4), 3, ViTSpec(32, 2, 4, 128), ViTSpec(16, 1, 2, 64))
 
 
-def build(variant, **changes):
+def published(variant, depth=None, decoder_depth=8):
     sizes = model_sizes(variant)
-    patch = sizes.pop("patch_size")
-    grid = grid_of((224, 224), patch)
-    return mae.build(grid, 3 * patch[0] * patch[1], **(sizes | changes)), grid, 3 * patch[0] ** 2
+    width = sizes["width"]
+    encoder = ViTSpec(width, depth or sizes["depth"], sizes["heads"], 4 * width)
+    decoder = ViTSpec(512, decoder_depth, 16, 4 * 512)
+    return ModelSpec((224, 224), sizes["patch_size"], 3, encoder, decoder)
 
 
-def shapes(variant):
-    model, grid, values = build(variant)
-    patches = jnp.zeros((1, math.prod(grid), values))
-    mask = masking.keep_lowest(jnp.zeros((1, math.prod(grid))), math.prod(grid) // 4)
-    return jax.eval_shape(model.init, jax.random.key(0), patches, mask)["params"]
+def inputs(spec, batch=1, kept=None):
+    """Patches and a mask to initialise or apply a masked autoencoder with."""
+    kept = kept or spec.num_patches // 4
+    score = jax.random.uniform(jax.random.key(1), (batch, spec.num_patches))
+    patches = jax.random.normal(jax.random.key(0), (batch, spec.num_patches, spec.patch_dim))
+    return patches, masking.keep_lowest(score, kept)
+
+
+def tiny(spec=TINY, batch=2, **compute):
+    """A masked autoencoder, its variables, and patches with their mask."""
+    model, (patches, mask) = mae.MAE(spec, ComputeConfig(**compute)), inputs(spec, batch)
+    return model, model.init(jax.random.key(2), patches, mask), patches, mask
+
+
+def shapes(spec):
+    model = mae.MAE(spec)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs(spec)))["params"]
 
 
 def count(tree):
@@ -46,14 +63,14 @@ def count(tree):
     ],
 )
 def test_parameter_counts_are_the_official_ones(variant, encoder, decoder):
-    params = shapes(variant)
+    params = shapes(published(variant))
     assert count(params["encoder"]) == encoder
     assert count(params["decoder"]) == decoder
 
 
 @pytest.mark.parametrize("size", ["2B", "6.5B"])
 def test_billion_scale_encoders_have_the_size_of_their_name(size):
-    encoder = count(shapes(f"{size}/14")["encoder"])
+    encoder = count(shapes(published(f"{size}/14"))["encoder"])
     assert abs(encoder / (float(size.rstrip("B")) * 1e9) - 1) < 0.07
     width, _, heads = SIZES[size]
     assert width % heads == 0
@@ -62,10 +79,8 @@ def test_billion_scale_encoders_have_the_size_of_their_name(size):
 @pytest.fixture(scope="module")
 def fresh():
     """A fresh ViT-B/16, two blocks deep: initialisation does not depend on the depth."""
-    model, grid, values = build("B/16", depth=2, decoder_depth=2)
-    mask = masking.keep_lowest(jnp.zeros((1, math.prod(grid))), 49)
-    patches = jnp.zeros((1, math.prod(grid), values))
-    return jax.jit(model.init)(jax.random.key(0), patches, mask)["params"]
+    spec = published("B/16", depth=2, decoder_depth=2)
+    return jax.jit(mae.MAE(spec).init)(jax.random.key(0), *inputs(spec))["params"]
 
 
 # Bounds of Xavier on the official matrices; the qkv bound is that of the fused (3D, D) matrix
@@ -118,22 +133,17 @@ def natural_images(batch, size, seed=0):
 
 
 def test_first_loss_of_a_fresh_b16_is_about_1_8():
-    model, grid, _ = build("B/16")
-    patches = patchify(natural_images(8, 224), (16, 16))
-    noise = jax.random.uniform(jax.random.key(1), (8, math.prod(grid)))
-    mask = masking.keep_lowest(noise, 49)
+    spec, images = published("B/16"), natural_images(8, 224)
+    model, patches = mae.MAE(spec), patchify(images, spec.patch_size)
+    _, mask = inputs(spec, batch=8)
     params = jax.jit(model.init)(jax.random.key(0), patches, mask)
     pred = jax.jit(model.apply)(params, patches, mask)
-    loss = mae.masked_mse(pred, targets.norm_pixels(patches), mask.mask_BL)
-    assert 1.7 < loss < 1.9
+    target = targets.norm_pixels(images, spec.patch_size)
+    assert 1.7 < mae.masked_mse(pred, target, mask.mask_BL) < 1.9
 
 
 def test_hidden_pixels_do_not_reach_the_encoder_nor_visible_ones_the_loss():
-    model = mae.build((4, 4), 48, width=32, depth=2, heads=4, decoder_width=16, decoder_depth=1,
-                      decoder_heads=2)  # fmt: skip
-    patches = jax.random.normal(jax.random.key(0), (2, 16, 48))
-    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (2, 16)), 4)
-    params = model.init(jax.random.key(2), patches, mask)
+    model, params, patches, mask = tiny()
     weights = jax.random.normal(jax.random.key(3), (2, 5, 32))
 
     def latent(patches):
@@ -143,7 +153,7 @@ def test_hidden_pixels_do_not_reach_the_encoder_nor_visible_ones_the_loss():
     np.testing.assert_array_equal(by_patch > 0, np.asarray(mask.mask_BL) == 0)
 
     def loss(pred):
-        return mae.masked_mse(pred, targets.norm_pixels(patches), mask.mask_BL)
+        return mae.masked_mse(pred, patches, mask.mask_BL)
 
     by_patch = np.abs(jax.grad(loss)(jnp.zeros((2, 16, 48)))).sum(-1)
     np.testing.assert_array_equal(by_patch > 0, np.asarray(mask.mask_BL) == 1)
@@ -151,14 +161,10 @@ def test_hidden_pixels_do_not_reach_the_encoder_nor_visible_ones_the_loss():
 
 def test_with_mask_tokens_in_the_encoder_hidden_pixels_still_reach_nothing():
     """Table 1c: every place is encoded, a hidden one as a token of the encoder's own."""
-    model = mae.build((4, 4), 12, width=16, depth=2, heads=2, decoder_width=16, decoder_depth=1,
-                      decoder_heads=2, tokens_in_encoder=True)  # fmt: skip
-    patches = jax.random.normal(jax.random.key(0), (2, 16, 12))
-    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (2, 16)), 4)
-    params = model.init(jax.random.key(2), patches, mask)
-    assert params["params"]["encoder"]["mask_token"].shape == (1, 1, 16)
+    model, params, patches, mask = tiny(replace(TINY, tokens_in_encoder=True))
+    assert params["params"]["encoder"]["mask_token"].shape == (1, 1, 32)
     assert "mask_token" not in params["params"]["decoder"]
-    assert model.apply(params, patches, mask, method=mae.MAE.encode).shape == (2, 17, 16)
+    assert model.apply(params, patches, mask, method="encode").shape == (2, 17, 32)
 
     other = jnp.where(mask.mask_BL[..., None] > 0, patches + 1, patches)
     predict = jax.jit(model.apply)
@@ -221,10 +227,10 @@ def test_remat_computes_the_blocks_again_also_where_no_loop_is_left(unroll):
     """XLA merges what is computed twice in one computation, unless it is kept from it."""
 
     def flops(remat: bool) -> float:
-        stack = Stack(4, 2, 4.0, ComputeConfig(scan_unroll=unroll, remat=remat))
-        x = jnp.ones((2, 8, 64))
+        compute = ComputeConfig(scan_unroll=unroll, remat=remat)
+        stack, x = Stack(ViTSpec(64, 4, 2, 256), compute), jnp.ones((2, 8, 64))
         variables = stack.init(jax.random.key(0), x)
-        gradients = jax.jit(jax.grad(lambda variables: stack.apply(variables, x).sum()))
+        gradients = jax.jit(jax.grad(lambda variables: stack.apply(variables, x)[0].sum()))
         return gradients.lower(variables).compile().cost_analysis()["flops"]
 
     assert flops(remat=True) > 1.1 * flops(remat=False)
@@ -238,14 +244,9 @@ def test_logits_of_any_size_give_finite_gradients():
 
 def test_tokens_are_put_back_in_place():
     """The prediction does not depend on the order in which kept patches enter the encoder."""
-    model = mae.build((4, 4), 48, width=32, depth=2, heads=4, decoder_width=16, decoder_depth=1,
-                      decoder_heads=2)  # fmt: skip
-    patches = jax.random.normal(jax.random.key(0), (2, 16, 48))
-    noise = jax.random.uniform(jax.random.key(1), (2, 16))
-    shuffled = masking.keep_lowest(noise, 4)
+    model, params, patches, shuffled = tiny()
     in_order = masking.keep_lowest(shuffled.mask_BL, 4)
     assert not np.array_equal(shuffled.keep_BK, in_order.keep_BK)
-    params = model.init(jax.random.key(2), patches, shuffled)
     np.testing.assert_allclose(
         model.apply(params, patches, shuffled), model.apply(params, patches, in_order), atol=1e-5
     )
@@ -309,12 +310,14 @@ def test_patchify_orders_row_column_channel_and_unpatchify_inverts_it():
 
 
 def test_normalised_targets_use_the_unbiased_variance_with_epsilon_inside():
-    patches = np.random.default_rng(0).normal(3, 2, (2, 4, 48)).astype(np.float32)
+    images = np.random.default_rng(0).normal(3, 2, (2, 8, 8, 3)).astype(np.float32)
+    patches = np.asarray(patchify(images, (4, 4)))
     expected = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(
         patches.var(-1, ddof=1, keepdims=True) + 1e-6
     )
-    np.testing.assert_allclose(targets.norm_pixels(jnp.asarray(patches)), expected, rtol=1e-4)
-    np.testing.assert_array_equal(targets.norm_pixels(jnp.full((1, 1, 48), 7.0)), 0)
+    np.testing.assert_allclose(targets.norm_pixels(images, (4, 4)), expected, rtol=1e-4)
+    np.testing.assert_array_equal(targets.norm_pixels(jnp.full((1, 4, 4, 3), 7.0), (4, 4)), 0)
+    np.testing.assert_array_equal(targets.pixels(images, (4, 4)), patches)
 
 
 # Sums of the official tables and single entries, in float64
@@ -338,22 +341,63 @@ def test_first_half_of_the_positions_encodes_the_column():
 
 
 def test_non_square_images_and_patches_and_other_channels_work():
-    grid = grid_of((32, 48), (8, 4))
-    assert grid == (4, 12)
+    five = (0.5,) * 5
+    spec = replace(TINY, image_size=(32, 48), patch_size=(8, 4), channels=5, mean=five, std=five,
+                   target_dim=0)  # fmt: skip
+    assert (spec.grid, spec.patch_dim) == ((4, 12), 160)
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 5))
-    patches = patchify(images, (8, 4))
-    model = mae.build(grid, 160, width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1,
-                      decoder_heads=2)  # fmt: skip
-    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (2, 48)), 12)
-    params = model.init(jax.random.key(2), patches, mask)
-    pred = model.apply(params, patches, mask)
-    assert unpatchify(pred, (8, 4), grid).shape == images.shape
+    _, mask = inputs(spec, batch=2)
+    model, patches = mae.MAE(spec), patchify(images, (8, 4))
+    pred = model.apply(model.init(jax.random.key(2), patches, mask), patches, mask)
+    assert unpatchify(pred, (8, 4), spec.grid).shape == images.shape
+
+
+def test_a_decoder_predicts_targets_of_another_width_than_a_patch():
+    model, params, patches, mask = tiny(replace(TINY, target_dim=108))
+    assert model.apply(params, patches, mask).shape == (2, 16, 108)
 
 
 @pytest.mark.parametrize(("image", "patch"), [((225, 224), (16, 16)), ((8, 8), (16, 16))])
 def test_an_image_of_no_whole_number_of_patches_is_refused(image, patch):
     with pytest.raises(ValueError, match="whole number of patches"):
-        grid_of(image, patch)
+        patch_grid(image, patch)
+
+
+def test_an_unrolled_network_starts_in_a_loop_with_the_parameters_of_a_scanned_one():
+    """Initialising an unrolled L/16 would compile for half a minute."""
+    scanned, unrolled = (mae.MAE(TINY, ComputeConfig(scan_unroll=n)) for n in (1, 2))
+    batch = inputs(TINY)
+    ours, theirs = (model.init(jax.random.key(0), *batch) for model in (unrolled, scanned))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+    def unrolled_by(function, *arguments):
+        return set(re.findall(r"unroll=(\d+)", str(jax.make_jaxpr(function)(*arguments))))
+
+    assert unrolled_by(unrolled.init, jax.random.key(0), *batch) == {"1"}
+    assert unrolled_by(unrolled.apply, theirs, *batch) == {"2"}
+
+
+@pytest.mark.parametrize("compute", [{}, {"scan_unroll": 2}, {"remat": True}], ids=str)
+def test_the_tokens_of_blocks_are_those_of_encoders_that_end_there(compute):
+    compute = ComputeConfig(**compute)
+    network, (patches, _) = Encoder(TINY, compute), inputs(TINY, batch=2)
+    params = network.init(jax.random.key(0), patches)["params"]
+    last, blocks = network.apply({"params": params}, patches, return_blocks=True)
+    np.testing.assert_array_equal(last, network.apply({"params": params}, patches))
+    assert blocks.shape == (3, *last.shape)
+    for depth in (1, 2):
+        spec = replace(TINY, encoder=replace(TINY.encoder, depth=depth))
+        stack = jax.tree.map(lambda x, depth=depth: x[:depth], params["stack"])
+        shorter = Encoder(spec, compute, final_norm=False)
+        tokens = shorter.apply({"params": params | {"stack": stack}}, patches)
+        np.testing.assert_allclose(blocks[depth], tokens, atol=1e-6)
+    np.testing.assert_allclose(  # what enters the first block: embedding and positions
+        blocks[0, :, 1:],
+        patches @ params["patch_embed"]["kernel"]
+        + params["patch_embed"]["bias"]
+        + sincos_2d(TINY.encoder.width, TINY.grid)[1:],
+        atol=1e-5,
+    )
 
 
 # Multiply-adds of the official model: the full image, and the decoder
@@ -362,35 +406,27 @@ def test_an_image_of_no_whole_number_of_patches_is_refused(image, patch):
     [("B/16", 17.56, 5.37), ("L/16", 61.55, 5.38), ("H/14", 167.3, 7.13)],
 )
 def test_analytic_flops_agree_with_the_published_counts(variant, full, decoder):
-    sizes = model_sizes(variant)
-    patch = sizes.pop("patch_size")
-    rows, cols = GRIDS[variant]
-    tokens, values, kept = rows * cols, 3 * patch[0] ** 2, rows * cols // 4
-    width, depth = sizes["width"], sizes["depth"]
-    assert abs(flops.encoder(tokens, values, width, depth) / 2e9 / full - 1) < 1e-3
-    whole = flops.mae(
-        tokens, kept, values, width=width, depth=depth, decoder_width=512, decoder_depth=8
-    )
-    rest = whole - flops.encoder(kept, values, width, depth)
+    spec = published(variant)
+    kept = spec.num_patches // 4
+    assert abs(flops.encoder(spec) / 2e9 / full - 1) < 1e-3
+    rest = flops.mae(spec, kept) - flops.encoder(spec, kept)
     assert abs(rest / 2e9 / decoder - 1) < 1e-3
 
 
 # Table 1c of the paper: 3.3 times the FLOPs at L/16
 def test_mask_tokens_in_the_encoder_cost_what_the_paper_says():
-    sizes = dict(width=1024, depth=24, decoder_width=512, decoder_depth=8)
-    ratio = flops.mae(196, 196, 768, **sizes) / flops.mae(196, 49, 768, **sizes)
+    spec = published("L/16")
+    ratio = flops.mae(replace(spec, tokens_in_encoder=True), 49) / flops.mae(spec, 49)
     assert abs(ratio / 3.3 - 1) < 0.02
 
 
 def test_analytic_flops_agree_with_the_compiled_program():
     """With every block unrolled, since XLA counts a scanned body once."""
-    sizes = dict(width=1024, depth=2, decoder_width=512, decoder_depth=2)
-    model = mae.build((8, 8), 192, heads=4, decoder_heads=4, compute=ComputeConfig(scan_unroll=2),
-                      **sizes)  # fmt: skip
-    patches = jnp.zeros((4, 64, 192))
-    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(0), (4, 64)), 16)
+    encoder, decoder = ViTSpec(1024, 2, 4, 4096), ViTSpec(512, 2, 4, 2048)
+    spec = ModelSpec((64, 64), (8, 8), 3, encoder, decoder)
+    model, (patches, mask) = mae.MAE(spec, ComputeConfig(scan_unroll=2)), inputs(spec, batch=4)
     params = jax.eval_shape(model.init, jax.random.key(0), patches, mask)
     compiled = jax.jit(model.apply).lower(params, patches, mask).compile()
-    ours = 4 * flops.mae(64, 16, 192, **sizes)
+    ours = 4 * flops.mae(spec, 16)
     # XLA counts softmax, GELU and LayerNorm too: a few per cent at these widths
     assert 0.95 < ours / compiled.cost_analysis()["flops"] < 1.0

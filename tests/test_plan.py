@@ -1,6 +1,6 @@
-"""Plans: programs are read right, estimates add up, and what cannot work is said before compiling.
+"""Plans: programs are read right, estimates add up, and mistakes are refused before compiling.
 
-The compiler for TPUs must be there: bash launch/test.sh installs it where only the tests see it.
+The compiler for TPUs must be installed: bash launch/test.sh puts it where only the tests see it.
 """
 
 import importlib.util
@@ -14,10 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.pretrain import get_config
-from mae_jax import flops, hlo, plan, sharding
+from mae_jax import flops, hlo, plan, sharding, traffic
 from mae_jax.commands import plan as command
-from mae_jax.tasks.pretrain import make_task
+from tests.tiny import tiny_config
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 TINY = [
@@ -28,18 +27,10 @@ TINY = [
 ]
 
 
-def tiny_config():
-    config = get_config("image_size=32,batch_size=64")
-    config.model.update(width=64, depth=2, heads=2, patch_size=(8, 8))
-    config.model.update(decoder_width=64, decoder_depth=2, decoder_heads=2)
-    config.data.source, config.data.split = "counted:1281167:1000", ""
-    return config
-
-
 # --- reading programs ---
 
-# As the compiler for TPUs writes them: an unrolled ring in a loop that counts by two, a gather that
-# is spread over two fusions, a gradient summed with the slice that is kept, and one between slices.
+# As the compiler for TPUs writes them: an unrolled ring in a loop that counts by two, a gather spread
+# over two fusions, a sum fused with the slice of it that is kept, and a sum between slices.
 PROGRAM = """\
 HloModule step
 
@@ -113,17 +104,22 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
-    found = hlo.collectives(hlo.parse(PROGRAM), MESH)
-    assert [(c.kind, c.axes, c.members, c.times, c.computed, c.payload) for c in found] == [
-        ("all-gather", ("fsdp",), 4, 1, False, 32 * 16 * 2),
-        ("collective-permute", ("data",), 2, 4, False, 4 * 8 * 16 * 2),
-        ("collective-permute", ("data",), 2, 4, False, 4 * 8 * 16 * 2),  # a copy, its channel too
-        ("all-reduce", ("slices",), 2, 1, True, 32 * 16 * 4),
-        # What a fusion is given is not followed; a sum needs it not: only gradients are summed.
-        ("reduce-scatter", ("fsdp",), 4, 1, False, 32 * 16 * 4),
+    collectives = traffic.collectives(hlo.parse(PROGRAM), MESH)
+    assert [(c.kind, c.axes, c.members, c.times, c.payload) for c in collectives] == [
+        ("all-gather", ("fsdp",), 4, 1, 32 * 16 * 2),
+        ("collective-permute", ("data",), 2, 4, 4 * 8 * 16 * 2),
+        ("collective-permute", ("data",), 2, 4, 4 * 8 * 16 * 2),  # a copy, with the same channel
+        ("all-reduce", ("slices",), 2, 1, 32 * 16 * 4),
+        ("reduce-scatter", ("fsdp",), 4, 1, 32 * 16 * 4),
     ]
-    # What a ring of four hands on to gather: three of four parts. Twice that to sum for all.
-    assert [c.sent for c in found] == [768, 1024, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
+    # To gather, a member of a ring of four sends three of four parts; to sum for all, twice that.
+    assert [c.sent for c in collectives] == [768, 1024, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
+    assert traffic.by_axes(collectives) == [
+        {"kind": "all-reduce", "axes": "slices", "bytes": 2048, "sent": 2048},
+        {"kind": "collective-permute", "axes": "data", "bytes": 2048, "sent": 2048},
+        {"kind": "reduce-scatter", "axes": "fsdp", "bytes": 2048, "sent": 1536},
+        {"kind": "all-gather", "axes": "fsdp", "bytes": 1024, "sent": 768},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +137,9 @@ def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
     ],
 )
 def test_every_way_to_write_groups_gives_the_axes_of_the_mesh(text, axes):
-    groups = hlo.groups(text)
+    groups = traffic.groups(text)
     assert groups is not None
-    assert hlo.axes_of(groups[0], MESH) == axes
+    assert traffic.axes_of(groups[0], MESH) == axes
 
 
 def test_a_loop_over_sharded_weights_of_a_real_program_gathers_each_once_per_pass():
@@ -162,11 +158,10 @@ def test_a_loop_over_sharded_weights_of_a_real_program_gathers_each_once_per_pas
         .lower(jnp.zeros((5, 64, 64)), jnp.zeros((16, 64)))
         .compile()
     )
-    program = hlo.parse(compiled.as_text())
-    found = hlo.collectives(program, mesh.shape)
-    gathered = sum(c.payload for c in found if c.kind == "all-gather")
+    collectives = traffic.collectives(hlo.parse(compiled.as_text()), mesh.shape)
+    gathered = sum(c.payload for c in collectives if c.kind == "all-gather")
     assert gathered == 5 * 64 * 64 * 4
-    assert {c.axes for c in found} == {("fsdp",)}
+    assert {c.axes for c in collectives} == {("fsdp",)}
 
 
 def test_memory_traffic_counts_the_slice_that_is_read_and_not_its_array():
@@ -291,7 +286,7 @@ def test_hours_at_an_assumed_mfu_by_hand():
     ],
 )
 def test_topologies_and_what_the_cloud_calls_them(name, chips, cloud):
-    where = plan.topology(name)
+    where = plan.parse_topology(name)
     assert (where.chips, where.cloud) == (chips, cloud)
 
 
@@ -421,13 +416,13 @@ def test_slices_are_outermost_on_the_data_axis():
 )
 def test_an_unknown_topology_is_answered_with_the_nearest(topology, said):
     with pytest.raises(ValueError, match=said):
-        plan.topology(topology)
+        plan.parse_topology(topology)
 
 
 def test_without_the_compiler_for_tpus_the_way_to_get_it_is_said(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install libtpu=={plan.LIBTPU}"):
-        plan.devices(plan.topology("v5e:2x2"))
+        plan.devices(plan.parse_topology("v5e:2x2"))
 
 
 @pytest.mark.parametrize(

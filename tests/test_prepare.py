@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.datasets.imagenet_a import imagenet_a_dataset_builder
-from tensorflow_datasets.datasets.imagenet_r import imagenet_r_dataset_builder
-from tensorflow_datasets.datasets.imagenet_sketch import imagenet_sketch_dataset_builder
 from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
 
 from mae_jax.commands import prepare
@@ -40,6 +37,18 @@ def noise(size) -> Image.Image:
 
 def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def run(what: str, **options) -> int:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return prepare.main([what, *flags])
+
+
+def pack_folder(source: Path, data_dir: Path, name="mine", workers=1, **options) -> Path:
+    """`mae-jax prepare folder`; returns the directory of the dataset."""
+    options |= dict(source=source, name=name, data_dir=data_dir, workers=workers)
+    assert run("folder", **options) == 0
+    return data_dir / name / "1.0.0"
 
 
 def by_name(name: str, data_dir: Path, split="train") -> dict[str, dict]:
@@ -67,10 +76,7 @@ def small_shards(monkeypatch):
 
 
 def test_a_folder_becomes_a_dataset_that_plain_tfds_opens(images, tmp_path, capsys):
-    code = prepare.main(
-        ["folder", f"--source={images}", "--name=mine", f"--data-dir={tmp_path}", "--workers=1"]
-    )
-    assert code == 0
+    pack_folder(images, tmp_path)
     out = capsys.readouterr().out
     assert "mine: 12 images" in out
     assert f"--config.data.source=mine --config.data.data_dir={tmp_path}" in out
@@ -88,8 +94,7 @@ def test_a_folder_becomes_a_dataset_that_plain_tfds_opens(images, tmp_path, caps
 
 
 def test_the_printed_mean_and_std_are_those_of_all_pixels(images, tmp_path):
-    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
-    summary = json.loads((final / "prepared.json").read_text())
+    summary = json.loads((pack_folder(images, tmp_path) / "prepared.json").read_text())
     everything = np.concatenate(
         [pixels(path.read_bytes()).reshape(-1, 3) for path in images.rglob("*.jpg")]
     )
@@ -101,9 +106,7 @@ def test_resize_gives_the_short_side_by_pillows_bicubic(tmp_path):
     for name, size in (("wide", (90, 60)), ("tall", (50, 200)), ("small", (10, 12))):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{name}.png").write_bytes(encoded("PNG", size=size))
-    prepare.prepare_folder(
-        str(tmp_path / "images"), "mine", data_dir=str(tmp_path), resize=32, quality=90
-    )
+    pack_folder(tmp_path / "images", tmp_path, resize=32, quality=90)
     for name, size in (("wide", (48, 32)), ("tall", (32, 128)), ("small", (32, 38))):
         expected = Image.open(tmp_path / "images" / f"{name}.png").resize(size, Image.BICUBIC)
         buffer = io.BytesIO()
@@ -125,7 +128,7 @@ def test_what_not_every_reader_shows_alike_is_stored_as_upright_rgb_jpeg(tmp_pat
     }
     for name, data in (kept | mended).items():
         (folder / name).write_bytes(data)
-    prepare.prepare_folder(str(folder), "mine", data_dir=str(tmp_path))
+    pack_folder(folder, tmp_path)
     records = by_name("mine", tmp_path)
     for name, data in kept.items():
         assert records[name]["image"] == data
@@ -142,7 +145,7 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(
     (images / "a" / "link.png").symlink_to(images / "gone.png")
     (images / "b" / "cut.jpg").write_bytes((images / "a" / "0.jpg").read_bytes()[:300])
     os.rename(images / "b" / "1.jpg", os.fsencode(images) + b"/b/caf\xe9.jpg")
-    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    pack_folder(images, tmp_path)
     out = capsys.readouterr().out
     assert "3 could not be read" in out
     assert "a/text.jpg" in out and "b/cut.jpg" in out
@@ -159,10 +162,10 @@ def test_a_strip_that_is_too_long_for_jpeg_is_left_out_and_named(tmp_path, capsy
     Image.new("RGB", (600, 1)).save(folder / "long.png")
     Image.new("RGBA", (70_000, 1)).save(folder / "longer.png")
     Image.new("RGB", (70_000, 1)).save(folder / "stored.png")  # as it is, where it is not resized
-    prepare.prepare_folder(str(folder), "small", data_dir=str(tmp_path), resize=256)
+    pack_folder(folder, tmp_path, "small", resize=256)
     assert sorted(by_name("small", tmp_path)) == ["0.jpg"]
     assert "long.png (600 x 1 pixels: too long a strip" in capsys.readouterr().out
-    prepare.prepare_folder(str(folder), "whole", data_dir=str(tmp_path))
+    pack_folder(folder, tmp_path, "whole")
     assert sorted(by_name("whole", tmp_path)) == ["0.jpg", "long.png", "stored.png"]
 
 
@@ -172,15 +175,13 @@ def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
     folder.mkdir()
     for i in range(6):
         (folder / f"{i}.jpg").write_bytes(encoded() if i % 2 else b"text")
-    prepare.prepare_folder(str(folder), "mine", data_dir=str(tmp_path))
+    pack_folder(folder, tmp_path)
     assert sorted(by_name("mine", tmp_path)) == ["1.jpg", "3.jpg", "5.jpg"]
 
 
 def test_several_processes_write_what_one_writes(images, tmp_path, small_shards):
     for workers in (1, 2):
-        prepare.prepare_folder(
-            str(images), "mine", data_dir=str(tmp_path / f"{workers}"), workers=workers
-        )
+        pack_folder(images, tmp_path / f"{workers}", workers=workers)
     one, two = (open_source("mine", "train", str(tmp_path / w)) for w in ("1", "2"))
     assert [one[i] for i in range(12)] == [two[i] for i in range(12)]
 
@@ -188,8 +189,7 @@ def test_several_processes_write_what_one_writes(images, tmp_path, small_shards)
 def test_an_interrupted_preparation_keeps_its_finished_shards(
     images, tmp_path, small_shards, monkeypatch, capsys
 ):
-    arguments = ["folder", f"--source={images}", "--name=mine", "--workers=1"]
-    prepare.main([*arguments, f"--data_dir={tmp_path / 'whole'}"])
+    pack_folder(images, tmp_path / "whole")
     write, written = pack.write_shard, []
 
     def interrupted(shard):
@@ -199,14 +199,14 @@ def test_an_interrupted_preparation_keeps_its_finished_shards(
         written.append(shard.path)
 
     monkeypatch.setattr(pack, "write_shard", interrupted)
-    arguments.append(f"--data_dir={tmp_path / 'parts'}")
-    assert prepare.main(arguments) == 130
+    options = dict(source=images, name="mine", workers=1, data_dir=tmp_path / "parts")
+    assert run("folder", **options) == 130
     before = [path.stat().st_mtime_ns for path in written]
-    (written[0].parent / f"{written[0].name}.1.partial").touch()  # as SIGKILL leaves one behind
+    (written[0].parent / f"{written[0].name}.part-1").touch()  # as SIGKILL leaves one behind
     with pytest.raises(ValueError, match="not prepared|no tfds dataset"):
         open_source("mine", "train", str(tmp_path / "parts"))
     monkeypatch.setattr(pack, "write_shard", write)
-    assert prepare.main(arguments) == 0
+    assert run("folder", **options) == 0
     folder = tmp_path / "parts" / "mine" / "1.0.0"
     assert [(folder / path.name).stat().st_mtime_ns for path in written] == before
     whole, parts = (open_source("mine", "train", str(tmp_path / w)) for w in ("whole", "parts"))
@@ -220,22 +220,23 @@ def test_other_options_after_an_interruption_start_again(
     def stop(shard):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         write = pack.write_shard
         patch.setattr(pack, "write_shard", lambda shard: write(shard) or stop(shard))
-        prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=8)
-    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=16)
+        options = dict(source=images, name="mine", data_dir=tmp_path, resize=8, workers=1)
+        assert run("folder", **options) == 130
+    pack_folder(images, tmp_path, resize=16)
     for record in by_name("mine", tmp_path).values():
         assert min(pixels(record["image"]).shape[:2]) == 16
 
 
 def test_a_second_run_changes_nothing_and_other_images_are_refused(images, tmp_path):
-    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    final = pack_folder(images, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in final.iterdir()}
-    prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    pack_folder(images, tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in final.iterdir()} == before
     with pytest.raises(ValueError, match="already exists"):
-        prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path), resize=16)
+        pack_folder(images, tmp_path, resize=16)
 
 
 def test_two_writers_of_one_dataset_are_refused(images, tmp_path):
@@ -244,7 +245,7 @@ def test_two_writers_of_one_dataset_are_refused(images, tmp_path):
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another"):
-            prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+            pack_folder(images, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_a_damaged_archive_leaves_no_dataset_behind(archives, tmp_path):
     path = archives / "ILSVRC2012_img_val.tar"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short"):
-        prepare.main(["imagenet2012", f"--manual-dir={archives}", f"--data-dir={tmp_path}"])
+        run("imagenet2012", manual_dir=archives, data_dir=tmp_path)
     with pytest.raises(ValueError, match="not prepared"):
         open_source("imagenet2012", "validation", str(tmp_path))
 
@@ -349,23 +350,21 @@ def test_a_damaged_archive_leaves_no_dataset_behind(archives, tmp_path):
     [("none", "no such directory"), ("", "register on https"), ("images", "holds none of ILSVRC")],
 )
 def test_missing_archives_are_named(images, tmp_path, manual, message):
-    option = [f"--manual_dir={tmp_path / manual}"] if manual else []
+    option = {"manual_dir": tmp_path / manual} if manual else {}
     with pytest.raises(ValueError, match=message):
-        prepare.main(["imagenet2012", f"--data_dir={tmp_path}", *option])
+        run("imagenet2012", data_dir=tmp_path, **option)
 
 
 # --- other test sets of ImageNet ---
 
 TOP = "imagenetv2-threshold0.7-format-val"
-TEST_SETS = {  # name -> archive, tfds's module, what it holds
+TEST_SETS = {  # name -> archive, what it holds
     "imagenet_v2/threshold-0.7": (
         "imagenetv2-threshold0.7.tar.gz",
-        imagenet_v2_dataset_builder,
         {f"{TOP}/{label}/{name}.jpeg": encoded() for label in (0, 10, 2) for name in "ab"},
     ),
     "imagenet_a": (
         "imagenet-a.tar",
-        imagenet_a_dataset_builder,
         {
             "imagenet-a/README.txt": b"about",
             "imagenet-a/n01498041/0.000116_digital clock _ pole_0.865662.jpg": encoded(),
@@ -374,7 +373,6 @@ TEST_SETS = {  # name -> archive, tfds's module, what it holds
     ),
     "imagenet_r": (
         "imagenet-r.tar",
-        imagenet_r_dataset_builder,
         {
             "imagenet-r/README.txt": b"about",
             "imagenet-r/n01443537/art_0.jpg": encoded(),
@@ -383,7 +381,6 @@ TEST_SETS = {  # name -> archive, tfds's module, what it holds
     ),
     "imagenet_sketch": (
         "ImageNet-Sketch.zip",
-        imagenet_sketch_dataset_builder,
         {f"sketch/{name}/sketch_{i}.JPEG": encoded() for i, name in enumerate(TRAIN)},
     ),
 }
@@ -400,11 +397,10 @@ def write_archive(path: Path, files: dict[str, bytes]) -> None:
             add(tar, name, data)
 
 
-def examples_of_tfds(
-    module, name: str, archive: Path, folder: Path, monkeypatch
-) -> dict[str, dict]:
+def examples_of_tfds(name: str, archive: Path, folder: Path, monkeypatch) -> dict[str, dict]:
     """Key -> example as tfds's own builder generates it from the unpacked archive."""
     builder = tfds.builder(name, data_dir=folder)
+    module = sys.modules[type(builder).__module__]
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zip:
             opened = [(entry, zip.open(entry)) for entry in zip.namelist()]
@@ -421,10 +417,9 @@ def examples_of_tfds(
 
 @pytest.mark.parametrize("name", TEST_SETS)
 def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsys):
-    archive, module, files = TEST_SETS[name]
+    archive, files = TEST_SETS[name]
     write_archive(tmp_path / archive, files)
-    command = [name, f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"]
-    assert prepare.main(command) == 0
+    assert run(name, manual_dir=tmp_path, data_dir=tmp_path) == 0
     out = capsys.readouterr().out
     assert f"{archive} has {(tmp_path / archive).stat().st_size:,} bytes, the published one" in out
     assert f"--config=configs/robustness.py:init=WORKDIR --config.data.data_dir={tmp_path}" in out
@@ -434,33 +429,34 @@ def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsy
     raw = builder.as_data_source("test", decoders={"image": tfds.decode.SkipDecoding()})
     found = sorted((x["file_name"].decode(), x["label"], x["image"]) for x in raw)
     encode = builder.info.features["label"].encode_example
-    theirs = examples_of_tfds(module, name, tmp_path / archive, tmp_path / "unpacked", monkeypatch)
-    ours = imagenet.BUILDERS[builder.name](
-        data_dir=tmp_path, config=builder.info.config_name or None
+    theirs = examples_of_tfds(name, tmp_path / archive, tmp_path / "unpacked", monkeypatch)
+    ours = imagenet.make_builder(
+        builder.name, data_dir=tmp_path, config=builder.info.config_name or None
     )
-    assert dict(ours._generate(tmp_path / archive)) == theirs
+    assert dict(ours._generate_examples(tmp_path / archive)) == theirs
     assert found == sorted(
         (x["file_name"], encode(x["label"]), x["image"]) for x in theirs.values()
     )
 
 
-def test_every_archive_has_the_name_that_tfds_publishes():
-    for variant, url in imagenet_v2_dataset_builder._IMAGENET_V2_URLS.items():
-        builder = imagenet.ImagenetV2(config=variant)
-        assert imagenet.published(builder)[0] == url
-        assert builder.top == imagenet_v2_dataset_builder._TAR_TOPDIR[variant]
-    for kind in (imagenet.ImagenetA, imagenet.ImagenetR, imagenet.ImagenetSketch):
-        assert imagenet.published(kind())[0] in kind.url_infos
+@pytest.mark.parametrize("name", imagenet.TEST_SETS)
+def test_every_archive_has_the_name_that_tfds_publishes(name):
+    dataset, _, config = name.partition("/")
+    builder = imagenet.make_builder(dataset, config=config or None)
+    assert builder.published[0] in tfds.builder_cls(dataset).url_infos
+    if config:
+        assert builder.published[0] == imagenet_v2_dataset_builder._IMAGENET_V2_URLS[config]
+        assert builder.archive.top == imagenet_v2_dataset_builder._TAR_TOPDIR[config]
 
 
 @pytest.mark.parametrize("name", TEST_SETS)
 def test_a_damaged_test_set_leaves_nothing_behind(name, tmp_path):
-    archive, _, files = TEST_SETS[name]
+    archive, files = TEST_SETS[name]
     write_archive(tmp_path / archive, files)
     data = (tmp_path / archive).read_bytes()
     (tmp_path / archive).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged or cut short"):
-        prepare.main([name, f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"])
+        run(name, manual_dir=tmp_path, data_dir=tmp_path)
     with pytest.raises(ValueError, match="not prepared"):
         open_source(name, "test", str(tmp_path))
 
@@ -480,7 +476,7 @@ def test_an_archive_that_is_not_the_one_is_refused(files, message, tmp_path):
     if files:
         write_archive(tmp_path / "imagenet-r.tar", files)
     with pytest.raises(ValueError, match=message):
-        prepare.main(["imagenet_r", f"--manual-dir={tmp_path}", f"--data-dir={tmp_path}"])
+        run("imagenet_r", manual_dir=tmp_path, data_dir=tmp_path)
 
 
 # --- other tfds datasets ---
@@ -488,9 +484,7 @@ def test_an_archive_that_is_not_the_one_is_refused(files, message, tmp_path):
 
 def test_a_dataset_that_tfds_prepares_with_tensorflow_only_says_so(archives, tmp_path):
     with pytest.raises(ValueError, match="tfds build imagenet2012_corrupted"):
-        prepare.main(
-            ["imagenet2012_corrupted", f"--manual-dir={archives}", f"--data-dir={tmp_path}"]
-        )
+        run("imagenet2012_corrupted", manual_dir=archives, data_dir=tmp_path)
 
 
 def as_tfrecord(folder: Path) -> None:
@@ -523,7 +517,7 @@ def masked_crc(data: bytes) -> bytes:
 
 
 def test_the_command_that_a_tfrecord_dataset_names_converts_it(images, tmp_path):
-    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    final = pack_folder(images, tmp_path)
     before = by_name("mine", tmp_path)
     as_tfrecord(final)
     with pytest.raises(ValueError, match="mae-jax prepare mine --data-dir=") as refused:
@@ -536,10 +530,10 @@ def test_the_command_that_a_tfrecord_dataset_names_converts_it(images, tmp_path)
 
 
 def test_a_tfrecord_dataset_cut_short_is_not_converted(images, tmp_path):
-    final = prepare.prepare_folder(str(images), "mine", data_dir=str(tmp_path))
+    final = pack_folder(images, tmp_path)
     as_tfrecord(final)
     (shard,) = final.glob("*.tfrecord-*")
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(ValueError, match="ends inside a record"):
-        prepare.main(["mine", f"--data_dir={tmp_path}"])
+        run("mine", data_dir=tmp_path)
     assert not list(final.glob("*array_record*"))

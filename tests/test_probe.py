@@ -9,20 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_knn import mesh_of
-from test_train import tiny_config
+from tiny import (
+    batch_of,
+    compiled,
+    mesh_of,
+    probe_config,
+    probe_of,
+    run,
+    save_workdir,
+    tiny_config,
+)
+from tiny import updates as all_updates
 
-from configs.finetune import get_config as finetune_config
-from configs.knn import get_config as knn_config
-from configs.linprobe import get_config
-from mae_jax import checkpoint, evals, metrics, optim, provenance, sharding, train
-from mae_jax.commands.train import summary
-from mae_jax.data import pipeline, transforms
+from mae_jax import checkpoint, evals, optim, provenance, tasks, train
+from mae_jax.configs.finetune import get_config as finetune_config
+from mae_jax.configs.knn import get_config as knn_config
+from mae_jax.configs.linprobe import get_config
+from mae_jax.data import labels, pipeline, transforms
 from mae_jax.evals.probe import Evaluator
+from mae_jax.metrics import summary, writer
 from mae_jax.models import probe
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.tasks import pretrain
-from mae_jax.tasks import probe as task_module
 
 
 def features(rows=24, width=8, seed=0):
@@ -119,42 +126,13 @@ def test_the_pipeline_knows_the_crop_of_the_probe():
 # --- the task ---
 
 
-def probe_config(**changes):
-    config = get_config("init=x,source=bundled:digits,test=test,epochs=2,batch_size=32,select=20")
-    tiny = tiny_config()
-    for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "dtype"):
-        config.model[key] = tiny.model[key]
-    config.data.update(mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
-    config.probe.update(bn_group=8, attention_heads=2)
-    config.optim.update(warmup="1 steps", sweep=(0.02, 0.5))
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 ATTENTIVE = {"probe.head": "attentive", "optim.name": "adamw"}
 
 
-def batch_of(config, mesh, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (config.batch_size, *config.model.image_size, config.model.channels)
-    images, labels = (
-        rng.integers(0, 256, shape, np.uint8),
-        rng.integers(0, 10, len(range(shape[0]))),
-    )
-    local = {"image": images, "label": labels.astype(np.int32)}
-    return sharding.put_batch(mesh, local, config.batch_size)
-
-
 def updates(config, mesh, steps=3):
-    """States before and after some updates, through the compiled step."""
-    task = task_module.make_task(config, sharding.constrain_batch(mesh))
-    tx, _ = task.optimizer(10, 5)
-    program = train.compile_step(task, tx, config, mesh)
-    state = program.init()
-    before = jax.device_get(state)
-    for step in range(steps):
-        state, scalars = program.step(state, batch_of(config, mesh, step))
-    return before, jax.device_get(state), jax.device_get(scalars)
+    """The states before and after some updates, and the metrics of the last."""
+    states, metrics = all_updates(config, mesh, steps)
+    return states[0], states[-1], metrics[-1]
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +187,12 @@ def test_the_forward_pass_alone_is_paid_for():
         config = probe_config()
         config.optim.sweep = ()
         config.model.update(mlp_ratio=width_of_mlp, scan_unroll=config.model.depth)
-        mesh = mesh_of(1, 1, 1)
-        task = task_module.make_task(config)
-        tx, _ = task.optimizer(10, 5)
-        return train.compile_step(task, tx, config, mesh).step.cost_analysis()["flops"], task
+        task, _, step = compiled(config, mesh_of(1, 1, 1))
+        return step.cost_analysis()["flops"], task
 
     (small, task), (large, other) = work(2.0), work(8.0)
     forward = 32 * (other.flops_per_example - task.flops_per_example)
-    assert task.passes == 1
+    assert task.flops_multiplier == 1
     assert 0.95 * forward < large - small < 2 * forward
 
 
@@ -233,14 +209,14 @@ def test_what_learned_nothing_can_be_probed_too(features, changes):
 
 
 def test_average_pooling_norms_the_pooled_tokens_by_a_norm_that_is_never_trained():
-    pooled = task_module.make_task(probe_config(**{"probe.pool": "global_pool"}))
-    cls = task_module.make_task(probe_config())
+    pooled = tasks.build(probe_config(**{"probe.pool": "global_pool"}))
+    cls = tasks.build(probe_config())
     params, extra = jax.jit(pooled.init)(jax.random.key(0))
     moved = {"scale": jnp.full(32, 3.0), "bias": jnp.full(32, 1.0)}
     other = extra | {"encoder": extra["encoder"] | {"norm": moved}}
-    batch = batch_of(probe_config(), mesh_of(1, 1, 1))
+    batch = batch_of(probe_config())
     for task, changes in ((pooled, False), (cls, True)):
-        logits = jax.jit(task.predict["logits"])
+        logits = jax.jit(task.predict()["logits"])
         difference = np.abs(logits(params, extra, batch) - logits(params, other, batch)).max()
         assert (difference > 1e-3) == changes
 
@@ -263,13 +239,13 @@ def test_average_pooling_norms_the_pooled_tokens_by_a_norm_that_is_never_trained
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        task_module.make_task(probe_config(**changes))
+        tasks.build(probe_config(**changes))
 
 
 def test_images_without_labels_cannot_be_probed(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "loose.png")
     with pytest.raises(ValueError, match="has no labels"):
-        task_module.make_task(probe_config(**{"data.source": f"folder:{tmp_path}"}))
+        tasks.build(probe_config(**{"data.source": f"folder:{tmp_path}"}))
 
 
 # --- the evaluator ---
@@ -286,14 +262,14 @@ def known_logits(params, extra, batch):
 
 def evaluate(config, shape=(1, 1, 1)):
     evaluator = Evaluator(config.evals.probe, config, {"logits": known_logits}, mesh_of(*shape))
-    return evaluator.run(SimpleNamespace(params={}, extra={}))[0]
+    return evaluator.run(SimpleNamespace(params={}, extra={})).scalars
 
 
 def test_accuracies_of_each_head_are_those_counted_by_hand():
     config = probe_config()
     config.evals.probe.split = "test[:100]"
     found = evaluate(config)
-    source = evals.features.open_labelled("bundled:digits", "test[:100]", "")
+    source = labels.open_labelled("bundled:digits", "test[:100]", "")
     (batch,) = pipeline.eval_batches(
         source, config.data, batch_size=100, image_size=(32, 32), channels=1
     )
@@ -327,7 +303,7 @@ def test_among_few_classes_there_is_no_top5(tmp_path):
 def test_the_best_rate_is_chosen_on_training_images_and_not_on_those_measured():
     config = probe_config()
     fives = [f"test[{i}:{i + 1}]" for i in range(40)]
-    labels = [evals.features.open_labelled("bundled:digits", x, "")[0]["label"] for x in fives]
+    labels = [labels.open_labelled("bundled:digits", x, "")[0]["label"] for x in fives]
     config.evals.probe.split = fives[labels.index(7)]
     found = evaluate(config)
     select = {rate: found[f"eval/select_top1_blr{rate:g}"] for rate in (0.1, 0.02, 0.5)}
@@ -388,14 +364,10 @@ def test_a_probe_is_not_measured_on_what_it_was_trained_on():
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """The workdir of a run of no updates, and its encoder."""
-    config, workdir = tiny_config(), tmp_path_factory.mktemp("pretrained")
-    task = pretrain.make_task(config)
-    tx, _ = task.optimizer(10, 10)
-    state = jax.jit(lambda: train.init_state(task, tx, 0))()
-    provenance.prepare_workdir(workdir, config)
-    saver = checkpoint.Checkpointer(workdir)
-    saver.save(0, state)
-    saver.close()
+    config = tiny_config()
+    task = tasks.build(config)
+    state = jax.jit(lambda: train.init_state(task, task.optimizer(10, 10)[0], 0))()
+    workdir = save_workdir(config, tmp_path_factory.mktemp("pretrained"), state)
     return workdir, jax.device_get(state.params["encoder"])
 
 
@@ -408,29 +380,12 @@ def assert_encoder_is(state, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def run(config, workdir, shape=(1, 1, 1)):
-    mesh = mesh_of(*shape)
-    task = task_module.make_task(config, sharding.constrain_batch(mesh))
-    return train.fit(config, workdir, task, mesh)
-
-
-def config_after(pretrained, **changes):
-    config = get_config(
-        f"init={pretrained[0]},source=bundled:digits,test=test[:40],epochs=1,batch_size=64,select=20"
-    )
-    config.optim.warmup = "2 steps"
-    config.checkpoint.update(every="5 steps", keep_every="")
-    config.data.update(threads=2, prefetch=2)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 def test_a_probe_starts_from_a_run_and_reports_both_rates(pretrained, tmp_path):
-    config = config_after(pretrained)
+    config = probe_of(pretrained[0])
     assert (config.model.width, config.model.patch_size, config.data.mean) == (32, (8, 8), (0.5,))
-    state = run(config, tmp_path / "probe")
+    state = run(config, tmp_path / "probe", (1, 1, 1))
     assert_encoder_is(state, pretrained[1])
-    last = metrics.read(tmp_path / "probe" / "metrics.jsonl")[-1]
+    last = writer.read(tmp_path / "probe" / "metrics.jsonl")[-1]
     assert last["step"] == int(state.step) == 1150 // 64
     assert {"eval/top1", "eval/best_top1", "eval/best_blr", "eval/select_top1_blr0.3"} <= set(last)
     # Run again it is finished, and needs the pre-training no longer.
@@ -447,14 +402,14 @@ def test_a_probe_starts_from_a_run_and_reports_both_rates(pretrained, tmp_path):
     ids=str,
 )
 def test_an_encoder_that_does_not_fit_is_refused_with_both_shapes(pretrained, changes, message):
-    task = task_module.make_task(config_after(pretrained, **changes))
+    task = tasks.build(probe_of(pretrained[0], **changes))
     extra = jax.jit(task.init)(jax.random.key(0))[1]
     with pytest.raises(ValueError, match=message):
         task.load(checkpoint.find(pretrained[0], "init_from"), SimpleNamespace(extra=extra))
 
 
 def test_a_mask_token_is_left_out_and_a_missing_norm_is_said(pretrained, tmp_path):
-    task = task_module.make_task(config_after(pretrained))
+    task = tasks.build(probe_of(pretrained[0]))
     extra = jax.jit(task.init)(jax.random.key(0))[1]
 
     def loaded(name, encoder):
@@ -473,23 +428,22 @@ def test_a_mask_token_is_left_out_and_a_missing_norm_is_said(pretrained, tmp_pat
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(pretrained, tmp_path):
-    config = config_after(pretrained, init_from=str(tmp_path))
+    config = probe_of(pretrained[0], init_from=str(tmp_path))
     with pytest.raises(ValueError, match=f"config.init_from='{tmp_path}' holds no checkpoint"):
-        run(config, tmp_path / "probe")
+        run(config, tmp_path / "probe", (1, 1, 1))
 
 
 def test_a_run_without_updates_measures_a_checkpoint(pretrained, tmp_path):
     config = knn_config(f"init={pretrained[0]},source=bundled:digits,bank=train[:200],test=test")
-    config.data.update(threads=2, prefetch=2)
     config.batch_size = config.probe.bn_group = 64
     config.evals.fewshot.update(shots=(2,), draws=2)
     workdir = tmp_path / "knn"
-    state = run(config, workdir)
+    state = run(config, workdir, (1, 1, 1))
     assert_encoder_is(state, pretrained[1])
-    measured = {name for line in metrics.read(workdir / "metrics.jsonl") for name in line}
+    measured = {name for line in writer.read(workdir / "metrics.jsonl") for name in line}
     names = {"eval/knn1_cls", "eval/knn20_cls", "eval/fewshot2_cls", "eval/fewshot2_cls_std"}
     assert names <= measured
-    told = "\n".join(summary(str(workdir)))
+    told = "\n".join(summary.lines(str(workdir), False))
     assert "20 nearest, feature cls" in told
     assert re.search(r"% \+- \d+\.\d\d, fitted to 2 of each class", told)
 
@@ -500,7 +454,7 @@ def test_a_run_without_updates_takes_any_number_of_devices(tmp_path):
     config.features = "pixels"
     del config.evals.fewshot
     run(config, tmp_path, (3, 1, 1))
-    (found,) = metrics.read(tmp_path / "metrics.jsonl")
+    (found,) = writer.read(tmp_path / "metrics.jsonl")
     assert found["eval/knn1_cls"] > 50
 
 
@@ -526,9 +480,9 @@ def test_an_online_probe_learns_and_leaves_the_gradients_of_the_model_alone():
     found = {}
     for online in (False, True):
         config = tiny_config(online_probe=online)
-        task = pretrain.make_task(config)
+        task = tasks.build(config)
         params, extra = jax.jit(task.init)(jax.random.key(0))
-        batch = batch_of(config, mesh_of(1, 1, 1))
+        batch = batch_of(config)
         batch = task.prepare(batch, lambda name: jax.random.key(3))
         gradient = jax.jit(
             jax.value_and_grad(
@@ -544,7 +498,7 @@ def test_an_online_probe_learns_and_leaves_the_gradients_of_the_model_alone():
         found[True][1], found[False][1],
     )  # fmt: skip
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(head))
-    logits = jax.jit(task.predict["logits"])(params, extra, batch)
+    logits = jax.jit(task.predict()["logits"])(params, extra, batch)
     assert logits.shape == (config.batch_size, 10)
 
 
@@ -554,14 +508,14 @@ def test_an_online_probe_is_measured_beside_the_reconstruction_under_another_nam
     config.evals.accuracy = dict(
         type="accuracy", every="", source="", split="test[:40]", batch_size=16
     )
-    task, mesh = pretrain.make_task(config), mesh_of(1, 1, 1)
+    task, mesh = tasks.build(config), mesh_of(1, 1, 1)
     with pytest.raises(
         ValueError, match="both report eval/images and eval/loss.*evals.accuracy.prefix='eval_acc"
     ):
-        evals.build(config, task.predict, mesh)
+        evals.build(config, task.predict(), mesh)
     config.train_for, config.evals.accuracy.prefix = "1 steps", "eval_accuracy"
-    train.fit(config, tmp_path, task, mesh)
-    told = "\n".join(summary(str(tmp_path)))
+    run(config, tmp_path, (1, 1, 1))
+    told = "\n".join(summary.lines(str(tmp_path), False))
     assert re.search(r"top-1 accuracy \S+ %, of 40 images \(eval_accuracy\)", told)
     assert "error of hidden pixels on 16 held-out images" in told
 
@@ -571,4 +525,4 @@ def test_an_online_probe_needs_labels(tmp_path):
     config = tiny_config(online_probe=True)
     config.data.source = f"folder:{tmp_path}"
     with pytest.raises(ValueError, match="has no labels"):
-        pretrain.make_task(config)
+        tasks.build(config)

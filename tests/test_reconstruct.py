@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 from PIL import Image
+from tiny import mesh_of
 
-from mae_jax import sharding
-from mae_jax.commands.train import summary
 from mae_jax.data.pipeline import eval_batches
 from mae_jax.data.sources import open_source
 from mae_jax.evals import figures, pixels
 from mae_jax.evals.reconstruct import Evaluator
+from mae_jax.metrics import summary
 from mae_jax.models import masking, targets
-from mae_jax.models.patchify import patchify
+from mae_jax.models.patchify import patchify, unpatchify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PATCH, GRID = (4, 4), (4, 4)
@@ -111,16 +110,9 @@ def test_normalisation_of_levels_is_the_recipe_and_is_undone():
 def test_with_true_statistics_the_targets_give_back_the_pixels():
     levels_BLP, patches_BLP = normalised(range(3))
     mask_BL = jnp.tile(mask_keeping(0, 5, 6, 11), (3, 1))
-    again = pixels.predicted_levels(
-        targets.norm_pixels(patches_BLP),
-        levels_BLP,
-        mask_BL,
-        grid=GRID,
-        target="norm_pixels",
-        mean=MEAN,
-        std=STD,
-        source="true",
-    )
+    target_BLP = targets.norm_pixels(unpatchify(patches_BLP, PATCH, GRID), PATCH)
+    how = dict(grid=GRID, target="norm_pixels", mean=MEAN, std=STD, source="true")
+    again = pixels.predicted_levels(target_BLP, levels_BLP, mask_BL, **how)
     np.testing.assert_allclose(again, levels_BLP, atol=1e-2)
 
 
@@ -176,61 +168,43 @@ def config_of(folder: Path, target: str = "norm_pixels", **evaluation) -> Config
             masking=dict(name="random"),
             target=dict(name=target),
             model=dict(image_size=(16, 16), patch_size=PATCH, channels=3),
-            data=dict(
-                source=f"folder:{folder}",
-                split="train",
-                data_dir="",
-                mean=MEAN,
-                std=STD,
-                crop="random_resized",
-                crop_scale=(0.2, 1.0),
-                crop_ratio=(3 / 4, 4 / 3),
-                flip=0.5,
-                workers=0,
-                threads=2,
-                prefetch=1,
-                max_bad_fraction=0.5,
-            ),
+            data=dict(source=f"folder:{folder}", split="train", data_dir="", mean=MEAN, std=STD),
             evals=dict(reconstruct=cfg),
         )
     )
 
 
-def mesh_of(data: int, fsdp: int = 1) -> Mesh:
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp, 1)
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+def brightness(images_BHWC, patch_size):
+    """A fork's target of another width than the patch: T = 1."""
+    return patchify(images_BHWC, patch_size).mean(-1, keepdims=True)
 
 
-def blurred(target: str):
+def blurred(make_target):
     """A predictor with known errors: every patch is predicted as `params` times its target."""
 
     def predict(params, extra, batch):
-        levels_BLP = patchify(batch["image"].astype(jnp.float32), PATCH)
-        target_BLP = getattr(targets, target)(pixels.from_levels(levels_BLP, MEAN, STD))
+        image_BHWC = (batch["image"].astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+        target_BLT = make_target(image_BHWC, PATCH)
         mask = masking.keep_lowest(batch["score"], masking.num_kept(16, 0.75))
-        return {
-            "pred_BLP": params * target_BLP,
-            "mask_BL": mask.mask_BL,
-            "target_BLP": target_BLP,
-        }
+        outputs = {"pred_BLT": params * target_BLT, "target_BLT": target_BLT}
+        return outputs | {"mask_BL": mask.mask_BL, "latent_BND": None}
 
     return {"reconstruction": predict}
 
 
-def evaluate(config: ConfigDict, mesh: Mesh | None = None, params: float = 0.5):
-    name = config.target.name if hasattr(targets, config.target.name) else "pixels"
-    cfg = config.evals.reconstruct
-    evaluator = Evaluator(cfg, config, blurred(name), mesh or mesh_of(1))
-    return evaluator.run(SimpleNamespace(step=3, params=jnp.float32(params), extra={}))
+def evaluate(config: ConfigDict, shape=(1, 1, 1), params: float = 0.5):
+    """Return the scalars and the images of a report."""
+    predict = blurred(getattr(targets, config.target.name, brightness))
+    evaluator = Evaluator(config.evals.reconstruct, config, predict, mesh_of(*shape))
+    report = evaluator.run(SimpleNamespace(step=3, params=jnp.float32(params), extra={}))
+    return dict(report.scalars), report.images
 
 
 def test_scalars_are_those_computed_image_by_image(folder):
     config = config_of(folder, "pixels")
     scalars, _ = evaluate(config)
     source = open_source(config.data.source, "train")
-    (batch,) = eval_batches(
-        source, config.data, batch_size=11, image_size=(16, 16), channels=3, rows=None
-    )
+    (batch,) = eval_batches(source, batch_size=11, image_size=(16, 16), channels=3)
     loss, squares = [], {"": [], "_mean_colour": [], "_interpolation": []}
     for i, image in enumerate(batch["image"]):
         levels = patches_of(image)
@@ -256,11 +230,11 @@ def test_scalars_are_those_computed_image_by_image(folder):
     }
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (8, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 4, 1)], ids=str)
 @pytest.mark.parametrize("batch_size", [3, 8, 64])
-def test_batch_size_and_mesh_change_nothing(folder, mesh, batch_size):
+def test_batch_size_and_mesh_change_nothing(folder, shape, batch_size):
     expected, expected_pictures = evaluate(config_of(folder, batch_size=11))
-    scalars, pictures = evaluate(config_of(folder, batch_size=batch_size), mesh_of(*mesh))
+    scalars, pictures = evaluate(config_of(folder, batch_size=batch_size), shape)
     assert scalars == pytest.approx(expected, rel=1e-5)
     if batch_size >= 8:  # the figure shows images of the first batch
         np.testing.assert_array_equal(
@@ -274,10 +248,10 @@ def test_masks_are_the_same_at_every_evaluation_and_differ_between_images(folder
 
     def predict(params, extra, batch):
         jax.debug.callback(lambda score: seen.append(np.asarray(score)), batch["score"])
-        return blurred("norm_pixels")["reconstruction"](params, extra, batch)
+        return blurred(targets.norm_pixels)["reconstruction"](params, extra, batch)
 
     cfg = config.evals.reconstruct
-    evaluator = Evaluator(cfg, config, {"reconstruction": predict}, mesh_of(1))
+    evaluator = Evaluator(cfg, config, {"reconstruction": predict}, mesh_of(1, 1, 1))
     runs = []
     for params in (0.5, 0.9):
         seen.clear()
@@ -305,15 +279,15 @@ def test_fewer_images_can_be_asked_for(folder):
 def test_training_images_are_called_so(trained, words, folder, tmp_path, monkeypatch):
     captions = []
     monkeypatch.setattr(
-        figures, "reconstructions", lambda *images, patch, caption: captions.append(caption)
+        figures, "reconstructions", lambda *images, patch_size, caption: captions.append(caption)
     )
     config = config_of(folder, split="train[5:]")
     config.data.split = trained
     scalars, _ = evaluate(config)
     assert f"({words.strip()})" in captions[0]
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3} | scalars) + "\n")
-    told = "\n".join(summary(str(tmp_path)))
-    assert f"on {scalars['eval/images']:.0f}{words} (root mean square" in told
+    text = "\n".join(summary.lines(str(tmp_path), own_images=False))
+    assert f"on {scalars['eval/images']:.0f}{words} (root mean square" in text
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
@@ -341,7 +315,8 @@ def test_a_perfect_model_is_perfect_in_pixels_but_not_through_estimated_statisti
 
 
 def test_a_target_that_is_not_of_pixels_gets_its_loss_alone(folder):
-    scalars, pictures = evaluate(config_of(folder, "my_fork.targets.hog"))
+    scalars, pictures = evaluate(config_of(folder, "my_fork.targets.brightness"))
+    assert scalars["eval/loss"] > 0
     assert scalars.keys() == {"eval/loss", "eval/images", "eval/trained_on"}
     assert pictures == {}
 
@@ -357,13 +332,15 @@ def test_figure_shows_four_tiles_of_each_image(size, channels):
     predictions = 255 - images
     mask = np.ones((2, height // 4 * (width // 4)))
     mask[0, 0] = mask[1, -1] = 0
-    page = figures.reconstructions(images, mask, predictions, patch=(4, 4), caption="a caption")
+    page = figures.reconstructions(
+        images, mask, predictions, patch_size=(4, 4), caption="a caption"
+    )
     assert page.dtype == np.uint8
     rgb = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     pasted = predictions.copy()
     pasted[0, :4, :4] = images[0, :4, :4]
     pasted[1, -4:, -4:] = images[1, -4:, -4:]
-    masked = np.broadcast_to(np.array(figures.HIDDEN, np.uint8), (2, *size, 3)).copy()
+    masked = np.broadcast_to(figures.HIDDEN, (2, *size, 3)).copy()
     masked[0, :4, :4] = images[0, :4, :4, rgb].transpose(1, 2, 0)
     masked[1, -4:, -4:] = images[1, -4:, -4:, rgb].transpose(1, 2, 0)
     factor = max(1, -(-figures.TILE // max(size)))

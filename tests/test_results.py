@@ -7,25 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_probe import probe_config
-from test_train import mesh_of, tiny_config
+from tiny import mesh_of, probe_config, tiny_config
 
-from mae_jax.commands.train import summary
 from mae_jax.data import pipeline
-from mae_jax.evals import accuracy, features, probe, results
+from mae_jax.data.labels import open_labelled
+from mae_jax.evals import accuracy, probe, results
+from mae_jax.metrics import summary
 
 STATE = SimpleNamespace(params={}, extra={})
 
 
-def outcomes(label, predicted, confidence=None):
+def results_of(label, predicted, confidence=None, names="abcde", about=None, prefix="eval"):
     label, predicted = np.array(label), np.array(predicted)
     confidence = np.full(len(label), 0.5) if confidence is None else np.array(confidence)
     wrong = (label != predicted).astype(int)
-    return results.Predictions(label, predicted, wrong, confidence, wrong * 1.0)
+    predictions = results.Predictions(label, predicted, wrong, confidence, wrong * 1.0)
+    return results.Results(prefix, about or {}, list(names), predictions)
 
 
-def said(names, found):
-    return results.report(results.Results("eval", {}, names, found))
+def write(workdir, report, **facts):
+    """Write the files of a report as a run does, in their order."""
+    for name, content in report.files.items():
+        (workdir / name).write_bytes(content(facts))
 
 
 # --- numbers ---
@@ -50,8 +53,8 @@ def test_an_image_is_right_exactly_when_its_rank_is_the_first():
 
 
 def test_the_tables_are_those_counted_by_hand():
-    found = outcomes([0, 0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 1, 0, 2])
-    report = said(["cat", "dog", "eel", "fox"], found)
+    names = ["cat", "dog", "eel", "fox"]
+    report = results.tables(results_of([0, 0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 1, 0, 2], names=names))
     assert report["top1"] == pytest.approx(100 * 3 / 7) and "top5" not in report
     assert report["per_class"] == [
         {"class": "cat", "images": 4, "right": 1, "accuracy": 25.0},
@@ -68,8 +71,8 @@ def test_the_tables_are_those_counted_by_hand():
 
 def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy():
     """Two bins: 0.9 sure and right in half of 4, 0.3 sure and right in one of 1."""
-    found = outcomes([0, 0, 0, 0, 0], [0, 0, 1, 1, 0], [0.91, 0.89, 0.9, 0.9, 0.3])
-    report = said(["a", "b"], found)
+    confidence = [0.91, 0.89, 0.9, 0.9, 0.3]
+    report = results.tables(results_of([0, 0, 0, 0, 0], [0, 0, 1, 1, 0], confidence))
     first, second = report["reliability"]
     assert (first["images"], first["confidence"], first["accuracy"]) == (1, 30.0, 100.0)
     assert (second["images"], second["confidence"], second["accuracy"]) == (4, 90.0, 50.0)
@@ -85,10 +88,18 @@ def test_every_confidence_is_in_one_bin_with_its_upper_edge():
 
 
 def test_the_worst_classes_come_first_and_those_without_images_not_at_all():
-    found = outcomes([0, 0, 1, 1, 2, 2, 2, 4], [0, 0, 1, 0, 0, 0, 2, 0])
-    np.testing.assert_array_equal(results.worst(found, 5, count=3), [4, 2, 1])
-    np.testing.assert_array_equal(results.worst(found, 5, count=4), [0, 1, 2, 4])
-    assert results.confusion(found, np.array([2])) == [{0: 2, 2: 1}]
+    found = results_of([0, 0, 1, 1, 2, 2, 2, 4], [0, 0, 1, 0, 0, 0, 2, 0])
+    rows = results.tables(found)["per_class"]
+    assert results.worst(rows, count=3) == [4, 2, 1]
+    assert results.worst(rows, count=4) == [0, 1, 2, 4]
+
+
+def test_each_class_names_its_own_errors_the_most_frequent_first():
+    predicted = [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, -1, 1, 0]
+    found = results_of([0] * 12 + [1, 1], predicted)
+    assert results.confusions(found.predictions)[:2] == [(0, 4, 4), (0, 3, 3)]
+    assert results.errors_of(found, [1, 0]) == ["a: 1", "e: 4, d: 3, c: 2"]
+    assert results.errors_of(results_of([2], [-1]), [2]) == ["nothing: 1"]
 
 
 # --- files ---
@@ -101,9 +112,10 @@ def test_a_figure_is_drawn_for_any_number_of_classes(tmp_path, classes):
     logits = rng.normal(size=(3000, classes))
     logits[np.arange(3000), label] += 2
     logits[0] = np.nan
-    names = [f"a class with quite a long name, number {y}" for y in range(classes)]
-    found = results.Results("eval_averaged", {"source": "s"}, names, results.measure(logits, label))
-    results.write(tmp_path, found, {"step": 7})
+    names = [f"a class $1_$2 with quite a long name, number {y}" for y in range(classes)]
+    about = {"source": "folder:$a_$b", "split": "train"}
+    found = results.Results("eval_averaged", about, names, results.measure(logits, label))
+    write(tmp_path, results.report(found, {}), step=7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "results_averaged.json", "results_averaged.png",
     ]  # fmt: skip
@@ -115,31 +127,13 @@ def test_a_figure_is_drawn_for_any_number_of_classes(tmp_path, classes):
     assert len(written["per_class"]) == classes and len(text.splitlines()) < classes + 100
 
 
-@pytest.mark.parametrize("known, columns", [(15, 15), (1000, 4)])
-def test_of_few_classes_among_many_each_row_names_its_own_errors(monkeypatch, known, columns):
-    drawn = []
-    for name in ("_matrix", "_listing"):
-        draw = getattr(results, name)
-        monkeypatch.setattr(
-            results, name, lambda *a, draw=draw: drawn.append(draw(*a)) or drawn[-1]
-        )
-    rng = np.random.default_rng(0)
-    label = rng.integers(0, 15, 600)
-    predicted = np.where(rng.random(600) < 0.4, label, rng.integers(0, known, 600))
-    names = [f"class {y}" for y in range(known)]
-    found = results.Results("eval", {"source": "s"}, names, outcomes(label, predicted))
-    results.figure(found, results.report(found) | found.about)
-    ((shown, rows),) = drawn
-    assert len(shown) == columns and len(rows) == 15
+def test_names_in_the_figure_are_no_formulas(monkeypatch):
+    from matplotlib import mathtext
 
-
-@pytest.mark.parametrize("classes", [3, 60])
-def test_names_are_drawn_as_they_are_written(tmp_path, classes):
-    names = [f"$1_$5 {y}" for y in range(classes)]
-    found = outcomes(np.arange(classes), np.roll(np.arange(classes), 1))
-    about = {"source": "folder:$a_$b", "split": "train"}
-    results.write(tmp_path, results.Results("eval", about, names, found), {"step": 7})
-    assert (tmp_path / "results.png").exists()
+    monkeypatch.setattr(mathtext.MathTextParser, "parse", lambda *a: pytest.fail("a formula"))
+    names = [f"$1_$5 {y}" for y in range(3)]
+    found = results_of([0, 1, 2], [1, 2, 0], names=names, about={"source": "$a_$b", "split": "s"})
+    assert results.figure(found, {"step": 7}).startswith(b"\x89PNG")
 
 
 def test_the_tables_are_there_even_if_the_figure_cannot_be_drawn(tmp_path, monkeypatch):
@@ -148,10 +142,18 @@ def test_the_tables_are_there_even_if_the_figure_cannot_be_drawn(tmp_path, monke
 
     monkeypatch.setattr(results, "figure", fail)
     with pytest.raises(RuntimeError, match="no font"):
-        results.write(
-            tmp_path, results.Results("eval", {}, ["a", "b"], outcomes([0], [1])), {"step": 7}
-        )
+        write(tmp_path, results.report(results_of([0], [1]), {}), step=7)
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 7
+
+
+def test_the_summary_of_a_run_names_the_tables(tmp_path):
+    write(tmp_path, results.report(results_of([0, 1], [0, 0]), {}), step=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/top1": 50.0, "eval/images": 2}\n')
+    text = "\n".join(summary.lines(str(tmp_path), own_images=False))
+    assert f"{tmp_path}/results.json, and drawn in results.png" in text
+
+
+# --- evaluators ---
 
 
 def logits_of_a_pixel(params, extra, batch):
@@ -160,6 +162,7 @@ def logits_of_a_pixel(params, extra, batch):
 
 
 def evaluate(config, shape, batch_size):
+    """Return the scalars and the results.json of an evaluator."""
     name, module, logits = (
         ("probe", probe, lambda *a: jnp.stack([logits_of_a_pixel(*a), -logits_of_a_pixel(*a)], 1))
         if config.task == "probe"
@@ -167,9 +170,8 @@ def evaluate(config, shape, batch_size):
     )
     cfg = config.evals[name]
     cfg.batch_size = batch_size
-    evaluator = module.Evaluator(cfg, config, {"logits": logits}, mesh_of(*shape))
-    scalars, _ = evaluator.run(STATE)
-    return scalars, results.report(evaluator.results), evaluator.results.about
+    report = module.Evaluator(cfg, config, {"logits": logits}, mesh_of(*shape)).run(STATE)
+    return dict(report.scalars), json.loads(report.files["results.json"]({}))
 
 
 def accuracy_config():
@@ -182,36 +184,27 @@ def test_tables_are_the_same_on_any_mesh_and_for_any_batch_size():
     alone = evaluate(accuracy_config(), (1, 1, 1), 100)
     for shape, batch_size in [((8, 1, 1), 16), ((2, 2, 2), 7)]:
         assert evaluate(accuracy_config(), shape, batch_size) == alone
-    scalars, report, about = alone
-    assert about == {"source": "bundled:digits", "split": "test[:100]", "predict": "logits"}
-    assert [scalars[f"eval/{key}"] for key in ("top1", "top5", "loss", "images")] == [
-        report[key] for key in ("top1", "top5", "loss", "images")
-    ]
-    source = features.open_labelled("bundled:digits", "test[:100]", "")
-    data = accuracy_config().data
+    scalars, written = alone
+    about = {"source": "bundled:digits", "split": "test[:100]", "predict": "logits"}
+    assert about.items() <= written.items()
+    for key in ("top1", "top5", "loss", "images"):
+        assert scalars[f"eval/{key}"] == written[key]
+    source = open_labelled("bundled:digits", "test[:100]", "")
     shown = dict(batch_size=100, image_size=(32, 32), channels=1)
-    (batch,) = pipeline.eval_batches(source, data, **shown)
+    (batch,) = pipeline.eval_batches(source, **shown)
     guess = np.asarray(logits_of_a_pixel({}, {}, batch)).argmax(1)
-    for y, row in enumerate(report["per_class"]):
+    for y, row in enumerate(written["per_class"]):
         of_class = batch["label"] == y
         assert (row["images"], row["right"]) == (of_class.sum(), (guess == y)[of_class].sum())
-    assert sum(row["images"] for row in report["confusions"]) == (guess != batch["label"]).sum()
+    assert sum(row["images"] for row in written["confusions"]) == (guess != batch["label"]).sum()
 
 
 def test_the_tables_of_a_probe_are_those_of_its_best_rate():
     config = probe_config(**{"optim.sweep": (0.5,)})
     config.evals.probe.split = "test[:100]"
-    scalars, report, about = evaluate(config, (1, 1, 1), 100)
-    assert about["blr"] == scalars["eval/best_blr"] and about["chosen_on"] == "train[80%:]"
-    assert report["top1"] == scalars["eval/best_top1"]
+    scalars, written = evaluate(config, (1, 1, 1), 100)
+    assert written["blr"] == scalars["eval/best_blr"] and written["chosen_on"] == "train[80%:]"
+    assert written["top1"] == scalars["eval/best_top1"]
     config.optim.sweep = ()
-    scalars, report, about = evaluate(config, (2, 1, 1), 16)
-    assert about["blr"] == 0.1 and report["top1"] == scalars["eval/top1"]
-
-
-def test_the_summary_of_a_run_names_the_tables(tmp_path):
-    found = results.Results("eval", {}, ["a", "b"], outcomes([0, 1], [0, 0]))
-    results.write(tmp_path, found, {"step": 0})
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/top1": 50.0, "eval/images": 2}\n')
-    told = "\n".join(summary(str(tmp_path)))
-    assert f"{tmp_path}/results.json, and drawn in results.png" in told
+    scalars, written = evaluate(config, (2, 1, 1), 16)
+    assert written["blr"] == 0.1 and written["top1"] == scalars["eval/top1"]

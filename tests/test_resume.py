@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, KILLS = 44, 4, 12
 
 CONFIG = f'''
-from configs.pretrain import get_config as recipe
+from mae_jax.configs.pretrain import get_config as recipe
 
 def get_config(arg=None):
     config = recipe("batch_size=16,image_size=32")
@@ -32,7 +32,7 @@ def get_config(arg=None):
         decoder_heads=4, dtype="float32", channels=1,
     )
     config.train_for, config.optim.warmup = "{STEPS} steps", "5 steps"
-    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,), threads=2, prefetch=2)
+    config.data.update(source="folder:IMAGES", mean=(0.5,), std=(0.5,))
     config.evals = {{}}
     config.checkpoint.update(every="{SAVE_EVERY} steps", keep=2, keep_every="")
     config.log_every = "1 steps"

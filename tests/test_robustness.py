@@ -17,15 +17,15 @@ from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012_corrupted import (
     imagenet2012_corrupted_dataset_builder as corrupted,
 )
-from test_train import mesh_of
+from tiny import fresh_state, mesh_of, save_workdir, task_on
 
-from configs.robustness import get_config
-from mae_jax import checkpoint, metrics, provenance, sharding, train
+from mae_jax import checkpoint, train
 from mae_jax.commands import prepare
 from mae_jax.commands import train as command
+from mae_jax.configs.robustness import get_config
 from mae_jax.data import crops, robustness, sources, transforms
 from mae_jax.evals import robustness as evaluation
-from mae_jax.tasks import classify
+from mae_jax.metrics.writer import read
 
 # tfds's own list: the WordNet ids of the 1000 classes, in the order of their labels
 WORDNET_IDS = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
@@ -109,12 +109,10 @@ def tiny_config(data_dir: str, arg: str = "") -> ConfigDict:
     return config
 
 
-def measure(config, predict, mesh=None):
-    mesh = mesh or mesh_of(8, 1, 1)
-    cfg = config.evals.robustness
+def measure(config, predict):
+    cfg, mesh = config.evals.robustness, mesh_of(8, 1, 1)
     evaluator = evaluation.Evaluator(cfg, config, {"logits": predict}, mesh)
-    state = train.TrainState(jnp.zeros((), jnp.int32), {}, (), {})
-    return evaluator.run(state)[0]
+    return evaluator.run(train.TrainState(jnp.zeros((), jnp.int32), {}, (), {})).scalars
 
 
 # --- labels ---
@@ -239,14 +237,21 @@ def test_crops_of_the_models_size_are_taken_as_they_are():
     np.testing.assert_array_equal(crops.full(image, (448, 448)), np.asarray(larger))
 
 
+def write_part(root: Path, corruption: str, severity: int, images: int = 1) -> None:
+    """A part of ImageNet-C with images of one class."""
+    folder = root / corruption / str(severity) / WORDNET_IDS[7]
+    folder.mkdir(parents=True)
+    for i in range(images):
+        (folder / f"ILSVRC2012_val_{i:08d}.JPEG").write_bytes(picture(7))
+
+
 def test_without_all_corruptions_there_is_no_mean_and_what_lacks_is_named(
     tmp_path, data_dir, capsys
 ):
     for severity in range(1, 6):
-        for name in ("snow", "frost")[: 1 + (severity < 5)]:
-            folder = tmp_path / name / str(severity) / WORDNET_IDS[7]
-            folder.mkdir(parents=True)
-            (folder / "ILSVRC2012_val_00000001.JPEG").write_bytes(picture(7))
+        write_part(tmp_path, "snow", severity)
+        if severity < 5:
+            write_part(tmp_path, "frost", severity)
     found = measure(tiny_config(data_dir, f",v2=,a=,r=,sketch=,c=folder:{tmp_path}"), as_told)
     assert found == {"eval/imagenet_c_error_snow": 0.0}
     assert (
@@ -257,10 +262,7 @@ def test_without_all_corruptions_there_is_no_mean_and_what_lacks_is_named(
 
 def test_a_part_of_another_size_than_the_others_is_refused(tmp_path, data_dir):
     for severity in range(1, 6):
-        folder = tmp_path / "snow" / str(severity) / WORDNET_IDS[7]
-        folder.mkdir(parents=True)
-        for i in range(1 + (severity == 4)):
-            (folder / f"ILSVRC2012_val_{i:08d}.JPEG").write_bytes(picture(7))
+        write_part(tmp_path, "snow", severity, images=1 + (severity == 4))
     with pytest.raises(ValueError, match="snow/4 has 2 images .* snow/1 1: unpack it again"):
         measure(tiny_config(data_dir, f",v2=,a=,r=,sketch=,c=folder:{tmp_path}"), as_told)
 
@@ -304,28 +306,25 @@ def finetuned(data_dir, tmp_path_factory):
     config = tiny_config(data_dir)
     config.start, config.ema = "normal", 0.9
     config.model.pool = "cls"
-    task = classify.make_task(config)
+    task = task_on(config, mesh_of(1, 1, 1))
     params, extra = jax.jit(task.init)(jax.random.key(0))
     kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
     params["head"]["kernel"], extra["ema"]["head"]["kernel"] = -kernel, kernel
     workdir = tmp_path_factory.mktemp("runs") / "finetuned"
-    provenance.prepare_workdir(workdir, config)
-    saver = checkpoint.Checkpointer(workdir)
-    saver.save(3, train.TrainState(jnp.int32(3), params, (), extra))
-    saver.close()
-    return workdir, config, task, extra["ema"]
+    save_workdir(config, workdir, train.TrainState(jnp.int32(0), params, (), extra))
+    return workdir, task, extra["ema"]
 
 
 def test_one_command_measures_a_finetuned_run_on_what_is_there(
     finetuned, corruptions, data_dir, tmp_path, capsys
 ):
-    workdir, config, task, averaged = finetuned
+    workdir, task, averaged = finetuned
     flags = ["--config.batch_size=96", "--config.evals.robustness.batch_size=96"]
     arg = f"init={workdir},c=folder:{corruptions[0]},sketch=imagenet_v2/topimages"
     argv = [f"--config=configs/robustness.py:{arg}", f"--workdir={tmp_path / 'run'}", *flags]
     assert command.main(argv) == 0
     said = capsys.readouterr().out
-    (found,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    (found,) = read(tmp_path / "run" / "metrics.jsonl")
     assert "imagenet_sketch is left out" in said
     assert "mae-jax prepare imagenet_v2/topimages --data-dir=" in said
     assert "eval/imagenet_sketch_top1" not in found
@@ -336,7 +335,7 @@ def test_one_command_measures_a_finetuned_run_on_what_is_there(
     source = sources.open_source("imagenet_r", "test", data_dir)
     records = [source[i] for i in range(len(source))]
     images = np.stack([np.asarray(transforms.decode(record["image"])) for record in records])
-    logits_BY = np.asarray(jax.jit(task.predict["logits"])(averaged, {}, {"image": images}))
+    logits_BY = np.asarray(jax.jit(task.predict()["logits"])(averaged, {}, {"image": images}))
     classes = SUBSETS["imagenet_r"]
     best = [classes[np.argmax([logits_Y[y] for y in classes])] for logits_Y in logits_BY]
     right = np.mean([y == record["label"] for y, record in zip(best, records, strict=True)])
@@ -347,11 +346,10 @@ def test_one_command_measures_a_finetuned_run_on_what_is_there(
     config.batch_size = 96
     config.evals.robustness.batch_size = 40
     one = mesh_of(1, 1, 1)
-    task = classify.make_task(config, sharding.constrain_batch(one))
-    evaluator = evaluation.Evaluator(config.evals.robustness, config, task.predict, one)
-    state = train.lay_out(task, task.optimizer(0, 10)[0], config, one)[1]()
+    task, state = fresh_state(config, one)
+    evaluator = evaluation.Evaluator(config.evals.robustness, config, task.predict(), one)
     state = task.load(checkpoint.find(workdir, "init_from"), state)
-    assert evaluator.run(state)[0] == {k: v for k, v in found.items() if k != "step"}
+    assert evaluator.run(state).scalars == {k: v for k, v in found.items() if k != "step"}
 
 
 def test_with_none_of_the_sets_it_says_how_to_get_each(tmp_path, data_dir):
@@ -382,7 +380,9 @@ def coloured(tmp_path_factory):
 
 def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
     """Of a folder and of a tfds dataset: one is learned, the other measured, then reversed."""
-    prepare.prepare_folder(str(coloured / "train"), "mine", data_dir=str(tmp_path))
+    prepare.main(
+        ["folder", f"--source={coloured / 'train'}", "--name=mine", f"--data_dir={tmp_path}"]
+    )
     folder = f"folder:{coloured}/test"
     for learned, measured in (("mine", folder), (folder, "mine")):
         run = tmp_path / learned.partition(":")[0]
@@ -400,7 +400,7 @@ def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
         for name in ("accuracy", "averaged"):
             argv.append(f"--config.evals.{name}.every=")
         assert command.main(argv) == 0
-        lines = metrics.read(run / "metrics.jsonl")
+        lines = read(run / "metrics.jsonl")
         last = {name: value for line in lines for name, value in line.items()}
         assert last["eval/images"] == (15 if measured == folder else 48)
         assert last["eval/top1"] == 100

@@ -1,21 +1,19 @@
 """Pictures of any weights: what is drawn is what the model says, and the caption tells how."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from official import golden_state, write_pth
 from PIL import Image
 
 import mae_jax
 from mae_jax.commands import visualize
 from mae_jax.evals import figures
-from mae_jax.interop import pth
 
-WEIGHTS = Path(__file__).parent / "data" / "hf_vitmae_tiny"
-GOLDEN = np.load(Path(__file__).parent / "data" / "mae_tiny.npz")
-META = json.loads(str(GOLDEN["meta"]))
+DATA = Path(__file__).parent / "data"
+WEIGHTS = DATA / "hf_vitmae_tiny"
 
 
 def photo(path: Path, seed: int = 0, size=(48, 40), mode="RGB") -> Path:
@@ -35,9 +33,9 @@ def test_a_picture_for_each_image_and_one_for_every_flag(tmp_path):
     for seed in range(3):
         photo(tmp_path / f"{seed}.png", seed)
     flags = ["--ratios=0.5,0.75", "--errors", "--pca", f"--neighbours={tmp_path / '1.png'}"]
-    pictures = run(
-        tmp_path, WEIGHTS, *(tmp_path / f"{i}.png" for i in range(3)), "--attention", *flags
-    )
+    (tmp_path / "list.txt").write_text("0.png\n1.png\n")
+    paths = [tmp_path / "list.txt", tmp_path / "2.png"]
+    pictures = run(tmp_path, WEIGHTS, *paths, "--attention", *flags)
     stems = ["00-0", "01-1", "02-2"]
     attention = [f"{stem}-attention" for stem in stems]
     sheets = ["errors", "neighbours", "pca", "ratios", "sheet"]
@@ -47,13 +45,13 @@ def test_a_picture_for_each_image_and_one_for_every_flag(tmp_path):
 
 def test_what_is_drawn_is_the_prediction_where_patches_are_hidden(tmp_path):
     model, params = mae_jax.load(WEIGHTS)
-    _, values = visualize.parse([str(WEIGHTS), "x", "--out=y"])
+    *_, values = visualize.parse([str(WEIGHTS), "x", "--out=y"])
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     mask = visualize.make_masks(values, 2, model.spec.grid, 0.75)
-    predicted, masks = visualize.reconstruct(model, params, images, mask, "visible")
+    masks, predicted = visualize.reconstruct(model, params, images, mask, "visible")
     exact = model.predict(params, images, mask).images_BHWC
     assert np.abs(predicted - np.asarray(exact)).max() <= 0.51
-    pasted = visualize.paste(images, masks, predicted, model.spec.grid)
+    pasted = figures.paste(images, predicted, masks, model.spec.patch_size)
     hidden = masks.reshape(2, 4, 4).repeat(8, 1).repeat(8, 2) > 0
     np.testing.assert_array_equal(pasted[hidden], predicted[hidden])
     np.testing.assert_array_equal(pasted[~hidden], images[~hidden])
@@ -62,7 +60,7 @@ def test_what_is_drawn_is_the_prediction_where_patches_are_hidden(tmp_path):
 
 def test_masks_depend_on_the_seed_and_not_on_the_number_of_images():
     def masks(count, *flags):
-        _, values = visualize.parse([str(WEIGHTS), "x", "--out=y", *flags])
+        *_, values = visualize.parse([str(WEIGHTS), "x", "--out=y", *flags])
         return np.asarray(visualize.make_masks(values, count, (4, 4), 0.75).mask_BL)
 
     np.testing.assert_array_equal(masks(4), masks(4))
@@ -143,7 +141,7 @@ def test_an_image_is_its_own_nearest_neighbour():
 def test_similar_patches_have_similar_colours():
     features = np.zeros((1, 16, 8))
     features[0, 8:, 3] = 1
-    colours = visualize.principal_colours(features, (4, 4))[0]
+    colours = figures.principal_colours(features, (4, 4))[0]
     assert (colours[:2] == colours[0, 0]).all() and (colours[2:] == colours[3, 3]).all()
     assert (colours[0, 0] != colours[3, 3]).any()
 
@@ -151,23 +149,22 @@ def test_similar_patches_have_similar_colours():
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_patches_than_colours_are_drawn(count):
     features = np.eye(2, 8)[None, :count]
-    colours = visualize.principal_colours(features, (1, count))
+    colours = figures.principal_colours(features, (1, count))
     assert colours.shape == (1, 1, count, 3)
     assert len(np.unique(colours.reshape(count, 3), axis=0)) == count
 
 
 def test_other_than_square_and_other_than_rgb(tmp_path):
-    state = {k[6:]: GOLDEN[k] for k in GOLDEN.files if k.startswith("param/")}
-    embed = state["patch_embed.proj.weight"]
-    state["patch_embed.proj.weight"] = embed[:, :1]
-    values = META["patch"] ** 2
-    for name in ("weight", "bias"):
-        state[f"decoder_pred.{name}"] = state[f"decoder_pred.{name}"][:values]
-    pth.write(tmp_path / "grey.pth", state)
+    state, meta = golden_state(DATA / "mae_tiny.npz")
+    side = meta["patch"]
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :1]
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        state[name] = state[name][: side**2]
+    weights = write_pth(tmp_path / "grey.pth", state)
     photo(tmp_path / "a.png", mode="L", size=(80, 40))
-    size = f"--image_size={META['patch'] * 2}x{META['patch'] * 4}"
-    heads = [f"--heads={META['heads']}", f"--decoder_heads={META['dec_heads']}"]
-    picture = run(tmp_path, tmp_path / "grey.pth", tmp_path / "a.png", size, *heads)["sheet"]
+    heads = [f"--heads={meta['heads']}", f"--decoder_heads={meta['dec_heads']}"]
+    size = f"--image_size={side * 2}x{side * 4}"
+    picture = run(tmp_path, weights, tmp_path / "a.png", size, *heads)["sheet"]
     assert picture.shape[1] > picture.shape[0]
 
 
@@ -183,8 +180,8 @@ def test_pdf(tmp_path):
     [
         (["a.png", "--mask=spiral"], "neither random, block, grid nor a file"),
         (["a.png", "--mask_ratio=1"], "keeps 0 of 16 patches"),
-        (["a.png", "--ratios=half"], "'half' is not a number"),
-        (["a.txt"], "a.txt cannot be read"),
+        (["a.png", "--ratios=half"], "--ratios=half: write numbers with commas"),
+        (["a.dat"], "a.dat cannot be read"),
         (["nowhere"], "nowhere"),
         ([], "IMAGES and --out=DIR are wanted"),
         (["a.png", "--neighbours=."], "has 2 images: name the one"),
@@ -193,8 +190,8 @@ def test_pdf(tmp_path):
 def test_mistakes_leave_nothing_behind(arguments, words, tmp_path, monkeypatch):
     photo(tmp_path / "a.png")
     photo(tmp_path / "b.png")
-    (tmp_path / "a.txt").write_text("no image")
+    (tmp_path / "a.dat").write_text("no image")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         visualize.main([str(WEIGHTS), *arguments, "--out=out"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt", "b.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.dat", "a.png", "b.png"]

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, provenance, sharding, tasks, train
 from mae_jax.commands.train import run as run_config
 from mae_jax.configs import finetune, linprobe, pretrain
+from mae_jax.tasks import init_from
 
 MODEL = dict(width=32, depth=2, heads=4, patch_size=(8, 8), channels=1, dtype="float32")
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=4)
@@ -124,6 +125,15 @@ def save_workdir(config, workdir, state):
     saver.save(0, state)
     saver.close()
     return workdir
+
+
+def load_encoder_into(config, workdir):
+    """Return the encoder that a task would start from, on one device."""
+    task = tasks.build(config)
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])["encoder"]
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    return init_from.load_encoder(checkpoint.find(workdir, "init_from"), target, task.spec)
 
 
 def assert_trees_equal(ours, theirs, **tolerance):

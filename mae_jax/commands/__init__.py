@@ -1,4 +1,4 @@
-"""The command line: one module per command; flags live here only."""
+"""The commands, a module each, and what they share; flags are defined nowhere else."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from mae_jax.errors import UserError
 
 
 def explain(command: str, error: BaseException) -> int | None:
-    """Print a mistake of the user and return the exit status; None for a bug, which is to raise."""
+    """Print a mistake of the user and return the exit status; None for a bug, to be raised."""
     if isinstance(error, KeyboardInterrupt):
         return 130  # 128 + SIGINT, as shells report it
     if os.environ.get("MAE_JAX_TRACEBACK") or not isinstance(error, UserError):

@@ -36,10 +36,13 @@ def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -
 
 
 class Parser(flags.ArgumentParser):
-    """What reads the text of a flag: a function that raises ValueError with what to write."""
+    """A function that reads the text of a flag, or raises ValueError with what to write."""
 
-    def __init__(self, parse: Callable[[str], Any]):
-        self.parse = parse
+    def __init__(self, read: Callable[[str], Any]):
+        self._read = read
+
+    def parse(self, argument: str) -> Any:
+        return self._read(argument)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -92,11 +95,9 @@ def weight_options(values: flags.FlagValues) -> dict[str, Any]:
 # --- images ---
 
 
-def define_images(values: flags.FlagValues, split: str) -> None:
+def define_image_flags(values: flags.FlagValues, split: str) -> None:
     """Define the flags that say which images of a data source are read."""
-    flags.DEFINE_string(
-        "split", split, "of a data source, or slices as in tfds", flag_values=values
-    )
+    flags.DEFINE_string("split", split, "a split, or slices, as in tfds", flag_values=values)
     flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
 
 
@@ -114,13 +115,14 @@ def open_images(
       UserError: a path is none of these, or there is no image.
     """
     from mae_jax.data import sources
+    from mae_jax.data.folder import FolderSource
 
     opened: list[Any] = []
     for files, group in itertools.groupby(paths, os.path.isfile):
         if files:
             names = [name for path in group for name in _listed(path)]
             unlabelled = np.full(len(names), -1, np.int32)
-            opened.append(sources.FolderSource("", names, unlabelled, None))
+            opened.append(FolderSource("", names, unlabelled, None))
             continue
         for path in group:
             folder = os.path.isdir(path)
@@ -150,16 +152,13 @@ class Example(NamedTuple):
 
 def read_example(source: Any, index: int, shape: tuple[int, int, int]) -> Example:
     """Return the centre crop of an image of a data source, in the shape (H, W, C)."""
-    from mae_jax.data import crops, transforms
+    from mae_jax.data import bad_images, crops
 
-    record = source[index]
     try:
-        if "unreadable" in record:
-            raise transforms.BadImage(record["unreadable"])
-        picture = transforms.decode(record["image"], shape[-1])
+        record, picture = bad_images.read(source, index, shape[-1])
         image, error = crops.center(picture, shape[:2]), ""
-    except transforms.BadImage as reason:
-        image, error = np.zeros(shape, np.uint8), str(reason)
+    except bad_images.BadImage as reason:
+        record, image, error = source[index], np.zeros(shape, np.uint8), str(reason)
     return Example(image, record["name"], record["label"], error)
 
 

@@ -64,7 +64,6 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_integer("layer", None, "after N blocks, not after the norm", flag_values=values)
     flags.DEFINE_integer("batch_size", 64, "of this host", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("dtype", "float32", types, "of matrix products", flag_values=values)
-    flags.DEFINE_integer("save_every", 2048, "images", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("distributed", False, "join a TPU pod or a cluster", flag_values=values)
     flags.DEFINE_integer("num_hosts", None, "elsewhere, how many", flag_values=values)
     flags.DEFINE_integer("host", None, "which of them, from 0", flag_values=values)
@@ -87,20 +86,6 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
             " num_hosts - 1"
         )
     return rest[0], rest[1:], values
-
-
-def open_source(paths: list[str], split: str, data_dir: str) -> Any:
-    """Return the one data source of files and lists of files, of a folder, or of a dataset.
-
-    Raises:
-      UserError: there are several sources, or no image.
-    """
-    if len(paths) > 1 and not all(Path(path).is_file() for path in paths):
-        raise UserError(
-            f"{', '.join(paths)}: give files, or one folder, or one data source, and not several of"
-            " these"
-        )
-    return cli.open_images(paths, split, data_dir, folder_split=split)[0]
 
 
 def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Callable:
@@ -150,12 +135,12 @@ def embed(
 
 
 def beside(out: Path) -> tuple[Path, Path, Path]:
-    """Return the files in which features and other columns grow, and that which counts them."""
+    """Return where features and where the other columns grow, and what says of which plan."""
     return Path(f"{out}.part"), Path(f"{out}.csv"), Path(f"{out}.json")
 
 
-def begin(out: Path, plan: dict, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Make the files beside `out`, or cut those of an interruption; return what was saved last.
+def begin(out: Path, plan: dict, shape: tuple[int, ...], batch_size: int) -> int:
+    """Make the files beside `out`, or find those of an interruption; return the rows done.
 
     Args:
       shape: of all features, with one row for each image.
@@ -163,112 +148,106 @@ def begin(out: Path, plan: dict, shape: tuple[int, ...]) -> dict[str, Any]:
     Raises:
       UserError: `out` is there, and was made by another plan.
     """
-    part, rows, state = beside(out)
-    saved = json.loads(state.read_text()) if state.exists() else {}
-    same = saved.get("plan") == plan
+    part, columns, plan_file = beside(out)
+    same = plan_file.exists() and json.loads(plan_file.read_text()) == plan
     if out.exists():
         if not same:
             raise UserError(f"{out} is there already: choose another name, or remove it")
-        return saved
-    if part.exists() and not same:
+        return shape[0]
+    rows = []
+    if part.exists() and same:
+        rows = read_columns(columns)[:-1]  # the last one may be cut short
+    elif part.exists():
         print("The images, weights or options changed since the interruption: starting again.")
-    if not (part.exists() and same):
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        state.unlink(missing_ok=True)
-        with part.open("wb") as file:
-            np.lib.format.write_array_header_2_0(file, header)
-        rows.write_text("name,label,error\n")
-        saved = {"plan": plan, "done": 0, "bytes": [x.stat().st_size for x in (part, rows)]}
-        files.write_json(state, saved)
-    for path, size in zip((part, rows), saved["bytes"], strict=True):
-        os.truncate(path, size)
-    return saved
+    rows = rows[: len(rows) // batch_size * batch_size]
+    write_columns(columns, rows)
+    if not rows:
+        part.unlink(missing_ok=True)
+        files.write_json(plan_file, plan)
+        np.lib.format.open_memmap(part, "w+", np.float32, shape=shape)
+        with part.open("r+b") as file:  # a full disk would kill whoever writes to a mapped file
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    return len(rows)
 
 
-def write(
-    out: Path, saved: dict, batches: Iterator, save_every: int, advance: Callable
-) -> float | None:
-    """Append the rows of all batches to the files beside `out`; return images per second.
+def read_columns(path: Path) -> list[list[str]]:
+    """Return name, label and error of each image."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))[1:]
 
-    Progress is saved every `save_every` images. The first batch, which compiles, is not timed.
-    """
-    part, rows, state = beside(out)
-    done, first = saved["done"], None
-    with part.open("ab") as features, rows.open("a", encoding="utf-8", newline="") as file:
+
+def write_columns(path: Path, rows: list[list[str]]) -> None:
+    with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["name", "label", "error"], *rows])
+
+
+def write(out: Path, done: int, batches: Iterator, advance: Callable) -> list[tuple[int, float]]:
+    """Add the rows of all batches to the files beside `out`; return when how many were done."""
+    part, columns, _ = beside(out)
+    features = np.lib.format.open_memmap(part, "r+")
+    times = []
+    with columns.open("a", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-
-        def save() -> None:
-            features.flush()
-            file.flush()
-            size = [features.tell(), file.tell()]
-            files.write_json(state, {"plan": saved["plan"], "done": done, "bytes": size})
-
         # In pairs, so that the device computes a batch while the next one is read.
-        for (batch, batch_features), _ in itertools.pairwise(itertools.chain(batches, [None])):
-            rows_of_batch = np.array(batch_features[: len(batch)], np.float32)
-            rows_of_batch[[bool(example.error) for example in batch]] = np.nan
-            features.write(rows_of_batch.tobytes())
+        for (batch, computed), _ in itertools.pairwise(itertools.chain(batches, [None])):
+            rows = slice(done, done := done + len(batch))
+            features[rows] = np.asarray(computed)[: len(batch)]
+            features[rows][[bool(example.error) for example in batch]] = np.nan
             table.writerows((x.name, x.label if x.label >= 0 else "", x.error) for x in batch)
-            before, done = done, done + len(batch)
-            if done // save_every > before // save_every:
-                save()
-            first = first or (done, time.monotonic())
+            file.flush()  # after the features: what is listed is done
+            times.append((done, time.monotonic()))
             advance(len(batch))
-        save()
-    if first is None or done == first[0]:
-        return None
-    return (done - first[0]) / (time.monotonic() - first[1])
+    return times
 
 
-def finish(out: Path, count: int) -> list[tuple[str, str]]:
+def finish(out: Path) -> list[tuple[str, str]]:
     """Make `out` of the files beside it; return the images that cannot be read, and why.
 
     Raises:
-      UserError: none of the `count` images can be read.
+      UserError: none of the images can be read.
     """
-    part, rows, _ = beside(out)
-    with rows.open(encoding="utf-8", newline="") as file:
-        unreadable = [(row["name"], row["error"]) for row in csv.DictReader(file) if row["error"]]
-    if len(unreadable) == count:
+    part, columns, _ = beside(out)
+    rows = read_columns(columns)
+    unreadable = [(name, error) for name, _, error in rows if error]
+    if len(unreadable) == len(rows):
         for path in beside(out):
             path.unlink()
-        raise UserError(f"none of the {count:,} images can be read: {cli.first_ten(unreadable)}")
+        raise UserError(f"none of the {len(rows)} images can be read: {cli.first_ten(unreadable)}")
     if out.suffix == ".npy":
         part.replace(out)
     else:
         with files.replacing(out) as whole:
-            write_parquet(os.fspath(whole), part, rows)
+            write_parquet(whole, np.load(part, mmap_mode="r"), rows)
         part.unlink()
-        rows.unlink()
+        columns.unlink()
     return unreadable
 
 
-def write_parquet(path: str, part: Path, rows: Path) -> None:
+def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]) -> None:
     """Write features and the other columns as one table, a group of rows at a time."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    features = np.load(part, mmap_mode="r")
     kind = pa.float32()
     for _ in features.shape[1:]:
         kind = pa.list_(kind)
     text = pa.string()
     schema = pa.schema({"name": text, "label": pa.int32(), "features": kind, "error": text})
-
-    def record(row: dict[str, str], x: np.ndarray) -> dict[str, Any]:
-        return {
-            "name": row["name"],
-            "label": int(row["label"]) if row["label"] else None,
-            "features": None if row["error"] else x if x.ndim == 1 else list(x),
-            "error": row["error"] or None,
-        }
-
     group = max(1, GROUP_BYTES // features[0].nbytes)
-    with rows.open(encoding="utf-8", newline="") as file:
-        records = map(record, csv.DictReader(file), features)
-        with parquet.ParquetWriter(path, schema) as writer:
-            while table := list(itertools.islice(records, group)):
-                writer.write_table(pa.Table.from_pylist(table, schema))
+    with parquet.ParquetWriter(os.fspath(path), schema) as writer:
+        for start in range(0, len(rows), group):
+            names, labels, errors = zip(*rows[start : start + group], strict=True)
+            good = [
+                None if error else x if x.ndim == 1 else list(x)
+                for x, error in zip(features[start : start + group], errors, strict=True)
+            ]
+            columns = {
+                "name": names,
+                "label": [int(label) if label else None for label in labels],
+                "features": good,
+                "error": [error or None for error in errors],
+            }
+            writer.write_table(pa.Table.from_pydict(columns, schema))
 
 
 # --- the command ---
@@ -278,24 +257,23 @@ def digest(texts: Iterable[bytes]) -> str:
     return hashlib.blake2b(b"\0".join(texts), digest_size=12).hexdigest()
 
 
-def stamp(file: str) -> bytes:
-    """Return what changes when a file is written again, its size and time; b"" without a file."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return b""
-    return f"{status.st_size} {status.st_mtime_ns}".encode()
-
-
 def images_of_host(source: Any, paths: list[str], indices: range) -> dict[str, Any]:
     """Return what changes with the images of one host, whose folder others may have elsewhere."""
     root, names = getattr(source, "root", ""), getattr(source, "files", [])
-    own = (stamp(os.path.join(root, names[i])) for i in indices if names)
+
+    def stamp(file: str) -> bytes:
+        """Return what changes when a file is written again; b"" without a file."""
+        try:
+            status = os.stat(os.path.join(root, file))
+        except OSError:
+            return b""
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+
     return {
         "first": indices.start,
         "last": indices.stop,
         "from": os.path.abspath(os.path.join(root, (names or paths)[0])),
-        "written": digest(own),
+        "written": digest(map(stamp, names[indices.start : indices.stop])),
     }
 
 
@@ -320,15 +298,20 @@ def main(argv: list[str]) -> int:
     with distributed.agreement("images and weights") as plan:
         if not out.absolute().parent.is_dir():
             raise UserError(f"--out={out}: there is no folder {str(out.absolute().parent)!r}")
-        source = open_source(paths, values.split, values.data_dir)
+        source, *others = cli.open_images(paths, values.split, values.data_dir, values.split)
+        if others:
+            raise UserError(
+                f"{', '.join(paths)}: give files, or one folder, or one data source, and not"
+                " several of these"
+            )
         if len(source) < hosts:
             raise UserError(f"{len(source)} images cannot be divided among {hosts} hosts")
         model, params = pretrained.load(weights, **cli.weight_options(values))
         params = {"encoder": params["encoder"]}
         compute = compile_features(model, params, values)
         shape = (*model.spec.image_size, model.spec.channels)
-        images = jax.ShapeDtypeStruct((batch_size, *shape), np.uint8)
-        feature_shape = jax.eval_shape(compute, images).shape[1:]
+        batch = jax.ShapeDtypeStruct((batch_size, *shape), np.uint8)
+        feature_shape = jax.eval_shape(compute, batch).shape[1:]
         names = getattr(source, "files", [*paths, values.split, values.data_dir])
         plan |= {
             "weights": digest(np.asarray(x).tobytes() for x in jax.tree.leaves(params)),
@@ -342,23 +325,26 @@ def main(argv: list[str]) -> int:
         }
     first, last = (len(source) * i // hosts for i in (host, host + 1))
     plan = plan | images_of_host(source, paths, range(first, last))
-    saved = begin(out, plan, (last - first, *feature_shape))
+    done = begin(out, plan, (last - first, *feature_shape), batch_size)
     if out.exists():
         print(f"{out} is complete: nothing to do")
         return 0
-    if done := saved["done"]:
+    if done:
         print(f"{done:,} of {last - first:,} images were done before: going on", flush=True)
     batches = embed(compute, source, range(first + done, last), batch_size, shape)
     with cli.progress("images", last - first) as advance:
         advance(done)
-        rate = write(out, saved, batches, values.save_every, advance)
+        times = write(out, done, batches, advance)
 
-    unreadable = finish(out, last - first)
+    unreadable = finish(out)
     print(f"{out}: {values.feature} of {last - first:,} images")
-    if rate:
-        print(f"{rate:,.1f} images/s, reading included, in batches of {batch_size}")
+    if len(times) > 1:  # the first batch, which compiles, is not timed
+        images, seconds = (b - a for a, b in zip(times[0], times[-1], strict=True))
+        print(f"{images / seconds:,.1f} images/s, reading included, in batches of {batch_size}")
     if unreadable:
-        listed = f"{out}.csv" if out.suffix == ".npy" else out
-        print(f"{len(unreadable):,} could not be read and have no features:")
-        print(f"{cli.first_ten(unreadable)}; the column `error` of {listed} has all of them")
+        print(
+            f"{len(unreadable):,} could not be read and have no features:"
+            f" {cli.first_ten(unreadable)}\n(the column `error` of"
+            f" {out if out.suffix == '.parquet' else f'{out}.csv'} has all of them)"
+        )
     return 0

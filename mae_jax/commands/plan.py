@@ -4,81 +4,70 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from mae_jax import files
+from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 
-USAGE = """\
-mae-jax plan --config=FILE[:ARGUMENTS] --topology=NAME[,NAME ...] [--config.KEY=VALUE ...]
-             [FLAG ...]
-
-Compiles the training step ahead of time and reads the program. Nothing is measured.
-
-  --topology       shapes of TPU chips (v3:8x8, v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16), for
-                   which libtpu must be installed; CPU devices (cpu:8); GPUs (gpu:8, h100:8)
-  --num_slices     TPU slices, joined by the data-center network (default 1)
-  --json           write the plans to this file, too
-  --mfu            fraction of peak to assume for the hours of the recipe (default 0.4)
-  --search_batch   look for the largest batch per chip that fits, by compiling several
-  --num_examples   of the dataset, where it is not on this machine (ImageNet-1k's is known)
-  --num_classes    of its labels, likewise
-  --cache          folder of plans made before (default ~/.cache/mae_jax/plans)
-
-The mesh is that of the config or of --config.mesh.AXIS=N; where none is given, the first that fits:
-data-parallel, then FSDP over more and more chips. The status is 1 if a plan does not fit.
-"""
-# tfds has these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
+# tfds knows these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
 PUBLISHED = {"imagenet2012": {"train": (1_281_167, 1000), "validation": (50_000, 1000)}}
-GIB = 2**30
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
-    """The config and the flags.
+def define(values: flags.FlagValues) -> None:
+    """Define the flags of `mae-jax plan`."""
+    flags.DEFINE_list(
+        "topology",
+        None,
+        "what to plan for, with commas between several: TPU chips (v3:8x8, v4:4x4x4, v5e:16x16,"
+        " v5p:4x4x4, v6e:16x16), which need libtpu; CPU devices (cpu:8); GPUs (gpu:8, h100:8)",
+        flag_values=values,
+    )
+    integers = {
+        "num_slices": (1, "TPU slices, joined by the data-center network"),
+        "num_examples": (None, "of the dataset, if it is not here (ImageNet-1k's is known)"),
+        "num_classes": (None, "of its labels, likewise"),
+    }
+    for name, (default, words) in integers.items():
+        flags.DEFINE_integer(name, default, words, flag_values=values)
+    flags.DEFINE_bool(
+        "search_batch", False, "find the largest batch per chip that fits", flag_values=values
+    )
+    flags.DEFINE_float("mfu", 0.4, "fraction of peak assumed for the hours", flag_values=values)
+    flags.DEFINE_string("json", None, "write the plans to this file, too", flag_values=values)
+    flags.DEFINE_string(
+        "cache", "~/.cache/mae_jax/plans", "folder of plans made before", flag_values=values
+    )
 
-    Raises:
-      UserError: something is missing, unknown or of the wrong type.
-    """
-    from mae_jax.commands import train
 
-    values = flags.FlagValues()
-    flags.DEFINE_list("topology", None, "", flag_values=values)
-    flags.DEFINE_integer("num_slices", 1, "", flag_values=values)
-    flags.DEFINE_string("json", None, "", flag_values=values)
-    flags.DEFINE_float("mfu", 0.4, "", flag_values=values)
-    flags.DEFINE_bool("search_batch", False, "", flag_values=values)
-    flags.DEFINE_integer("num_examples", None, "", flag_values=values)
-    flags.DEFINE_integer("num_classes", None, "", flag_values=values)
-    flags.DEFINE_string("cache", "~/.cache/mae_jax/plans", "", flag_values=values)
-    config, _ = train.parse(argv, values)
+def check(values: flags.FlagValues) -> None:
+    """Raise UserError if a flag has a value that cannot work."""
     if not values.topology:
         raise UserError("--topology=NAME is missing, such as --topology=v5e:16x16 or cpu:8")
     if not 0 < values.mfu <= 1:
         raise UserError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
     if values.json and not Path(values.json).absolute().parent.is_dir():
         raise UserError(f"--json={values.json}: there is no such folder")
-    for name in ("workdir", "coordinator", "num_hosts", "host"):
-        if values[name].value is not None:
-            raise UserError(f"--{name} has no meaning for a plan, which runs nothing")
-    return config, values
 
 
 def without_data(config: ConfigDict, examples: int | None, classes: int | None) -> int:
-    """Puts a source in place of the config's that has its length only; returns that.
+    """Replace the config's source by one that only has its length; return the length.
 
     Raises:
-      UserError: nothing tells how many examples it has.
+      UserError: the number of examples is not known.
     """
     from mae_jax.data import sources
 
-    data, given = config.data, classes
+    data = config.data
     if examples is None:
         try:
             source = sources.open_source(data.source, data.split, data.data_dir)
-            examples, classes = len(source), source.num_classes
+            examples, own_classes = len(source), source.num_classes
         except sources.NotPrepared as error:
             published = PUBLISHED.get(data.source, {}).get(data.split)
             if published is None:
@@ -86,67 +75,79 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
                     f"{data.source!r} is not on this machine, and its number of examples is not"
                     " known: give --num_examples=N, and --num_classes=N if it has labels"
                 ) from error
-            examples, classes = published
-        classes = given or classes
+            examples, own_classes = published
+        classes = classes or own_classes
     with config.unlocked():
         data.source, data.split = f"counted:{examples}:{classes or 0}", ""
     return examples
 
 
-def best(
-    config: ConfigDict,
-    where: Any,
-    make_task: Callable,
-    folder: Path,
-    given: bool,
-    say: Callable[[str], None],
+def best_plan(
+    config: ConfigDict, topology: Any, folder: Path, mesh_given: bool, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The plan on the config's mesh, or on the first one that fits if none was given.
+    """Return the plan for the config's mesh, or for the first mesh that fits if none was given.
+
+    Args:
+      folder: where plans are kept.
 
     Raises:
-      UserError: see `plan.plan`; of several meshes, what the last one said.
+      UserError: no mesh can work; the message is that of the last one.
     """
-    import jax
+    from mae_jax import plan, sharding, tasks
 
-    from mae_jax import plan, sharding, train
-
-    devices = plan.devices(where)
-    # A GPU that is not there is not compiled for; its arrays are laid out on CPU devices.
-    compiled = where.is_tpu or where.kind == "cpu" or devices[0].platform == "gpu"
+    devices = plan.devices(topology)
+    # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
+    compiled = topology.is_tpu or topology.kind == "cpu" or devices[0].platform == "gpu"
     meshes = [dict(config.mesh)]
-    if not given and compiled:
-        mesh = sharding.make_mesh(devices=devices)
-        task = make_task(config, sharding.constrain_batch(mesh))
-        state = train.lay_out(task, task.optimizer(1, 1)[0], config, mesh)[0]
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        meshes = list(plan.meshes(where, held + 2 * parameters)) or meshes
-    refused, result = None, None
+    if compiled and not mesh_given:
+        meshes = list(plan.meshes(topology, least_memory(config, devices))) or meshes
+    refused = result = None
     for sizes in meshes:
         try:
             mesh = sharding.make_mesh(**sizes, devices=devices)
-            shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-
-            def make(mesh: Any = mesh, shape: str = shape) -> dict:
+            file = plan.cache_file(folder, config, topology, mesh)
+            if file.exists():
+                result = json.loads(file.read_text()) | {"cached": True}
+            else:
                 if compiled:
-                    say(f"{where.name}: compiling for mesh {shape} (a large step takes minutes)")
-                return plan.plan(config, where, mesh, make_task, compiled)
-
-            result = plan.remembered(folder, config, where, dict(mesh.shape), make)
-        except ValueError as error:
+                    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+                    log(f"{topology.name}: compiling for mesh {shape} (a large step takes minutes)")
+                result = plan.plan(config, topology, mesh, tasks.build, compiled)
+                folder.mkdir(parents=True, exist_ok=True)
+                files.write_json(file, result)
+        except UserError as error:
             refused = error
             continue
         if result["fits"] is not False:
             break
     if result is None:
-        raise refused or ValueError(f"{where.name}: no mesh fits")
+        assert refused
+        raise refused
     return result
 
 
-def search(
-    config: ConfigDict, run: Callable[[ConfigDict], dict], start: dict, examples: int
+def least_memory(config: ConfigDict, devices: list[Any]) -> int:
+    """Return the bytes of the state and of gradients in two bytes per parameter."""
+    import jax
+
+    from mae_jax import sharding, tasks, train
+
+    mesh = sharding.make_mesh(devices=devices)
+    task = tasks.build(config, sharding.constrain_batch(mesh))
+    state, _ = train.lay_out(task, task.optimizer(1, 1)[0], config.seed, mesh)
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return state_bytes + 2 * sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def largest_batch(
+    config: ConfigDict, plan_for: Callable[[ConfigDict], dict], start: dict, examples: int
 ) -> int:
-    """The largest batch per chip that fits, within a quarter; 0 if not even one image does."""
+    """Return the largest batch per chip that fits, within a quarter; 0 if one image does not.
+
+    Args:
+      start: the plan of `config`; its mesh is kept.
+      examples: in the dataset; a batch cannot have more.
+    """
     mesh = start["mesh"]
     ways = mesh["data"] * mesh["fsdp"] * config.grad_accum
     most = min(examples // ways, 2**14)
@@ -156,7 +157,7 @@ def search(
         with trial.unlocked():
             trial.batch_size = share * ways
             trial.mesh = ConfigDict(mesh)
-        return run(trial)["fits"] is not False
+        return plan_for(trial)["fits"] is not False
 
     share = config.batch_size // ways
     low, high = (share, None) if start["fits"] is not False else (0, share)
@@ -168,127 +169,112 @@ def search(
     return low * config.grad_accum
 
 
-def report(results: list[dict], mfu: float) -> list[Any]:
-    """What rich prints: one table of all topologies, and the details of each."""
+def facts(result: dict) -> dict[str, str]:
+    """Return what the table says of a plan, by the words of its rows."""
+
+    def gib(size: float | None) -> str:
+        return "?" if size is None else f"{size / 2**30:.2f}"
+
+    memory, gflops = result["memory"], result["gflops"]
+    slices = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
+    mesh = [f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1]
+    cells = {
+        "cloud": f"{slices}{result['cloud']}" if result["cloud"] else "-",
+        "devices": f"{result['devices']} x {result['device_kind']}",
+        "mesh": " ".join(mesh) or "1",
+        "parameters": f"{result['parameters']:,}",
+        "steps": f"{result['steps']:,}",
+        "images per device": f"{result['batch_size'] / result['devices']:g}",
+        "GFLOPs per image: forward, step": f"{gflops['forward_per_image']:.1f},"
+        f" {gflops['step_per_image']:.1f}",
+        "TFLOPs per device and step": f"{gflops['step_per_device'] / 1e3:.2f}",
+        "fits": {True: "yes", False: "NO", None: "?"}[result["fits"]],
+        "GiB per device": f"{gib(memory.get('total'))} of {gib(memory['chip'])}",
+    }
+    kinds = [kind for kind in ("parameters", "optimizer", "other", "batch") if memory.get(kind)]
+    cells |= {f"  {kind}": gib(memory[kind]) for kind in kinds}
+    if "temporary" in memory:
+        cells["  activations, gradients, buffers"] = gib(memory["temporary"])
+    if "largest_batch" in result:
+        cells["largest batch per device"] = str(result["largest_batch"])
+    for row in result.get("collectives", ()):
+        words = f"MiB by {row['kind']} over {row['axes']}"
+        cells[words] = f"{row['bytes'] / 2**20:,.2f}, sends {row['sent'] / 2**20:,.2f}"
+    if line := result.get("roofline"):
+        cells["step at best (estimate)"] = f"{1e3 * line['step']:.1f} ms, by {line['bound']}"
+        for part, seconds in line["seconds"].items():
+            if seconds is not None:
+                cells[f"  {part}"] = f"{1e3 * seconds:.2f} ms"
+        cells["images/s at best"] = f"{result['batch_size'] / line['step']:,.0f}"
+        cells["MFU at best"] = f"{line['mfu']:.0%}"
+        cells["hours at best"] = f"{line['hours']:.1f}"
+    if result["hours"] is not None:
+        cells[f"hours at {result['assumed_mfu']:.0%} MFU"] = f"{result['hours']:.1f}"
+    return cells
+
+
+def show(results: list[dict]) -> None:
+    """Print a table with a column for each plan, and what else there is to say of them."""
+    from rich.console import Console
     from rich.table import Table
 
-    from mae_jax import flops, plan
+    from mae_jax import flops
 
-    def amount(number: float | None, unit: float = 1.0, form: str = ".2f") -> str:
-        return "?" if number is None else format(number / unit, form)
-
-    table = Table(title="Plans: compiled, not run; times are estimates")
-    for name in ("topology", "cloud", "mesh", "fits", "GiB per device", "step at best", "limit"):
-        table.add_column(name)
-    table.add_column("img/s at best")
-    table.add_column(f"hours, if {mfu:.0%} MFU is reached")
-    for r in results:
-        memory, line = r["memory"], r.get("roofline")
-        slices = f"{r['num_slices']} x " if r["num_slices"] > 1 else ""
-        table.add_row(
-            f"{slices}{r['topology']}",
-            f"{slices}{r['cloud']}" if r["cloud"] else "-",
-            " ".join(f"{axis}={size}" for axis, size in r["mesh"].items() if size > 1) or "1",
-            {True: "yes", False: "NO", None: "?"}[r["fits"]],
-            f"{amount(memory.get('total'), GIB)} of {amount(memory['chip'], GIB)}",
-            f"{1e3 * line['step']:.1f} ms" if line else "?",
-            line["bound"] if line else "?",
-            f"{r['batch_size'] / line['step']:,.0f}" if line else "?",
-            amount(plan.hours(r, mfu), form=".1f"),
-        )
-    parts: list[Any] = [table]
-    for r in results:
-        memory, work, chip = r["memory"], r["gflops"], flops.chip(r["device_kind"])
-        per_device = r["batch_size"] / r["devices"]
-        text = [
-            f"\n{r['topology']}: {r['devices']} devices ({r['device_kind']}), {r['parameters']:,}"
-            f" parameters, {per_device:g} images per device, {r['steps']:,} steps",
-            "  memory per device, GiB: "
-            + ", ".join(
-                f"{kind} {amount(memory[kind], GIB)}"
-                for kind in ("parameters", "optimizer", "other", "batch", "temporary")
-                if memory.get(kind)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    columns = [facts(result) for result in results]
+    names = [result["topology"] for result in results]
+    table = Table("per step and device", *names, title="Plans: compiled, not run")
+    for words in dict.fromkeys(words for cells in columns for words in cells):
+        table.add_row(words, *(cells.get(words, "-") for cells in columns))
+    console.print(table)
+    for result in results:
+        lines = []
+        if not result["compiled"]:
+            lines.append(
+                "not compiled: there is no such GPU here. Temporary memory and what is exchanged"
+                " are not known; the rest follows from sizes"
             )
-            + (" (temporary: activations, gradients, buffers)" if "temporary" in memory else ""),
-            f"  work (analytic): {work['forward_per_image']:.1f} GFLOPs forward per image,"
-            f" {work['step_per_image']:.1f} per image and step,"
-            f" {work['step_per_device'] / 1e3:.2f} TFLOPs per device and step",
-        ]
-        if not r["compiled"]:
-            text.append(
-                "  not compiled: there is no such GPU here. Temporary memory and what is exchanged"
-                " are not known; the rest is analytic"
-            )
-        if line := r.get("roofline"):
-            times = ", ".join(
-                f"{part} {1e3 * seconds:.2f} ms"
-                for part, seconds in line["seconds"].items()
-                if seconds is not None
-            )
-            text.append(
-                f"  least time of a step (estimate, all overlapped): {times}; that is"
-                f" {line['mfu']:.0%} MFU and {line['hours']:.1f} h for the recipe"
-            )
-            text.append(
-                f"  from peaks: {chip.tflops:g} TFLOP/s bf16, {chip.hbm_rate or '?'} GB/s memory,"
+        if "advice" in result:
+            lines.append(f"does not fit; what may help: {result['advice']}")
+        if chip := flops.chip(result["device_kind"]):
+            lines.append(
+                f"peaks: {chip.tflops:g} TFLOP/s bf16, {chip.hbm_rate or '?'} GB/s memory,"
                 f" {chip.link_rate or '?'} GB/s links ({chip.source})"
-                if chip
-                else ""
             )
-        if r.get("advice"):
-            text.append(f"  does not fit; what may: {r['advice']}")
-        if "largest_batch" in r:
-            text.append(f"  largest batch per device that fits: {r['largest_batch']} images")
-        parts.append("\n".join(text))
-        if r.get("collectives"):
-            exchanged = Table(title=f"{r['topology']}: exchanged in a step, MiB per device")
-            for name in ("collective", "mesh axes", "what", "payload", "sent"):
-                exchanged.add_column(name)
-            for row in r["collectives"]:
-                size = [f"{row[key] / 2**20:,.2f}" for key in ("bytes", "sent")]
-                exchanged.add_row(row["kind"], row["axes"], row["what"], *size)
-            parts.append(exchanged)
-    return parts
+        for line in lines:
+            console.print(f"{result['topology']}: {line}", markup=False)
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    config, values = parse(argv)
+    config, values, _ = recipes.parse(argv, define, "plan")
+    check(values)
     # Where libtpu is installed and no TPU is, JAX would look for one, long and loudly.
     if any(name.startswith("v") for name in values.topology):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
     from mae_jax import plan
-    from mae_jax.config import resolve
 
-    places = [plan.topology(name, values.num_slices) for name in values.topology]
-    asked = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
-    given = asked or dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
+    topologies = [plan.parse_topology(name, values.num_slices) for name in values.topology]
+    mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
+    mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
-    make_task = resolve(f"mae_jax.tasks.{config.task}.make_task", None)
-    folder, console = Path(values.cache).expanduser(), Console(stderr=True, highlight=False)
-    results = []
-    # The largest number of simulated devices first: it can be chosen once.
-    for where in sorted(places, key=lambda place: -place.chips * (not place.is_tpu)):
-
-        def run(config: ConfigDict, where: Any = where, given: bool = True) -> dict:
-            return best(config, where, make_task, folder, given, console.print)
-
-        result = run(config, given=given)
+    folder, log = Path(values.cache).expanduser(), Console(stderr=True, highlight=False).print
+    results = {}
+    # The number of simulated devices can be chosen once, so the largest goes first.
+    for topology in sorted(
+        topologies, key=lambda topology: -topology.chips * (not topology.is_tpu)
+    ):
+        result = best_plan(config, topology, folder, mesh_given, log)
         if values.search_batch:
-            result["largest_batch"] = search(config, run, result, examples)
+            again = partial(best_plan, topology=topology, folder=folder, mesh_given=True, log=log)
+            result["largest_batch"] = largest_batch(config, again, result, examples)
         if result["fits"] is False:
             result["advice"] = plan.advice(result, config)
-        results.append(result)
-    results.sort(key=lambda result: values.topology.index(result["topology"]))
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    for part in report(results, values.mfu):
-        out.print(part, markup=False) if isinstance(part, str) else out.print(part)
+        hours = plan.hours(result, values.mfu)
+        results[topology.name] = result | {"assumed_mfu": values.mfu, "hours": hours}
+    ordered = [results[name] for name in values.topology]
+    show(ordered)
     if values.json:
-        for result in results:
-            result |= {"assumed_mfu": values.mfu, "hours": plan.hours(result, values.mfu)}
-        Path(values.json).write_text(json.dumps(results, indent=1) + "\n")
-    return int(any(result["fits"] is False for result in results))
+        files.write_json(values.json, ordered)
+    return int(any(result["fits"] is False for result in ordered))

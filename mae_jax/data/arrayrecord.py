@@ -4,22 +4,21 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import dataset_info as dataset_info_lib
-from tensorflow_datasets.core import file_adapters
+from tensorflow_datasets.core import dataset_info, file_adapters
 from tensorflow_datasets.core.features import FeaturesDict
 
+from mae_jax import files
 from mae_jax.errors import UserError
 
 VERSION = "1.0.0"  # of the datasets that mae_jax itself lays out
 
 
 def image_features(class_names: Sequence[str] | None = None) -> FeaturesDict:
-    """image, file_name, and a label where there are classes."""
+    """Return the features of a dataset: image, file_name, and a label if there are classes."""
     features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     if class_names:
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
@@ -27,7 +26,7 @@ def image_features(class_names: Sequence[str] | None = None) -> FeaturesDict:
 
 
 def shuffled(names: list[str]) -> list[int]:
-    """Indices of the names in the order of their hashes: random, yet the same everywhere."""
+    """Return the indices of names in the order of their hashes: random, the same everywhere."""
 
     def rank(i: int) -> bytes:
         return hashlib.blake2b(os.fsencode(names[i]), digest_size=16).digest()
@@ -36,13 +35,12 @@ def shuffled(names: list[str]) -> list[int]:
 
 
 def shard_path(folder: Path, name: str, split: str, shard: int, num_shards: int) -> Path:
-    """The file name that tfds expects of a shard."""
+    """Return the path that tfds expects of a shard."""
     return folder / f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
-    """Write records to `path`, which appears only when complete; returns their number and bytes."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Write records to a new file, or none of them; return their number and bytes."""
     count = size = 0
 
     def counted() -> Iterator[tuple[int, bytes]]:
@@ -51,11 +49,8 @@ def write_shard(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
             yield count, record
             count, size = count + 1, size + len(record)
 
-    try:
-        file_adapters.ArrayRecordFileAdapter.write_examples(partial, counted())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as part:
+        file_adapters.ArrayRecordFileAdapter.write_examples(part, counted())
     return count, size
 
 
@@ -77,7 +72,7 @@ def write_metadata(
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file; its CRCs are not checked.
+    """Yield the records of a TFRecord file, without checking their CRCs.
 
     Raises:
       UserError: the file ends inside a record.
@@ -91,13 +86,11 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
             yield record[:length]
 
 
-def convert_tfrecord(
-    builder: tfds.core.DatasetBuilder, progress: Callable[[int], None] = lambda records: None
-) -> None:
+def convert_tfrecord(builder: tfds.core.DatasetBuilder, progress: Callable[[int], None]) -> None:
     """Add ArrayRecord shards beside the TFRecord shards of a prepared dataset.
 
     The dataset keeps its TFRecord form too and opens by the same name. Shards that an interrupted
-    conversion finished are kept. `progress` gets the number of records of every finished shard.
+    conversion finished are kept. `progress` is called with the number of records of every shard.
 
     Raises:
       UserError: a shard is missing, cut short, or holds another number of records than it should.
@@ -118,15 +111,14 @@ def convert_tfrecord(
                     raise UserError(f"{source} holds {found} records, not {expected}")
                 write_shard(Path(path), read_tfrecord(Path(source)))
             progress(expected)
-    info = dataset_info_lib.read_proto_from_builder_dir(folder)
+    info = dataset_info.read_proto_from_builder_dir(folder)
     info.alternative_file_formats.append("array_record")
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:  # never leave the old file half written
-        dataset_info_lib.write_dataset_info_proto(info, dataset_info_dir=fresh)
-        os.replace(Path(fresh) / "dataset_info.json", folder / "dataset_info.json")
+    text = dataset_info.get_dataset_info_json(info)
+    files.write_bytes(folder / "dataset_info.json", text.encode())
 
 
 def publish(work: Path, final: Path) -> None:
-    """Rename a complete dataset into its place; a twin that was faster wins."""
+    """Rename a complete dataset to its final path; if another process was faster, keep its."""
     try:
         work.rename(final)
     except OSError:

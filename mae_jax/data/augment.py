@@ -8,104 +8,91 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from mae_jax.errors import UserError
 
-FILL = (124, 116, 104)  # where a turned, sheared or moved image leaves a gap: the mean colour
+FILL = (124, 116, 104)  # the mean colour, where a turned, sheared or moved image leaves a gap
 PROBABILITY = 0.5  # that an operation which was drawn is applied
 HIGHEST = 10.0  # magnitude
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_fill(image)
-    )
+class Operation(NamedTuple):
+    """What is done to an image, and how strongly."""
+
+    edit: Callable[[Image.Image, float], Image.Image]  # (image, strength)
+    strength: Callable[[float], float]  # of a magnitude from 0 to 10
+    signed: bool = False  # whether the sign of the strength is drawn
+
+
+def _never(magnitude: float) -> float:
+    return 0.0
+
+
+def _up_to(highest: float) -> Callable[[float], float]:
+    return lambda magnitude: highest * magnitude / HIGHEST
 
 
 def _fill(image: Image.Image) -> tuple[int, ...] | int:
     return FILL if image.mode == "RGB" else round(float(np.mean(FILL)))
 
 
-def _solarize_add(image: Image.Image, add: int) -> Image.Image:
-    table = [min(value + add, 255) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
+def _rotate(image: Image.Image, degrees: float) -> Image.Image:
+    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=_fill(image))
 
 
-def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Keeps the upper bits; none, at magnitude 10, which newer versions of Pillow refuse."""
-    return image.point(
-        [value >> 8 - bits << 8 - bits for value in range(256)] * len(image.getbands())
-    )
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    bicubic, fill = Image.Resampling.BICUBIC, _fill(image)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, bicubic, fillcolor=fill)
 
 
-# Name -> (strength of a magnitude, is its sign drawn, what is done to the image at that strength).
-Operation = tuple[Callable[[float], float], bool, Callable[[Image.Image, float], Image.Image]]
-OPERATIONS: dict[str, Operation] = {
-    "auto_contrast": (lambda m: 0, False, lambda image, _: ImageOps.autocontrast(image)),
-    "equalize": (lambda m: 0, False, lambda image, _: ImageOps.equalize(image)),
-    "invert": (lambda m: 0, False, lambda image, _: ImageOps.invert(image)),
-    "rotate": (
-        lambda m: 30 * m / 10,  # degrees
-        True,
-        lambda image, v: image.rotate(v, Image.Resampling.BICUBIC, fillcolor=_fill(image)),
-    ),
-    "posterize": (
-        lambda m: 4 - math.trunc(4 * m / 10),  # bits that stay
-        False,
-        lambda image, v: _posterize(image, int(v)),
-    ),
-    "solarize": (
-        lambda m: 256 - math.trunc(256 * m / 10),  # from this value on, inverted
-        False,
+def _map_levels(image: Image.Image, level: Callable[[int], int]) -> Image.Image:
+    return image.point([level(value) for value in range(256)] * len(image.getbands()))
+
+
+def _posterize(image: Image.Image, bits: float) -> Image.Image:
+    """Keep the upper bits; no bit at magnitude 10, which newer versions of Pillow refuse."""
+    lost = 8 - int(bits)
+    return _map_levels(image, lambda value: value >> lost << lost)
+
+
+def _solarize_add(image: Image.Image, added: float) -> Image.Image:
+    return _map_levels(image, lambda v: min(v + int(added), 255) if v < 128 else v)
+
+
+def _enhance(kind: Callable) -> Operation:
+    """Return an operation with a factor around 1, which leaves the image as it is."""
+    return Operation(lambda image, v: kind(image).enhance(1 + v), _up_to(0.9), True)
+
+
+OPERATIONS = {
+    "auto_contrast": Operation(lambda image, _: ImageOps.autocontrast(image), _never),
+    "equalize": Operation(lambda image, _: ImageOps.equalize(image), _never),
+    "invert": Operation(lambda image, _: ImageOps.invert(image), _never),
+    "rotate": Operation(_rotate, _up_to(30), True),
+    "posterize": Operation(_posterize, lambda m: 4 - math.trunc(4 * m / HIGHEST)),
+    # Inverts levels from the strength on
+    "solarize": Operation(
         lambda image, v: ImageOps.solarize(image, int(v)),
+        lambda m: 256 - math.trunc(256 * m / HIGHEST),
     ),
-    "solarize_add": (
-        lambda m: math.trunc(110 * m / 10),  # added to the dark half
-        False,
-        lambda image, v: _solarize_add(image, int(v)),
+    # Added to the dark half
+    "solarize_add": Operation(_solarize_add, lambda m: math.trunc(110 * m / HIGHEST)),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": Operation(lambda image, v: _affine(image, 1, v, 0, 0, 1, 0), _up_to(0.3), True),
+    "shear_y": Operation(lambda image, v: _affine(image, 1, 0, 0, v, 1, 0), _up_to(0.3), True),
+    # By a share of the width or height
+    "translate_x": Operation(
+        lambda image, v: _affine(image, 1, 0, v * image.width, 0, 1, 0), _up_to(0.45), True
     ),
-    "color": (
-        lambda m: 0.9 * m / 10,  # from here on: the distance from 1, the unchanged image
-        True,
-        lambda image, v: ImageEnhance.Color(image).enhance(1 + v),
-    ),
-    "contrast": (
-        lambda m: 0.9 * m / 10,
-        True,
-        lambda image, v: ImageEnhance.Contrast(image).enhance(1 + v),
-    ),
-    "brightness": (
-        lambda m: 0.9 * m / 10,
-        True,
-        lambda image, v: ImageEnhance.Brightness(image).enhance(1 + v),
-    ),
-    "sharpness": (
-        lambda m: 0.9 * m / 10,
-        True,
-        lambda image, v: ImageEnhance.Sharpness(image).enhance(1 + v),
-    ),
-    "shear_x": (
-        lambda m: 0.3 * m / 10,
-        True,
-        lambda image, v: _affine(image, (1, v, 0, 0, 1, 0)),
-    ),
-    "shear_y": (
-        lambda m: 0.3 * m / 10,
-        True,
-        lambda image, v: _affine(image, (1, 0, 0, v, 1, 0)),
-    ),
-    "translate_x": (
-        lambda m: 0.45 * m / 10,  # of the width
-        True,
-        lambda image, v: _affine(image, (1, 0, v * image.width, 0, 1, 0)),
-    ),
-    "translate_y": (
-        lambda m: 0.45 * m / 10,  # of the height
-        True,
-        lambda image, v: _affine(image, (1, 0, 0, 0, 1, v * image.height)),
+    "translate_y": Operation(
+        lambda image, v: _affine(image, 1, 0, 0, 0, 1, v * image.height), _up_to(0.45), True
     ),
 }
 
@@ -134,35 +121,30 @@ class RandAugment:
 
 
 def apply(image: Image.Image, name: str, magnitude: float, negative: bool) -> Image.Image:
-    """One of OPERATIONS on a grey or RGB image; `negative` where its sign is drawn."""
-    strength, signed, operation = OPERATIONS[name]
-    value = strength(magnitude)
-    return operation(image, -value if signed and negative else value)
+    """Return a grey or RGB image after one of OPERATIONS; `negative` is for those with a sign."""
+    operation = OPERATIONS[name]
+    strength = operation.strength(magnitude)
+    return operation.edit(image, -strength if operation.signed and negative else strength)
 
 
 def parse(name: str) -> RandAugment:
-    """The RandAugment of a name such as rand-m9-mstd0.5-inc1.
+    """Return the RandAugment of a name such as rand-m9-mstd0.5-inc1.
 
-    m: magnitude, 0 to 10; mstd: its deviation; n: number of operations, 2 unless said; inc: the
-    strength grows with the magnitude, which must be said, as the other kind is not offered.
+    m: magnitude, 0 to 10; mstd: its deviation; n: number of operations, 2 by default; inc: the
+    strength grows with the magnitude. inc is required, since the other kind is not offered.
 
     Raises:
-      UserError: another name.
+      UserError: the name is another.
     """
-    kind, *parts = name.split("-")
-    found: dict[str, float] = {}
-    for part in parts:
-        match = re.fullmatch(r"(mstd|m|n|inc)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] in found:
-            found = {}
-            break
-        found[match[1]] = float(match[2])
-    number = found.get("n", 2.0)
-    wrong = found.get("m", 99) > HIGHEST or number < 1 or number % 1
-    if kind != "rand" or wrong or "inc" not in found:
+    part = r"-(mstd|m|n|inc)(\d+(?:\.\d+)?)"
+    settings = re.findall(part, name)
+    numbers = {key: float(number) for key, number in settings}
+    magnitude, number = numbers.get("m", 99.0), numbers.get("n", 2.0)
+    known = re.fullmatch(f"rand({part})+", name) and len(numbers) == len(settings)
+    if not known or "inc" not in numbers or magnitude > HIGHEST or number < 1 or number % 1:
         raise UserError(
             f"config.data.augment={name!r}: write rand-mM-mstdS-inc1, such as rand-m9-mstd0.5-inc1,"
             " with a magnitude M from 0 to 10, its deviation S, and -nN for N operations per image"
             " instead of 2; or '' for none"
         )
-    return RandAugment(found["m"], found.get("mstd", 0.0), int(number))
+    return RandAugment(magnitude, numbers.get("mstd", 0.0), int(number))

@@ -1,4 +1,4 @@
-"""Small data inside wheels that people have anyway: a few photographs, and handwritten digits."""
+"""Small data inside common wheels: a few photographs, and handwritten digits."""
 
 import importlib.util
 import io
@@ -31,14 +31,13 @@ PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": 
 
 
 def photos(data_dir: str = "") -> str:
-    """The tfds name of the photographs, after preparing them in `data_dir` if need be.
+    """Return the tfds name of the photographs, after preparing them in `data_dir` if need be.
 
-    Nine scenes, ten pictures. 'train' (1,016 images) holds seven scenes: the whole pictures, and
-    overlapping square tiles with sides of half the picture's short side, as JPEG of quality 95.
-    'test' (24 images) holds two **scenes that are not in train**, ordinary photographs of a cat and
-    of a pavilion above a lake, so that it asks for what natural images have in common: square tiles
-    that do not overlap, with sides of a third of the short side, as PNG. Both pictures of the
-    stereo pair are in train.
+    There are nine scenes on ten pictures. 'train' (1,016 images) holds seven scenes: the whole
+    pictures, and overlapping square tiles with half the picture's short side, as JPEG of quality
+    95. 'test' (24 images) holds two **other scenes**, photographs of a cat and of a pavilion above
+    a lake, so that it asks for what natural images have in common: square tiles that do not
+    overlap, with a third of the short side, as PNG. Both pictures of the stereo pair are in train.
 
     Raises:
       UserError: scikit-image or scikit-learn, whose wheels hold the pictures, is not installed.
@@ -101,7 +100,7 @@ def _write(folder: Path, pictures: dict[str, dict[str, Image.Image]]) -> None:
 
 
 def _tiles(name: str, picture: Image.Image, split: str) -> Iterator[tuple[str, bytes]]:
-    """(file name, encoded image) of the tiles of one picture."""
+    """Yield file name and encoded image of each tile of a picture."""
     short = min(picture.size)
     if short > 640:  # only the retina; its large tiles would be slow to decode and show no more
         width, height = (round(side * 512 / short) for side in picture.size)
@@ -127,7 +126,7 @@ def _encode(image: Image.Image, encoding: dict) -> bytes:
 
 
 def digits() -> dict[str, dict[str, np.ndarray]]:
-    """scikit-learn's 1,797 handwritten digits: split -> image, label, index.
+    """Return scikit-learn's 1,797 handwritten digits: split -> image, label, index.
 
     image: uint8 [N, 8, 8, 1]; the stored 0..16 become 0..255 (round(value * 255 / 16)).
     label: int [N]. index: place in scikit-learn's own order. 'test' is a stratified fifth (360),
@@ -158,7 +157,7 @@ def digits() -> dict[str, dict[str, np.ndarray]]:
 
 
 def _in_turn(rows_N: np.ndarray, label_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The rows in a random order in which one of each class comes before a second of any."""
+    """Return rows in a random order, with one of each class before a second of any."""
     turn_N = np.empty(len(label_N), int)
     for label in np.unique(label_N):
         of_class = np.flatnonzero(label_N == label)

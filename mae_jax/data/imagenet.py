@@ -66,7 +66,9 @@ def make_builder(name: str, **options: Any) -> Any:
         return None
     own = tfds.builder_cls(name)
     # What tfds would look for beside the file that defines the class:
-    found = dict(name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos)
+    found = dict(
+        __module__=__name__, name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos
+    )
     kind = types.new_class(
         "Builder", (reading, own), {"skip_registration": True}, lambda body: body.update(found)
     )
@@ -89,13 +91,13 @@ class ReadTestSet:
 
     @property
     def published(self) -> tuple[str, int]:
-        """Where tfds gets the archive, and its size in bytes."""
+        """The URL from which tfds gets the archive, and its size in bytes."""
         infos = self.url_infos.items()
         return next((x, i.size) for x, i in infos if i.filename == self.archive.file_name)
 
     @property
     def by_hand(self) -> str:
-        """What a user can do about an archive that is not there."""
+        """The way out of a missing archive."""
         return f"get {self.archive.file_name} from {self.published[0]}"
 
     def require_archive(self, folder: Path) -> None:
@@ -239,8 +241,8 @@ def _classified(
 
 def _tar_files(archive: Path | io.BytesIO) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of every file of a tar archive, compressed or not."""
-    is_path = isinstance(archive, Path)
-    with tarfile.open(archive) if is_path else tarfile.open(fileobj=archive) as tar:
+    source: dict[str, Any] = {"name" if isinstance(archive, Path) else "fileobj": archive}
+    with tarfile.open(**source) as tar:
         for member in tar:
             if file := tar.extractfile(member):  # None for a folder
                 yield member.name, file.read()

@@ -1,7 +1,7 @@
-"""What is done to normalised images and labels on the device: random erasing, mixup, cutmix.
+"""Random erasing, mixup and cutmix of normalised images and labels, on the device.
 
-Pure functions for the inside of jit; each comes as a draw and as what the draw does. Facts and
-numbers: REFERENCE section 3. Shape suffixes as in models/vit.py, and G groups of images.
+Pure functions for the inside of jit: one draws, another applies what was drawn. Numbers: REFERENCE
+section 3. Shape suffixes: B batch, H W image, C channels, Y classes, G groups of images.
 """
 
 import math
@@ -18,7 +18,7 @@ ERASE_TRIES = 10
 
 
 class Boxes(NamedTuple):
-    """Rows top..bottom and columns left..right, the latter of each not included; int32."""
+    """Rectangles of an image, int32; the bottom row and the right column are not included."""
 
     top: Array
     bottom: Array
@@ -27,7 +27,7 @@ class Boxes(NamedTuple):
 
 
 def inside(boxes: Boxes, height: int, width: int) -> Array:
-    """bool [..., H, W]: the pixels within each box."""
+    """Return which pixels are within each box, bool [..., H, W]."""
     rows, cols = jnp.arange(height)[:, None], jnp.arange(width)
     top, bottom, left, right = (x[..., None, None] for x in boxes)
     return (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
@@ -39,10 +39,10 @@ def inside(boxes: Boxes, height: int, width: int) -> Array:
 def draw_erasing(
     rng: Array, batch: int, height: int, width: int, probability: float
 ) -> tuple[Array, Boxes]:
-    """(which images are erased, bool [B]; the box of each).
+    """Draw which images are erased, bool [B], and a box for each.
 
-    Area and log aspect are uniform; of up to ten tries the first counts that is smaller than the
-    image on both sides; without one the image stays.
+    The area and the logarithm of the aspect are uniform. The first of ten draws counts that is
+    smaller than the image on both sides; without one the image stays.
     """
     keys = jax.random.split(rng, 5)
     shape = (batch, ERASE_TRIES)
@@ -61,7 +61,7 @@ def draw_erasing(
 
 
 def erase(images_BHWC: Array, rng: Array, probability: float) -> Array:
-    """Fills a random box of some images with N(0, 1), drawn for each pixel and channel."""
+    """Fill a random box of some images with N(0, 1), drawn for each pixel and channel."""
     batch, height, width, _ = images_BHWC.shape
     draw, fill = jax.random.split(rng)
     erased, boxes = draw_erasing(draw, batch, height, width, probability)
@@ -74,17 +74,17 @@ def erase(images_BHWC: Array, rng: Array, probability: float) -> Array:
 
 
 class Mix(NamedTuple):
-    """One draw for each group of images."""
+    """What was drawn for each group of images."""
 
     lam_G: Array  # share of an image's own label, and in mixup of its own pixels
     cut_G: Array  # bool: cutmix, else mixup
-    boxes: Boxes  # of cutmix, [G] each
+    boxes: Boxes  # for cutmix, [G] each
 
 
 def draw_mix(
     rng: Array, groups: int, height: int, width: int, *, mixup: float, cutmix: float
 ) -> Mix:
-    """Mixup or cutmix by a fair coin, its share from Beta(alpha, alpha), and a box, for each group.
+    """Draw for each group: mixup or cutmix by a fair coin, lambda from Beta(alpha, alpha), a box.
 
     Args:
       mixup, cutmix: the alphas; if one is 0 the other is always chosen. Not both may be 0.
@@ -110,7 +110,10 @@ def make_mix(
     height: int,
     width: int,
 ) -> Mix:
-    """The box of share sqrt(1 - lambda) of each side, clipped; lambda again from what is left."""
+    """Return a Mix whose boxes have sqrt(1 - lambda) of each side, around a centre.
+
+    Boxes are clipped to the image; the lambda of cutmix is then the share outside the clipped box.
+    """
     side_G = jnp.sqrt(1 - cutmix_G)
     box_h, box_w = ((n * side_G).astype(jnp.int32) for n in (height, width))
     boxes = Boxes(
@@ -124,7 +127,7 @@ def make_mix(
 
 
 def mix_images(images_BHWC: Array, mix: Mix) -> Array:
-    """Each image with its partner: the images of its group in reverse order."""
+    """Mix each image with its partner; the partners are the group in reverse order."""
     own = rearrange(images_BHWC, "(g n) h w c -> g n h w c", g=len(mix.lam_G))
     partner = own[:, ::-1]
     lam, cut = (x[:, None, None, None, None] for x in (mix.lam_G, mix.cut_G))
@@ -139,7 +142,7 @@ def smooth(label_B: Array, classes: int, smoothing: float) -> Array:
 
 
 def mix_targets(target_BY: Array, mix: Mix) -> Array:
-    """Each target with its partner's, lambda to 1 - lambda."""
+    """Mix each target with its partner's, lambda to 1 - lambda."""
     own = rearrange(target_BY, "(g n) y -> g n y", g=len(mix.lam_G))
     lam = repeat(mix.lam_G, "g -> g 1 1")
     return rearrange(lam * own + (1 - lam) * own[:, ::-1], "g n y -> (g n) y")

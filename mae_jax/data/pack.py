@@ -1,27 +1,26 @@
-"""Pack a folder of images into shards of a tfds dataset: what one process does for `prepare`."""
+"""Pack images of a folder into shards of a tfds dataset: what one process does for `prepare`."""
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mae_jax import files
 from mae_jax.data import arrayrecord
-from mae_jax.data.sources import FolderSource
-from mae_jax.data.transforms import BadImage, decode
+from mae_jax.data.folder import FolderSource
+from mae_jax.data.transforms import ORIENTATION, BadImage, decode
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
 MAX_SHARDS = 1024
-ORIENTATION = 0x0112  # the EXIF tag
 JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What it takes to write one shard; the report beside it appears when it is complete."""
+    """One shard of a dataset: its images, its file, and the report beside a complete file."""
 
     source: FolderSource
     path: Path
@@ -76,13 +75,11 @@ def write_shard(shard: Shard) -> None:
 
     count, size = arrayrecord.write_shard(shard.path, records())
     report = {"images": count, "bytes": size, "histogram": histogram.tolist(), "bad": bad}
-    partial = shard.report.with_suffix(".partial")
-    partial.write_text(json.dumps(report))
-    partial.replace(shard.report)
+    files.write_json(shard.report, report)
 
 
 def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.Image]:
-    """What to store of an image file, and the RGB image that it shows.
+    """Return what to store of an image file, and the RGB image that it shows.
 
     Raises:
       BadImage: it cannot be read.
@@ -109,8 +106,12 @@ def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.
 
 
 def mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation over all pixels, in 0..1, from counts [3, 256]."""
-    values = np.arange(256) / 255
+    """Return mean and standard deviation per channel, of pixels from 0 to 1.
+
+    Args:
+      histogram: [3, 256], how many pixels have each value.
+    """
+    levels = np.arange(256) / 255
     weights = histogram / histogram.sum(1, keepdims=True)
-    mean = weights @ values
-    return mean.tolist(), np.sqrt(weights @ values**2 - mean**2).tolist()
+    mean = weights @ levels
+    return mean.tolist(), np.sqrt(weights @ levels**2 - mean**2).tolist()

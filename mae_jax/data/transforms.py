@@ -1,8 +1,8 @@
-"""Decoding, cropping and resizing on the host: files in, uint8 arrays out.
+"""Decode, resize and flip images on the host: files in, uint8 arrays out.
 
-Pillow's bicubic filter (antialiased, rounded to uint8) is the reference for pixels: the published
-recipe resizes with it. An image between decoding and cropping, here called a picture, is a PIL
-image or a uint8 array [H, W, C]; where C is neither 1 nor 3, channels are resized one by one.
+Pillow's bicubic filter (antialiased, rounded to uint8) is the reference for pixels, since the
+published recipe resizes with it. A picture is an image between decoding and cropping: a PIL image,
+or a uint8 array [H, W, C]. If C is neither 1 nor 3, the channels are resized one by one.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from mae_jax.errors import UserError, nearest
 Picture = Image.Image | np.ndarray
 Box = tuple[int, int, int, int]  # left, top, width, height
 
-# Not all that Pillow opens: some formats run other programs (EPS), and none is a photograph.
+# Pillow opens more formats: some run other programs (EPS), and none holds photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 178_956_970  # beyond this Pillow, too, takes an image for a decompression bomb
-TRIES = 10  # of a random crop, before its fallback
-MAX_STRETCH = 16  # a resized picture is at most this many times as long as the crop wants it
+MAX_PIXELS = 178_956_970  # Pillow, too, takes a larger image for a decompression bomb
+TRIES = 10  # to draw a random box that fits, before the fallback
+MAX_STRETCH = 16  # how many times as long as the crop a resized picture may be
 
-ORIENTATION = 0x0112  # the EXIF tag, and what turns its values upright
-UPRIGHT = {
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {  # its value -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,23 +38,23 @@ UPRIGHT = {
 
 
 class BadImage(ValueError):
-    """What cannot be read as an image; the message says why."""
+    """Content that cannot be read as an image; the message says why."""
 
 
 # --- decoding ---
 
 
 def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
-    """What a person would see of an image.
+    """Return an image as a person would see it.
 
-    CMYK, grey and palettes are converted, of 16 bits the upper 8 are kept (the full range, not
-    clipped), of an animation the first frame. Transparent parts are white, as on a page: what files
-    store under them is arbitrary. EXIF turns are applied: a sideways photograph is of no use to
-    anyone. The official loader does not turn, which concerns a handful of ImageNet's images.
+    CMYK, grey and palettes are converted. 16-bit pixels keep their upper 8 bits. An animation gives
+    its first frame. Transparent parts become white, since what a file stores there is arbitrary.
+    Photographs are turned upright by their EXIF tag; the official loader does not turn them, which
+    concerns a handful of ImageNet's images.
 
     Args:
       image: an encoded file, or a uint8 array [H, W] or [H, W, C].
-      channels: 1 makes grey, 3 RGB; with any other number the image must have that many and is not
+      channels: 1 makes grey, 3 RGB. An image must have any other number itself: nothing is
         converted.
 
     Returns:
@@ -85,7 +85,7 @@ def _from_file(data: bytes, channels: int) -> Picture:
     if not 0 < width * height <= MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels (from 1 to {MAX_PIXELS:,} can be read)")
     if (picture.format, picture.mode, channels) == ("JPEG", "RGB", 3) and _turn(picture) is None:
-        # The pixels of Pillow in half its time. What is refused here, Pillow decides on.
+        # The same pixels as Pillow's in half the time. What simplejpeg refuses is left to Pillow.
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB")
     picture.load()
@@ -98,14 +98,14 @@ def _from_file(data: bytes, channels: int) -> Picture:
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright; None if it is, or nothing says otherwise."""
+    """Return what turns a picture upright by its EXIF tag, if it has one."""
     with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the pixels
         return UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
     return None
 
 
 def _readable_formats() -> list[str]:
-    """FORMATS that this build of Pillow knows; `Image.open` fails on others."""
+    """Return the FORMATS that this build of Pillow knows; `Image.open` fails on others."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -137,16 +137,17 @@ def _convert(picture: Picture, channels: int) -> Picture:
 
 
 def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
-    """A part of a picture by Pillow's bicubic filter, the reference: uint8 [height, width, C]."""
+    """Resize a part of a picture by Pillow's bicubic filter, the reference."""
     size = (width, height)
     return _edit(picture, box, lambda part: part.resize(size, Image.Resampling.BICUBIC))
 
 
 def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
-    """The same by the vector instructions of cykooz-resizer, in a quarter of the time.
+    """Resize a part of a picture by cykooz-resizer's vector instructions: four times as fast.
 
-    Its coefficients are rounded otherwise: 0.02 of 255 levels from Pillow's pixels, in the mean of
-    photographs. Widths first, as Pillow mostly does: by itself the library begins with heights.
+    Its coefficients are rounded otherwise: photographs differ from Pillow's by 0.02 of 255 levels
+    on average. The width is resized first, as Pillow mostly does; by itself the library begins
+    with the height.
 
     Raises:
       ImportError: cykooz-resizer is not installed.
@@ -194,11 +195,11 @@ def random_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """(left, top, width, height) of a random part of a picture.
+    """Draw a part of a picture: (left, top, width, height).
 
-    Area uniform in `scale` (fractions of the picture's), aspect (width over height) log-uniform in
-    `ratio`, place uniform; up to ten tries until it fits, else the largest centred box whose aspect
-    is the picture's clamped to `ratio`.
+    The area is uniform in `scale` (fractions of the picture's), the aspect (width over height)
+    log-uniform in `ratio`, the place uniform. If none of ten draws fits, return the largest centred
+    box whose aspect is the picture's, clamped to `ratio`.
     """
     low, high = ratio
     for _ in range(TRIES):
@@ -223,9 +224,9 @@ def probe_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """As `random_box`, but drawn once: sides that do not fit are cut to the picture's.
+    """Draw a part of a picture like `random_box`, but once: cut sides that do not fit.
 
-    The aspect of such a box may lie outside `ratio`.
+    The aspect of a box that was cut may lie outside `ratio`.
     """
     area = width * height * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -237,11 +238,15 @@ def probe_box(
 def resized_crop(
     picture: Picture, size_HW: tuple[int, int], margin: int, offset: Callable[[int], int]
 ) -> np.ndarray:
-    """Resize to the smallest size that covers size * margin / 224, crop at offset(what is left)."""
+    """Resize a picture to the smallest size that covers size * margin / 224, then crop it.
+
+    Args:
+      offset: the number of pixels that a side is longer than the crop -> where the crop begins.
+    """
     crop_h, crop_w = size_HW
     least_w, least_h = crop_w * margin // 224, crop_h * margin // 224
     width, height = width_height(picture)
-    # Of a very long strip only the middle is resized: all of it might not fit into memory.
+    # Only the middle of a very long strip is resized: all of it might not fit into memory.
     cut_w = min(width, -(-MAX_STRETCH * least_w * height // least_h))
     cut_h = min(height, -(-MAX_STRETCH * least_h * width // least_w))
     left, top = (width - cut_w) // 2, (height - cut_h) // 2
@@ -259,12 +264,12 @@ def resized_crop(
 
 
 def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Mirror left and right, or not."""
+    """Mirror an image left and right, with this probability."""
     if rng.random() >= probability:
         return image_HWC
     height, width = image_HWC.shape[:2]
     flip = Image.Transpose.FLIP_LEFT_RIGHT
-    # Pillow's, since NumPy needs twice the time and keeps other threads waiting.
+    # NumPy would need twice the time, and keep other threads waiting.
     return _edit(image_HWC, (0, 0, width, height), lambda whole: whole.transpose(flip))
 
 
@@ -279,7 +284,7 @@ def _cut(array_HWC: np.ndarray, box: Box) -> np.ndarray:
 
 
 def _edit(picture: Picture, box: Box, edit: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """uint8 [H, W, C] of a part of a picture, edited by Pillow."""
+    """Return a part of a picture after an edit by Pillow, uint8 [H, W, C]."""
     left, top, width, height = box
     if isinstance(picture, Image.Image):
         part = picture

@@ -1,10 +1,7 @@
 """Read examples ahead of the training step, in threads or in processes, and keep their order."""
 
-import multiprocessing
-import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from mae_jax.data.process import follow_parent
 from mae_jax.data.sources import Unreadable
 from mae_jax.errors import UserError
 
@@ -97,24 +95,6 @@ def _start_worker(worker: int, workers: int) -> None:
     """Leave both signals to the parent, which saves a checkpoint before it stops its workers."""
     del worker, workers
     follow_parent(signal.SIGINT, signal.SIGTERM)
-
-
-def follow_parent(*ignored: signal.Signals) -> None:
-    """In a worker process: ignore some signals, and end when the parent ends, even by SIGKILL.
-
-    A signal from the terminal reaches parent and workers alike; what a worker ignores is the
-    parent's to handle. Without its parent, a worker would wait for ever.
-    """
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-
-    def wait_for_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:

@@ -177,5 +177,5 @@ class Evaluator:
             f" {pixels.CAPTIONS[self._config.target.name]}"
         )
         return figures.reconstructions(
-            *(x[counted] for x in shown), patch=self._patch_size, caption=caption
+            *(x[counted] for x in shown), patch_size=self._patch_size, caption=caption
         )

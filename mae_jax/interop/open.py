@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mae_jax import checkpoint
+from mae_jax import checkpoint, integrity
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
 from mae_jax.interop import infer, names, read
@@ -74,7 +74,7 @@ def open_weights(
         raise UserError(f"part={part!r} is unknown: choose all or encoder")
     if target not in (None, "pixels", "norm_pixels"):
         raise UserError(f"target={target!r} is unknown: choose pixels or norm_pixels")
-    given = {name: tuple(x) for name, x in (("mean", mean), ("std", std)) if x}
+    given: dict[str, Any] = {name: tuple(x) for name, x in (("mean", mean), ("std", std)) if x}
     wanted = {name: x for name, x in given.items() if len(x) == channels}  # those of the new images
     given = {name: x for name, x in given.items() if name not in wanted}
     try:
@@ -83,8 +83,8 @@ def open_weights(
         raise UserError(f"{source} cannot be opened: {error}") from error
     if ours:
         weights = _open_ours(source, part, averaged)
-        known: dict[str, Any] = given | ({"target": target} if target else {})
-        weights = weights._replace(spec=replace(weights.spec, **known))
+        changes = given | ({"target": target} if target else {})
+        weights = weights._replace(spec=replace(weights.spec, **changes))
     elif averaged:
         raise UserError(f"averaged weights: only runs of this project have both, and not {source}")
     else:
@@ -278,6 +278,6 @@ def save(directory: str | os.PathLike, spec: ModelSpec, params: dict, origin: st
             saver.save(step / "state", args=tree)
     finally:
         logger.setLevel(level)
-    write_json(step / checkpoint.DIGESTS, checkpoint.digests(epath.Path(step)))
+    integrity.write_digests(epath.Path(step))
     task = "classify" if spec.classes else "pretrain"
     write_json(root / "config.json", {"task": task, "converted_from": origin} | spec.to_json())

@@ -29,18 +29,13 @@ def test_any_number_of_hosts_makes_the_same_run_and_reads_every_example_once(
     run = hosts.apart(folder, workdir, count, devices, seen=seen)
     assert run.end() == [0] * count, run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
-    given = hosts.examples(seen, count)
-    for epoch in (range(hosts.PER_EPOCH), range(hosts.PER_EPOCH, 2 * hosts.PER_EPOCH)):
-        read = [index for step in epoch for index in given[step]]
-        assert len(set(read)) == len(read) == 128 * hosts.PER_EPOCH
+    hosts.assert_read_once(hosts.examples(seen, count))
 
 
-def test_lost_hosts_end_all_and_the_run_goes_on_as_if_nothing_had_happened(folder, alone):
+def test_lost_hosts_end_all_and_the_run_goes_on_to_the_same_losses(folder, alone):
     workdir = folder / "killed"
     for lost, sentence in ((2, "host 2 was lost"), (0, "host 0, the coordinator, is gone")):
-        run = hosts.launched(folder, workdir, 4, 2)
-        before = len(hosts.logged(workdir))
-        run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
+        run = hosts.run_until_logged(folder, workdir, 4, 2)
         hosts.signal_host(workdir, lost, signal.SIGKILL)
         assert run.end() == [distributed.PREEMPTED], run.text()
         assert sentence in run.text()
@@ -53,9 +48,7 @@ def test_lost_hosts_end_all_and_the_run_goes_on_as_if_nothing_had_happened(folde
 def test_a_run_moves_to_half_as_many_hosts_and_to_twice_as_many(folder, alone):
     workdir = folder / "moved"
     for count in (4, 2):
-        run = hosts.launched(folder, workdir, count, 2)
-        before = len(hosts.logged(workdir))
-        run.until(lambda before=before: len(hosts.logged(workdir)) > before + 2)
+        run = hosts.run_until_logged(folder, workdir, count, 2)
         hosts.signal_host(workdir, count - 1, signal.SIGTERM)
         assert run.end() == [distributed.PREEMPTED], run.text()
     run = hosts.launched(folder, workdir, 4, 2)
@@ -67,7 +60,7 @@ def test_the_one_of_four_that_differs_is_named_by_all(folder):
     own = [[], [], ["--config.seed=1"], []]
     run = hosts.apart(folder, folder / "config", 4, 1, own_flags=own)
     assert run.end() == [2] * 4, run.text()
-    for lines in run.said:
+    for lines in run.output:
         assert "host 2: config.seed is 1, on host 0 it is 0" in "\n".join(lines)
 
 

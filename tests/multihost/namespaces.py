@@ -75,7 +75,7 @@ def test_hosts_with_addresses_of_their_own_make_one_run_and_survive_a_cut_cable(
     ip("link", "set", "maeh1out", "up")
     run = start(tmp_path, workdir)
     assert run.end() == [0, 0], run.text()
-    assert any("resumed at step" in line for line in run.said[0])
+    assert any("resumed at step" in line for line in run.output[0])
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(tmp_path / "alone"), rtol=1e-5)
 
 
@@ -83,5 +83,5 @@ def test_an_address_that_nobody_answers_is_named_within_a_minute(network, tmp_pa
     ip("link", "set", "maeh1out", "down")
     run = start(tmp_path, tmp_path / "run")
     assert run.end() == [2, 2], run.text()
-    assert "not all hosts came" in "\n".join(run.said[0])
-    assert "cannot reach the coordinator (host 0) at 10.213.0.1:8476" in "\n".join(run.said[1])
+    assert "not all hosts came" in "\n".join(run.output[0])
+    assert "cannot reach the coordinator (host 0) at 10.213.0.1:8476" in "\n".join(run.output[1])

@@ -1,0 +1,47 @@
+"""Which images of a source a slice of its splits means, such as train[:90%]."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from mae_jax.errors import UserError
+
+Ranges = tuple[tuple[str, int, int], ...]  # (split, first image, one after the last)
+
+
+def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
+    """Return the ranges of a split: 'train[:50%]+test' -> (('train', 0, 50), ('test', 0, 20)).
+
+    Args:
+      split: names and slices of splits by tfds's own rules.
+      lengths: how many images each split of the source has.
+      source: the name of the source, for error messages.
+
+    Raises:
+      UserError: there is no such split, or it is empty.
+    """
+    infos = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
+        for name, length in lengths.items()
+    }
+    have = ", ".join(f"{name} ({length:,})" for name, length in lengths.items())
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"split {split!r} of {source!r} is neither one of {have} nor a slice of them such as"
+            f" 'train[:90%]': {reason}"
+        ) from None
+    ranges = tuple(
+        (p.splitname, p.from_ or 0, lengths[p.splitname] if p.to is None else p.to) for p in parts
+    )
+    if any(start >= end for _, start, end in ranges):
+        raise UserError(f"split {split!r} of {source!r} is empty; the source has {have}")
+    return ranges
+
+
+def locate(ranges: Iterable[tuple[str, int, int]], source: Any) -> Ranges:
+    """Return ranges whose splits say of which source they are."""
+    return tuple((f"{source} {split}", start, end) for split, start, end in ranges)
