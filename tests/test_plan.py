@@ -286,6 +286,16 @@ def test_topologies_and_their_names_in_the_cloud_and_in_jax(name, chips, cloud, 
     assert (topology.chips, topology.cloud, topology.device_kind) == (chips, cloud, device_kind)
 
 
+@pytest.mark.parametrize(("limit", "largest"), [(800, 96), (7, 0), (10**9, 8192)])
+def test_the_largest_batch_is_found_within_a_quarter(limit, largest):
+    config = tiny_config(batch_size=64)
+
+    def plan_for(trial):
+        return {"mesh": MESH, "fits": trial.batch_size <= limit}
+
+    assert command.largest_batch(config, plan_for, plan_for(config), examples=100_000) == largest
+
+
 @pytest.fixture
 def run(tmp_path, capsys):
     """Return a function: arguments -> status, plans, and what was printed."""
@@ -441,7 +451,7 @@ def test_a_dataset_that_is_not_there_needs_its_number_of_examples(tmp_path):
     with pytest.raises(UserError, match="--num_examples=N"):
         command.without_data(config, None, None)
     command.without_data(config, 1000, 10)
-    assert tasks.build(config).num_examples == 1000
+    assert len(tasks.build(config).examples) == 1000
     config.data.update(missing, source="imagenet2012")
     assert command.without_data(config, None, 21841) == 1281167
     assert config.data.source == "counted:1281167:21841"

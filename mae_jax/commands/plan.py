@@ -11,7 +11,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_jax import files
 from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 
@@ -93,7 +92,7 @@ def best_plan(
     Raises:
       UserError: no mesh can work; the message is that of the last one.
     """
-    from mae_jax import plan, sharding, tasks, topologies
+    from mae_jax import files, plan, sharding, tasks, topologies
 
     devices = topologies.devices(topology)
     # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
@@ -253,7 +252,7 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
-    from mae_jax import plan, topologies
+    from mae_jax import files, plan, topologies
 
     asked = [topologies.parse(name, values.num_slices) for name in values.topology]
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
