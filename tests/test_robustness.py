@@ -104,7 +104,7 @@ def tiny_config(data_dir: str, arg: str = "") -> ConfigDict:
     config.model.update(
         width=16, depth=1, heads=2, patch_size=(4, 4), image_size=(SIZE, SIZE), dtype="float32"
     )
-    config.data.update(data_dir=data_dir, threads=2, prefetch=2)
+    config.data.data_dir = data_dir
     config.batch_size = config.evals.robustness.batch_size = 96
     return config
 
