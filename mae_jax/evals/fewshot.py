@@ -92,7 +92,7 @@ def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subs
     names = source.class_names or []
     drawn: list[list[int]] = [[] for _ in names]
     missing = len(names) * count
-    for index in np.random.default_rng(seed).permutation(len(source)).tolist():
+    for index in map(int, np.random.default_rng(seed).permutation(len(source))):
         if not missing:
             break
         record = source[index]
