@@ -39,7 +39,7 @@ def run(name: str, last: str, folder: Path, monkeypatch) -> str:
 
 
 def test_reconstruct(tmp_path, monkeypatch):
-    told = run("reconstruct", "print(out.mask_BL.mean(), model.spec.depth)", tmp_path, monkeypatch)
+    told = run("reconstruct", "print(out.mask_BL.mean(), model.spec.encoder.depth)", tmp_path, monkeypatch)
     assert told.split() == ["0.75", "4"]
 
 
