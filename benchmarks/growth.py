@@ -1,14 +1,13 @@
-"""How time and memory of the pre-training step grow with batch, image and model.
+"""How do time and memory of the pre-training step grow with batch, image and model?
 
     bash benchmarks/run.sh growth [--variant=B/16] [--dtype=float32] ...
 
-Per image, so that a flat line is linear growth. What leaves it: the decoder's attention, which is
-quadratic in the patches and sees all of them, and at small batches the update, which costs the same
-for any batch.
+Per image, so that a flat line is linear growth. Two things leave it: the decoder's attention, which
+is quadratic in the number of patches and sees all of them; and at small batches the update, which
+costs the same for any batch.
 """
 
 import argparse
-import sys
 
 from benchmarks import ours, sides
 
@@ -24,25 +23,25 @@ def main() -> None:
     rows, results = [], {}
     for grows, variant, batch, size in points:
         name = f"{variant} at {size}, batch {batch}"
-        command = [
-            *(sys.executable, f"{sides.HERE}/ours.py", f"--variant={variant}"),
-            *(f"--batch={batch}", f"--image_size={size}", f"--dtype={args.dtype}"),
-            *(f"--steps={args.steps}", f"--unroll={args.unroll or 1}"),
+        command = sides.script(
+            "ours",
+            *(f"--variant={variant}", f"--batch={batch}", f"--image_size={size}"),
+            *(f"--dtype={args.dtype}", f"--steps={args.steps}", f"--unroll={args.unroll or 1}"),
             *(["--remat"] if args.remat else []),
-        ]
+        )
         if name not in results:
             results |= sides.take_turns({name: command}, 1)
-        found = results[name]
-        seconds = sides.median(found)
+        result = results[name]
+        seconds = sides.median(result)
         if seconds is None:
-            rows.append([grows, name, sides.errors(found), "", "", "", ""])
+            rows.append([grows, name, sides.errors(result), "", "", "", ""])
             continue
-        work = found[0]["flops"]
+        flops = result[0]["flops"]
         rows.append(
             [
                 *(grows, name, f"{seconds:.2f} s", f"{seconds / batch:.3f} s"),
-                *(f"{work / batch / 1e9:.0f}", f"{work / seconds / 1e9:.0f}"),
-                f"{found[0]['peak_gib']:.1f} GiB",
+                *(f"{flops / batch / 1e9:.0f}", f"{flops / seconds / 1e9:.0f}"),
+                f"{result[0]['peak_gib']:.1f} GiB",
             ]
         )
     head = ["grows", "what", "step", "per image", "GFLOPs per image", "GFLOP/s", "peak memory"]
@@ -53,26 +52,28 @@ def main() -> None:
 
 
 def figure(results: dict, points: list[tuple]) -> None:
+    """Draw out/growth.png: seconds per GFLOP by batch, image size and model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(10, 3.4), layout="constrained")
     FigureCanvasAgg(drawing)
     for axis, grows in zip(drawing.subplots(1, 3), ("batch", "image size", "model"), strict=True):
-        known = []
+        measured = []
         for kind, variant, batch, size in points:
-            found = results[f"{variant} at {size}, batch {batch}"]
-            if kind == grows and (seconds := sides.median(found)):
-                x = {"batch": batch, "image size": size, "model": found[0]["flops"] / batch / 1e9}
-                known.append((x[grows], 1e9 * seconds / found[0]["flops"], variant))
-        axis.plot([x for x, *_ in known], [y for _, y, _ in known], "o-")
-        for i, (x, y, variant) in enumerate(known if grows == "model" else ()):
-            place = (0, -14 if i % 2 else 7)  # below and above by turns
-            axis.annotate(variant, (x, y), place, textcoords="offset points", ha="center")
+            result = results[f"{variant} at {size}, batch {batch}"]
+            if kind == grows and (seconds := sides.median(result)):
+                flops = result[0]["flops"]
+                x = {"batch": batch, "image size": size, "model": flops / batch / 1e9}
+                measured.append((x[grows], 1e9 * seconds / flops, variant))
+        axis.plot([x for x, *_ in measured], [y for _, y, _ in measured], "o-")
+        for i, (x, y, variant) in enumerate(measured if grows == "model" else ()):
+            offset = (0, -14 if i % 2 else 7)  # below and above by turns
+            axis.annotate(variant, (x, y), offset, textcoords="offset points", ha="center")
         axis.set(xscale="log", xlabel="GFLOPs per image" if grows == "model" else grows)
         axis.margins(x=0.12)
-        axis.set_ylim(0, 1.15 * max((y for _, y, _ in known), default=1))
-        ticks = [50, 100, 200] if grows == "model" else [x for x, *_ in known]
+        axis.set_ylim(0, 1.15 * max((y for _, y, _ in measured), default=1))
+        ticks = [50, 100, 200] if grows == "model" else [x for x, *_ in measured]
         axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
         axis.set_ylabel("seconds per GFLOP" if grows == "batch" else "")

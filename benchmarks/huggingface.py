@@ -1,6 +1,6 @@
-"""The other side of the step benchmark: ViTMAEForPreTraining of transformers with fused AdamW.
+"""The other side of the step benchmark: transformers' ViTMAEForPreTraining with fused AdamW.
 
-sdpa attention; with --compiled through torch.compile. Prints a line of JSON.
+It uses sdpa attention, and torch.compile with --compiled. Prints a line of JSON.
 """
 
 import argparse
@@ -14,6 +14,7 @@ SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}  # width,
 
 
 def run(args: argparse.Namespace) -> dict:
+    """Return what the step takes."""
     started = time.perf_counter()
     import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -52,10 +53,10 @@ def run(args: argparse.Namespace) -> dict:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    found = measure(step, wait, args.steps, started)
+    measured = measure(step, wait, args.steps, started)
     if device == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found | {
+        measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return measured | {
         "loss": float(loss),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": versions("torch", "transformers"),

@@ -2,8 +2,8 @@
 
     bash benchmarks/run.sh input [--rounds=2] [--seconds=10]
 
-512 JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's are on average, cut from real
-photographs (those in scikit-image), each under a hundred names: orders of very few files are dear.
+512 JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's are on average, are cut from the
+photographs in scikit-image. Each has a hundred names, since shuffling very few files is slow.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PHOTOGRAPHS = ("astronaut", "cat", "coffee", "retina", "rocket", "chelsea", "hub
 
 
 def write_images(folder: Path, count: int) -> float:
-    """Writes JPEGs; their mean size in bytes."""
+    """Write JPEGs; return their mean size in bytes."""
     from PIL import Image
     from skimage import data
 
@@ -36,7 +36,7 @@ def write_images(folder: Path, count: int) -> float:
         left = int(rng.integers(picture.width - 500 + 1))
         top = int(rng.integers(picture.height - 375 + 1))
         part = picture.crop((left, top, left + 500, top + 375))
-        noise = rng.normal(0, 5, (375, 500, 1))  # of a camera; enlarging took it away
+        noise = rng.normal(0, 5, (375, 500, 1))  # as of a camera: enlarging took it away
         grainy = np.clip(np.asarray(part) + noise, 0, 255).astype(np.uint8)
         file = folder / f"{number % 4}" / f"{number:04}.jpg"
         file.parent.mkdir(exist_ok=True)
@@ -47,52 +47,52 @@ def write_images(folder: Path, count: int) -> float:
     return float(np.mean(sizes))
 
 
+def loaders(folder: str, seconds: float, cores: int) -> dict[str, list[str]]:
+    """Return the commands of all sides on so many cores."""
+
+    def side(name: str, *options: str, python: str = sys.executable) -> list[str]:
+        common = (name, folder, f"--seconds={seconds}", f"--cores={cores}")
+        return sides.script("loader", *common, *options, python=python)
+
+    torch = os.environ.get("TORCH_PYTHON", "")
+    tensorflow = os.environ.get("TENSORFLOW_PYTHON", "")
+    workers, fast, finetune = f"--workers={cores}", "--resizer=fast", "--finetune"
+    commands = {
+        "ours, threads": side("ours"),
+        "ours, processes": side("ours", workers),
+        "ours, fast, threads": side("ours", fast),
+        "ours, fast, processes": side("ours", fast, workers),
+        "torch DataLoader, Pillow": side("torch", workers, python=torch),
+        "tf.data": side("tensorflow", python=tensorflow),
+        "ours, fine-tuning": side("ours", finetune),
+        "ours, fast, fine-tuning": side("ours", finetune, fast),
+        "torch DataLoader, Pillow, fine-tuning": side("torch", workers, finetune, python=torch),
+    }
+    return {f"{name}, {cores} cores": command for name, command in commands.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    torch = os.environ.get("TORCH_PYTHON", "")
-    tensorflow = os.environ.get("TENSORFLOW_PYTHON", "")
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(Path(folder), 512)
-        script = [f"{sides.HERE}/loader.py"]
-        tail = [folder, f"--seconds={args.seconds}"]
         commands = {}
         for count in sorted({1, cores}):
-            on = [*tail, f"--cores={count}"]
-            here = [sys.executable, *script, "ours", *on]
-            commands |= {
-                f"ours, threads, {count} cores": here,
-                f"ours, processes, {count} cores": [*here, f"--workers={count}"],
-                f"ours, fast, threads, {count} cores": [*here, "--resizer=fast"],
-                f"ours, fast, processes, {count} cores": [
-                    *(*here, "--resizer=fast", f"--workers={count}")
-                ],
-                f"torch DataLoader, Pillow, {count} cores": [
-                    *(torch, *script, "torch", *on, f"--workers={count}")
-                ],
-                f"tf.data, {count} cores": [tensorflow, *script, "tensorflow", *on],
-                f"ours, fine-tuning, {count} cores": [*here, "--finetune"],
-                f"ours, fast, fine-tuning, {count} cores": [*here, "--finetune", "--resizer=fast"],
-                f"torch DataLoader, Pillow, fine-tuning, {count} cores": [
-                    *(torch, *script, "torch", *on, f"--workers={count}", "--finetune")
-                ],
-            }
+            commands |= loaders(folder, args.seconds, count)
         results = sides.take_turns(commands, args.rounds)
     rows = []
-    panels: dict[str, dict[str, float]] = {
-        "pre-training, images/s": {},
-        "fine-tuning, images/s": {},
-    }
-    for name, found in results.items():
-        seconds, count = sides.median(found), int(name.split()[-2])
+    panels: dict[str, dict[str, float]] = {}
+    for name, rounds in results.items():
+        seconds, count = sides.median(rounds), int(name.split()[-2])
         if seconds is None:
-            rows.append([name, sides.errors(found), *5 * [""]])
+            rows.append([name, sides.errors(rounds), *5 * [""]])
             continue
         kind = "fine-tuning, " if "fine-tuning" in name else ""
-        panels[f"{kind or 'pre-training, '}images/s"][name.replace(kind, "")] = 1 / seconds
+        panel = panels.setdefault(f"{kind or 'pre-training, '}images/s", {})
+        panel[name.replace(kind, "")] = 1 / seconds
         peer = sides.median(results[f"torch DataLoader, Pillow, {kind}{count} cores"])
         rows.append(
             [
@@ -100,9 +100,9 @@ def main() -> None:
                 f"{1 / seconds:.0f}",
                 f"{1 / seconds / count:.0f}",
                 f"{peer / seconds:.2f}" if peer else "",
-                f"{sides.median(found, 'peak_gib'):.2f} GiB",
-                f"{sides.median(found, 'worker_gib'):.2f} GiB",
-                f"{sides.median(found, 'batch_bytes') / 1e3:.0f} kB",
+                f"{sides.median(rounds, 'peak_gib'):.2f} GiB",
+                f"{sides.median(rounds, 'worker_gib'):.2f} GiB",
+                f"{sides.median(rounds, 'batch_bytes') / 1e3:.0f} kB",
             ]
         )
     head = ["side", "images/s", "per core", "of torch's", "peak memory", "largest worker"]

@@ -1,10 +1,9 @@
-"""One side of the input benchmark: reads JPEGs, crops, resizes to 224, mirrors, makes batches.
+"""One side of the input benchmark: read JPEGs, crop, resize to 224, mirror, make batches.
 
     python benchmarks/loader.py ours|torch|tensorflow FOLDER --cores=2 [--workers=0] ...
 
-All decode the same files and make uint8 batches of 128 by random resized crops with antialiased
-bicubic resampling. Prints a line of JSON: seconds per image, without the first
-batches.
+All sides decode the same files and make uint8 batches of 128 by random resized crops with
+antialiased bicubic resampling. Prints a line of JSON: seconds per image, without the first batches.
 """
 
 import argparse
@@ -21,13 +20,13 @@ BATCH, SIZE = 128, 224
 
 
 def ours(args: argparse.Namespace) -> Iterator[Any]:
-    from configs.finetune import get_config as finetuning
-    from configs.pretrain import get_config as pretraining
-    from mae_jax.data import pipeline, sources
+    """Yield our batches."""
+    from mae_jax.configs import finetune, pretrain
+    from mae_jax.data import pipeline, sources, workers
 
-    config = finetuning() if args.finetune else pretraining()
+    config = (finetune if args.finetune else pretrain).get_config()
     config.data.workers = args.workers
-    config.data.threads = args.cores
+    workers.THREADS = args.cores  # more of them are slower
     config.data.resizer = args.resizer
     source = sources.open_source(f"folder:{args.folder}", "train")
     for batch in pipeline.train_batches(
@@ -42,7 +41,7 @@ def ours(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def box(width: int, height: int, least: float) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom; area `least` to 1, aspect 3/4 to 4/3."""
+    """Return a random left, top, right, bottom of an area from `least` to 1, aspect 3/4 to 4/3."""
     for _ in range(10):
         area = width * height * random.uniform(least, 1.0)
         aspect = (4 / 3) ** random.uniform(-1, 1)
@@ -54,6 +53,7 @@ def box(width: int, height: int, least: float) -> tuple[int, int, int, int]:
 
 
 def torch(args: argparse.Namespace) -> Iterator[Any]:
+    """Yield batches of torch's DataLoader, read with Pillow."""
     import numpy as np
     from PIL import Image
     from torch import from_numpy, set_num_threads
@@ -85,6 +85,7 @@ def torch(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def tensorflow(args: argparse.Namespace) -> Iterator[Any]:
+    """Yield batches of tf.data."""
     import tensorflow as tf
 
     files = sorted(str(file) for file in Path(args.folder).rglob("*.jpg"))
@@ -122,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     batches = {"ours": ours, "torch": torch, "tensorflow": tensorflow}[args.side](args)
-    for _ in range(6):  # what was read ahead at leisure
+    for _ in range(6):  # more than what was read ahead while nobody timed
         batch = next(batches)
     assert batch.shape == (BATCH, SIZE, SIZE, 3), batch.shape
     began, count = time.perf_counter(), 0
@@ -133,15 +134,15 @@ def main() -> None:
     batches.close()
     from benchmarks.sides import versions
 
-    found = {"seconds": seconds, "batch_bytes": batch.nbytes / BATCH}
+    result = {"seconds": seconds, "batch_bytes": batch.nbytes / BATCH}
     for key, who in (("peak_gib", resource.RUSAGE_SELF), ("worker_gib", resource.RUSAGE_CHILDREN)):
-        found[key] = resource.getrusage(who).ru_maxrss / 2**20
+        result[key] = resource.getrusage(who).ru_maxrss / 2**20
     names = {
         "ours": ("grain", "pillow", "simplejpeg", "cykooz-resizer"),
         "torch": ("torch",),
         "tensorflow": ("tensorflow",),
     }
-    print(json.dumps(found | {"versions": versions(*names[args.side])}), flush=True)
+    print(json.dumps(result | {"versions": versions(*names[args.side])}), flush=True)
     os._exit(0)  # some loaders wait for their workers
 
 

@@ -1,15 +1,15 @@
-"""What masking costs, and what it saves.
+"""What does masking cost, and what does it save?
 
     bash benchmarks/run.sh masking [--variant=B/16,L/16,H/14] [--batches=16,4,4] [--rounds=1] ...
 
-The share of a step that the shuffle, both gathers and the unshuffle take, forward and backward,
-timed alone on arrays of the step's shapes; and the step against one whose encoder sees mask tokens
-too, beside the speed-ups of the paper (Table 2: 2.8 for L/16, 3.5 for H/14, on TPU v3).
+The cost is the share of a step that the shuffle, both gathers and the unshuffle take, forward and
+backward, timed alone on arrays of the step's shapes. The saving compares the step with one whose
+encoder sees mask tokens too, beside the paper's speed-ups (Table 2: 2.8 for L/16, 3.5 for H/14, on
+TPU v3).
 """
 
 import argparse
 import json
-import sys
 import time
 
 from benchmarks import ours, sides
@@ -18,27 +18,26 @@ PAPER = {"L/16": "2.8", "H/14": "3.5"}
 
 
 def shuffling(args: argparse.Namespace) -> dict:
-    """Seconds of: scores to mask, patches to visible ones, latents and tokens back into place."""
+    """Time the masking alone: draw a mask, take the visible patches, put all tokens in place."""
     import jax
     import jax.numpy as jnp
 
     from mae_jax.models import masking
+    from mae_jax.models.spec import ModelSpec
 
     config = ours.make_config(args)
-    m = config.model
-    grid = tuple(image // patch for image, patch in zip(m.image_size, m.patch_size, strict=True))
-    batch, length = args.batch, grid[0] * grid[1]
-    kept = masking.num_kept(length, config.mask_ratio)
-    dtype = jnp.dtype(m.residual_dtype)
-    patches_BLP = jnp.ones((batch, length, m.patch_size[0] * m.patch_size[1] * m.channels))
+    spec = ModelSpec.from_config(config.to_dict())
+    batch, length, width = args.batch, spec.num_patches, spec.decoder.width
+    kept = masking.num_kept(length, spec.mask_ratio)
+    dtype = jnp.dtype(config.model.residual_dtype)
 
     @jax.jit
     def there_and_back(rng, patches_BLP, latent_BKE, token_11E, weight_BLE):
-        mask = masking.keep_lowest(masking.random(rng, batch, grid, config.mask_ratio), kept)
+        mask = masking.keep_lowest(masking.random(rng, batch, spec.grid, spec.mask_ratio), kept)
         visible_BKP = jnp.take_along_axis(patches_BLP, mask.keep_BK[..., None], axis=1)
 
         def unshuffled(latent_BKE, token_11E):
-            token_BHE = jnp.broadcast_to(token_11E, (batch, length - kept, m.decoder_width))
+            token_BHE = jnp.broadcast_to(token_11E, (batch, length - kept, width))
             both_BLE = jnp.concatenate([latent_BKE, token_BHE], axis=1)
             return jnp.take_along_axis(both_BLE, mask.restore_BL[..., None], axis=1)
 
@@ -46,10 +45,10 @@ def shuffling(args: argparse.Namespace) -> dict:
         return mask.mask_BL, visible_BKP, x_BLE, back(weight_BLE)
 
     arrays = (
-        patches_BLP,
-        jnp.ones((batch, kept, m.decoder_width), dtype),
-        jnp.ones((1, 1, m.decoder_width), dtype),
-        jnp.ones((batch, length, m.decoder_width), dtype),
+        jnp.ones((batch, length, spec.patch_dim)),
+        jnp.ones((batch, kept, width), dtype),
+        jnp.ones((1, 1, width), dtype),
+        jnp.ones((batch, length, width), dtype),
     )
     seconds = []
     for number in range(22):
@@ -63,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     ours.options(parser)
     parser.set_defaults(variant="B/16,L/16,H/14", steps=3)
-    parser.add_argument("--batches", default="16,4,4", help="of these variants")
+    parser.add_argument("--batches", default="16,4,4", help="one for each variant")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--shuffling", action="store_true")
     args = parser.parse_args()
@@ -73,18 +72,18 @@ def main() -> None:
     rows, kept, panels = [], {}, {}
     for variant, batch in zip(args.variant.split(","), args.batches.split(","), strict=True):
         common = [f"--variant={variant}", f"--batch={batch}", f"--dtype={args.dtype}"]
-        step = [sys.executable, f"{sides.HERE}/ours.py", *common, f"--steps={args.steps}"]
-        step += [f"--unroll={args.unroll or 1}"]
+        unroll = f"--unroll={args.unroll or 1}"
+        step = sides.script("ours", *common, f"--steps={args.steps}", unroll)
         results = sides.take_turns(
             {
                 "step": step,
                 "with mask tokens": [*step, "--tokens_in_encoder"],
-                "masking": [sys.executable, __file__, "--shuffling", *common],
+                "masking": sides.script("masking", "--shuffling", *common),
             },
             args.rounds,
         )
-        masked, full, alone = (sides.median(found) for found in results.values())
-        work = [found[0].get("flops") for found in results.values()]
+        masked, full, alone = (sides.median(rounds) for rounds in results.values())
+        work = [rounds[0].get("flops") for rounds in results.values()]
         kept[variant] = results
         panels[f"{variant}, seconds"] = {
             "step": masked,

@@ -2,7 +2,7 @@
 
     python benchmarks/ours.py [--variant=B/16] [--batch=16] [--dtype=float32] [--image_size=224] ...
 
-As `mae-jax train` runs it, on a batch that stays on the device.
+The step is that of `mae-jax train`; its batch stays on the device.
 """
 
 import argparse
@@ -10,10 +10,16 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 def measure(step: Callable, wait: Callable, steps: int, started: float) -> dict:
-    """Seconds of single steps after the first two, and of all until the first one ended."""
+    """Return the seconds of single steps after the first two, and those until the first ended.
+
+    Args:
+      wait: returns once the last step has ended.
+      started: when the process began, by `time.perf_counter`.
+    """
     step()
     wait()
     first = time.perf_counter() - started
@@ -29,8 +35,9 @@ def measure(step: Callable, wait: Callable, steps: int, started: float) -> dict:
     return {"seconds": seconds, "first_step": first, "peak_gib": peak}
 
 
-def make_config(args: argparse.Namespace):
-    from configs.pretrain import get_config
+def make_config(args: argparse.Namespace) -> Any:
+    """Return the config of a pre-training as the options say."""
+    from mae_jax.configs.pretrain import get_config
 
     config = get_config(
         f"variant={args.variant},batch_size={args.batch},image_size={args.image_size}"
@@ -45,64 +52,82 @@ def make_config(args: argparse.Namespace):
     return config
 
 
-def simulate(devices: int) -> None:
-    """Makes a CPU several devices."""
-    import jax
+class Training(NamedTuple):
+    """A compiled step with its first state and a batch, on the device."""
 
-    if devices > 1:
-        jax.config.update("jax_num_cpu_devices", devices)
-        if jax.default_backend() != "cpu":
-            raise SystemExit("several devices: for CPUs only")
+    task: Any
+    shapes: Any  # of the state, with shardings
+    state: Any
+    step: Callable
+    batch: dict
 
 
-def run(args: argparse.Namespace) -> dict:
-    started = time.perf_counter()
+def build(args: argparse.Namespace, replicas: int = 1) -> Training:
+    """Return the training that the options ask for.
+
+    Args:
+      replicas: simulated devices that each hold the whole state.
+    """
     import jax
     import numpy as np
 
-    from benchmarks.sides import versions
-    from mae_jax import flops, sharding, train
-    from mae_jax.tasks import pretrain
+    from mae_jax import sharding, tasks, train
 
-    simulate(args.devices)
+    if (devices := args.devices * replicas) > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+        if jax.default_backend() != "cpu":
+            raise SystemExit("several devices: for CPUs only")
     config = make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
-    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
+    task = tasks.build(config, sharding.constrain_batch(mesh))
     tx, _ = task.optimizer(1000, 100)
-    program = train.compile_step(task, tx, config, mesh)
-    state = program.init()
+    shapes, init = train.lay_out(task, tx, config.seed, mesh)
+    step = train.compile_step(task, tx, mesh, shapes, batch_size=args.batch, seed=config.seed)
     shape = (args.batch, args.image_size, args.image_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     batch = sharding.put_batch(mesh, {"image": images}, args.batch)
-    values: dict = {}
+    return Training(task, shapes, init(), step, batch)
 
-    def step():
-        nonlocal state, values
-        state, values = program.step(state, batch)
 
-    found = measure(step, lambda: jax.block_until_ready((state, values)), args.steps, started)
+def run(args: argparse.Namespace) -> dict:
+    """Return what the step takes."""
+    started = time.perf_counter()
+    import jax
+
+    from benchmarks.sides import versions
+    from mae_jax import flops
+
+    task, _, state, step_fn, batch = build(args)
+    metrics: dict = {}
+
+    def step() -> None:
+        nonlocal state, metrics
+        state, metrics = step_fn(state, batch)
+
+    measured = measure(step, lambda: jax.block_until_ready((state, metrics)), args.steps, started)
     device = jax.devices()[0]
     if device.platform != "cpu":
-        found["peak_gib"] = device.memory_stats()["peak_bytes_in_use"] / 2**30
-    return found | {
-        "loss": float(values["loss"]),
+        measured["peak_gib"] = device.memory_stats()["peak_bytes_in_use"] / 2**30
+    return measured | {
+        "loss": float(metrics["loss"]),
         "device": device.device_kind,
-        "flops": task.passes * task.flops_per_example * args.batch,
+        "flops": task.flops_multiplier * task.flops_per_example * args.batch,
         "peak_flops": flops.peak_flops(device.device_kind),
         "versions": versions("jax", "flax", "optax"),
     }
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the step's sides."""
     parser.add_argument("--variant", default="B/16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--steps", type=int, default=5, help="that are timed, in each round")
+    parser.add_argument("--steps", type=int, default=5, help="timed in each round")
     parser.add_argument("--unroll", type=int, default=0, help="config.model.scan_unroll; 0: all")
     parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"])
     parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--devices", type=int, default=1, help="of a CPU, with FSDP over them")
+    parser.add_argument("--devices", type=int, default=1, help="to make of a CPU, with FSDP")
     parser.add_argument("--tokens_in_encoder", action="store_true")
 
 

@@ -1,10 +1,10 @@
-"""The table of plans: what published models take on TPU pods, compiled and not run.
+"""Write PLAN.md and plan.png: what published models take on TPU pods, compiled and not run.
 
     pip install libtpu; python benchmarks/plan.py [PART_OF_A_NAME ...]
 
-Compiles one step after another, a minute or more each, and keeps what it has in plan.json beside
-this file, so that it may be stopped and started again. Then writes PLAN.md and plan.png. A plan is
-made again only if its entry is deleted.
+One step after another is compiled, a minute or more each, and kept in plan.json beside this file,
+so that the script may be stopped and started again. A plan is made again only if its entry is
+deleted from plan.json.
 """
 
 import json
@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from configs.common import model_sizes
+from mae_jax import files
+from mae_jax.configs.common import model_sizes
 
 HERE = Path(__file__).parent
 KEPT = HERE / "plan.json"
@@ -25,24 +26,25 @@ DATA, REMAT = {"data": -1}, {"model.remat": True}
 
 
 def fsdp(size: int) -> dict[str, int]:
+    """Return a mesh that splits the state over so many chips."""
     return {"data": -1, "fsdp": size}
 
 
 def entries() -> dict[str, dict]:
-    """What is planned, by name: variant, batch, topology, slices, mesh, changes of the config."""
-    found: dict[str, dict] = {}
+    """Return what is planned, by name."""
+    entries: dict[str, dict] = {}
 
     def add(part, variant, batch, topology, mesh, change=None, slices=1):
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
-        said = " ".join(f"{key}={value}" for key, value in (change or {}).items())
+        changes = " ".join(f"{key}={value}" for key, value in (change or {}).items())
         times = f"{slices} x " if slices > 1 else ""
-        name = " ".join(f"{part}: {variant} {batch} {times}{topology} {axes} {said}".split())
-        found[name] = dict(
+        name = " ".join(f"{part}: {variant} {batch} {times}{topology} {axes} {changes}".split())
+        entries[name] = dict(
             part=part, variant=variant, batch=batch, topology=topology, mesh=mesh,
             change=change or {}, slices=slices,
         )  # fmt: skip
 
-    # The paper's machine.
+    # On the paper's machine.
     add("recipe", "L/16", 4096, "v3:8x8", DATA, REMAT)
     add("recipe", "L/16", 4096, "v3:8x8", DATA)
     add("recipe", "L/16", 4096, "v3:8x8", fsdp(128))
@@ -54,7 +56,7 @@ def entries() -> dict[str, dict]:
     for topology in ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"):
         for variant in ("B/16", "L/16", "H/14"):
             add("recipe", variant, 4096, topology, DATA)
-    # All blocks in a row, in place of a loop over them.
+    # With all blocks in a row, in place of a loop over them.
     for variant, topology in (
         ("B/16", "v5e:16x16"),
         ("L/16", "v5e:16x16"),
@@ -79,11 +81,11 @@ def entries() -> dict[str, dict]:
             add("scaling", "L/16", 32 * chips, topology, mesh)
     for slices in (2, 4, 8):
         add("scaling", "L/16", 32 * 64 * slices, "v5p:4x4x4", fsdp(64), slices=slices)
-    return found
+    return entries
 
 
 def make(entry: dict) -> dict | None:
-    """Runs `mae-jax plan` on an entry, in a process of its own; None if that failed."""
+    """Run `mae-jax plan` for an entry in a process of its own; return None if that fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
         config = f"configs/pretrain.py:variant={entry['variant']},batch_size={entry['batch']}"
@@ -104,29 +106,46 @@ def make(entry: dict) -> dict | None:
 
 
 def number(value: float | None, unit: float = 1.0, form: str = ".2f") -> str:
+    """Return a number as text, or '?' for an unknown one."""
     return "?" if value is None else format(value / unit, form)
 
 
 def axes(result: dict) -> str:
+    """Return the mesh as text."""
     return " ".join(f"{k}={n}" for k, n in result["mesh"].items() if n > 1)
 
 
 def where(result: dict) -> str:
+    """Return the chips as text."""
     times = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
     return f"{times}{result['topology']} ({times}{result['cloud']})"
 
 
 def table(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table, whose first row is the head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""]
 
 
-def exchanged(result: dict, what: str) -> float:
-    return sum(row["bytes"] for row in result.get("collectives", []) if row["what"] == what)
+EXCHANGES = {
+    "gathered": ("all-gather",),
+    "summed": ("all-reduce", "reduce-scatter"),
+    "passed on": ("collective-permute", "all-to-all"),
+}
 
 
-def memory_row(entry: dict, result: dict) -> list[str]:
-    held, line = result["memory"], result.get("roofline") or {}
+def exchanged(result: dict) -> list[str]:
+    """Return the MiB of payload of each of EXCHANGES."""
+    rows = result.get("collectives", [])
+    return [
+        number(sum(row["bytes"] for row in rows if row["kind"] in kinds), MIB, ".0f")
+        for kinds in EXCHANGES.values()
+    ]
+
+
+def recipe_row(entry: dict, result: dict) -> list[str]:
+    """Return the row of a plan under HEAD."""
+    memory, line = result["memory"], result.get("roofline") or {}
     seconds = line.get("seconds", {})
     change = " ".join(f"{key.split('.')[-1]}={value}" for key, value in entry["change"].items())
     return [
@@ -134,9 +153,9 @@ def memory_row(entry: dict, result: dict) -> list[str]:
         where(result),
         axes(result),
         {True: "yes", False: "**no**", None: "?"}[result["fits"]],
-        *(number(held.get(kind), GIB) for kind in ("parameters", "optimizer", "temporary")),
-        f"{number(held.get('total'), GIB)} of {number(held['chip'], GIB)}",
-        *(number(exchanged(result, k), MIB, ".0f") for k in ("weight", "gradient", "activation")),
+        *(number(memory.get(kind), GIB) for kind in ("parameters", "optimizer", "temporary")),
+        f"{number(memory.get('total'), GIB)} of {number(memory['chip'], GIB)}",
+        *exchanged(result),
         *(number(seconds.get(part), 1e-3, ".1f") for part in ("compute", "memory", "links")),
         number(line.get("hours"), 1, ".1f"),
         number(result.get("hours"), 1, ".1f"),
@@ -145,7 +164,7 @@ def memory_row(entry: dict, result: dict) -> list[str]:
 
 HEAD = [
     *("model, batch 4096", "chips (cloud's name)", "mesh", "fits", "parameters", "optimizer"),
-    *("temporary", "total", "weights", "gradients", "activations"),
+    *("temporary", "total", *EXCHANGES),
     *("compute", "memory", "links", "hours, roofline", "hours, at 40 % MFU"),
 ]
 
@@ -163,8 +182,8 @@ compiler's own count of cycles, which meets the paper's hours on TPU v3 within 0
 | --- | --- |
 | total | the compiler's peak, in GiB per device, of what the chip has; a device of v3 is a core |
 | parameters, optimizer, temporary | parts of the total |
-| weights, gradients, activations | what a device exchanges in a step: MiB of payload, by the \
-compiled program |
+| gathered, summed, passed on | what a device exchanges in a step: MiB of payload of all-gathers, \
+of all-reduces and reduce-scatters, and of permutes and all-to-alls in the compiled program |
 | compute, memory, links | **estimates**, ms of a step at the peaks in `mae_jax/flops.py`; memory \
 is counted op by op, as if nothing stayed on the chip between two ops |
 | hours, roofline | of 800 epochs, by the longest of the three |
@@ -173,8 +192,8 @@ RECIPES = """\
 All recipes fit. L/16 takes 7.46 GiB of a v3 core with data parallelism, 5.73 with `remat`, 3.23
 with FSDP over all 128. `scan_unroll` of all blocks puts them in a row, in place of a loop that
 copies what it keeps for the way back: a step of L/16 then moves 30 % (v3), 22 % (v4) or 16 % (v5e)
-less memory. With FSDP over 64 chips or more the compiler gathers weights by all-reduces, which are
-counted among the gradients."""
+less memory. With FSDP over 64 chips or more the compiler gathers weights by all-reduces, too, so
+that they stand under "summed"."""
 AGAINST = """\
 The authors' hours are of 128 TPU v3 cores (Table 2, 800 epochs, TensorFlow). The roofline is the
 least time of our program when every array goes through main memory at its peak: 30 to 45 % of those
@@ -189,10 +208,10 @@ chips as on 512."""
 
 
 def document(plans: dict[str, dict]) -> str:
-    """The table as Markdown."""
-    known = [(entry, plans[name]) for name, entry in entries().items() if name in plans]
+    """Return the text of PLAN.md."""
+    made = [(entry, plans[name]) for name, entry in entries().items() if name in plans]
     missing = [name for name in entries() if name not in plans]
-    made_by = {json.dumps(r["versions"], sort_keys=True) for _, r in known}
+    made_by = {json.dumps(r["versions"], sort_keys=True) for _, r in made}
     text = [
         "# What published models take on TPU pods",
         "",
@@ -202,7 +221,7 @@ def document(plans: dict[str, dict]) -> str:
         "",
         RECIPES,
         "",
-        *table([HEAD, *(memory_row(e, r) for e, r in known if e["part"] == "recipe")]),
+        *table([HEAD, *(recipe_row(e, r) for e, r in made if e["part"] == "recipe")]),
         "## Against the paper's hours",
         "",
         AGAINST,
@@ -217,7 +236,7 @@ def document(plans: dict[str, dict]) -> str:
                     str(PAPER_HOURS[e["variant"]]),
                     f"{r['roofline']['hours'] / PAPER_HOURS[e['variant']]:.0%}",
                 ]
-                for e, r in known
+                for e, r in made
                 if e["topology"] == "v3:8x8" and e["variant"] in PAPER_HOURS and "roofline" in r
             ]
         ),
@@ -225,23 +244,22 @@ def document(plans: dict[str, dict]) -> str:
         "",
         LARGEST,
         "",
-        *table([HEAD, *(memory_row(e, r) for e, r in known if e["part"] == "large")]),
+        *table([HEAD, *(recipe_row(e, r) for e, r in made if e["part"] == "large")]),
         "## Weak scaling of L/16",
         "",
         SCALING,
         "",
         *table(
-            [["chips", "where", "mesh", "weights", "gradients", "activations", "sent to slices"]]
+            [["chips", "where", "mesh", *EXCHANGES, "sent to slices"]]
             + [
                 [
                     str(r["devices"]),
                     where(r),
                     axes(r),
-                    *(number(exchanged(r, k), MIB, ".0f") for k in ("weight", "gradient")),
-                    number(exchanged(r, "activation"), MIB, ".0f"),
+                    *exchanged(r),
                     number(sent_to_slices(r), MIB, ".0f") if r["num_slices"] > 1 else "-",
                 ]
-                for e, r in known
+                for e, r in made
                 if e["part"] == "scaling" and r["fits"]
             ]
         ),
@@ -255,11 +273,12 @@ def document(plans: dict[str, dict]) -> str:
 
 
 def sent_to_slices(result: dict) -> float:
+    """Return the bytes that a device sends to other slices."""
     return sum(row["sent"] for row in result["collectives"] if row["axes"] == "slices")
 
 
 def figure(plans: dict[str, dict]) -> None:
-    """Bytes that a chip sends per step, by the number of chips."""
+    """Draw the bytes that a chip sends per step, by the number of chips."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -276,7 +295,7 @@ def figure(plans: dict[str, dict]) -> None:
             slow = sent_to_slices(result)
             curves.setdefault("slices of 64: to other slices", []).append((result["devices"], slow))
             label, sent = "slices of 64: FSDP inside, to neighbours", sent - slow
-        curves.setdefault(label, []).append((result["devices"], sent / 1))
+        curves.setdefault(label, []).append((result["devices"], sent))
     drawing = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(drawing)
     axis = drawing.subplots()
@@ -294,18 +313,16 @@ def figure(plans: dict[str, dict]) -> None:
     drawing.savefig(HERE / "plan.png", dpi=130)
 
 
-def main(wanted: list[str]) -> None:
+def main(parts: list[str]) -> None:
     plans = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name, entry in entries().items():
-        if name in plans or not all(part in name for part in wanted):
+        if name in plans or not all(part in name for part in parts):
             continue
         print(name, flush=True)
         if (made := make(entry)) is None:
             continue
         plans[name] = made
-        temporary = KEPT.with_suffix(".tmp")
-        temporary.write_text(json.dumps(plans, indent=1) + "\n")
-        temporary.replace(KEPT)
+        files.write_json(KEPT, plans)
     (HERE / "PLAN.md").write_text(document(plans))
     figure(plans)
 

@@ -1,8 +1,9 @@
-"""What all benchmarks share: sides that take turns, each in a process of its own, and a report.
+"""Let the sides of a benchmark take turns, each in a process of its own, and write a report.
 
-A side is a command that prints one line of JSON last: {"seconds": [...], ...}.
+A side is a command whose last line is JSON: {"seconds": [...], ...}.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -17,13 +18,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
-CPU = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides: fewer page faults
+CPU = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for all sides: fewer page faults
+
+
+def script(name: str, *options: str, python: str = sys.executable) -> list[str]:
+    """Return the command that runs a script of this folder; `python` "" = it is not installed."""
+    return [python, f"{HERE}/{name}.py", *options]
 
 
 def take_turns(sides: dict[str, list[str]], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of every round of every side; one that fails says why and is not run again.
+    """Return the results of every round of every side.
 
-    Every second round goes backwards, so that no side is always the first.
+    A side that fails has an "error" and is not run again. Every second round goes backwards, so
+    that no side is always the first.
     """
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
@@ -31,14 +38,13 @@ def take_turns(sides: dict[str, list[str]], rounds: int) -> dict[str, list[dict[
             if results[name] and "error" in results[name][-1]:
                 continue
             results[name].append(run(command))
-            said = results[name][-1]
-            short = {key: value for key, value in said.items() if key != "seconds"}
+            short = {key: x for key, x in results[name][-1].items() if key != "seconds"}
             print(f"round {number + 1}: {name}: {short}", file=sys.stderr, flush=True)
     return results
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """What a command's last line of output says, or {"error": its last words}."""
+    """Return what a command's last line of output says, or {"error": its last words}."""
     if not command[0]:
         return {"error": "could not be installed"}
     process = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True)
@@ -50,35 +56,38 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def median(results: list[dict[str, Any]], key: str = "seconds") -> float | None:
-    """Over all rounds; of lists, over all that is in them. None if there is nothing."""
-    found = [r[key] for r in results if r.get(key) is not None]
-    values = [v for x in found for v in (x if isinstance(x, list) else [x])]
-    return statistics.median(values) if values else None
+    """Return the median over all rounds and their lists, or None if no round has the key."""
+    rounds = [result[key] for result in results if result.get(key) is not None]
+    numbers = [
+        x for numbers in rounds for x in (numbers if isinstance(numbers, list) else [numbers])
+    ]
+    return statistics.median(numbers) if numbers else None
 
 
 def errors(results: list[dict[str, Any]]) -> str:
+    """Return what went wrong in the rounds of a side."""
     return "; ".join(dict.fromkeys(r["error"] for r in results if "error" in r))
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of what is installed here."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of those packages that are installed."""
+    versions = {"python": platform.python_version()}
     for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def all_versions(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Of every side, once."""
-    found = {k: v for side in results.values() for k, v in side[0].get("versions", {}).items()}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    """Return the versions of all sides as text."""
+    versions: dict[str, str] = {}
+    for rounds in results.values():
+        versions |= rounds[0].get("versions", {})
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def machine() -> str:
-    """Processor and cores that this process may use."""
+    """Return the processor, and how many of its cores this process may use."""
     names = []
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -87,12 +96,13 @@ def machine() -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def report(name: str, text: str, data: dict[str, Any]) -> None:
-    """Writes out/NAME.json and out/NAME.md, with the date, machine and command, and prints it."""
+    """Write out/NAME.json and out/NAME.md with date, machine and command; print the latter."""
     OUT.mkdir(exist_ok=True)
     command = " ".join(["bash benchmarks/run.sh", name, *sys.argv[1:]])
     head = f"{date.today().isoformat()}, {machine()}, `{command}`"
@@ -103,7 +113,7 @@ def report(name: str, text: str, data: dict[str, Any]) -> None:
 
 
 def bars(name: str, panels: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Draws out/NAME.png: a panel for each title, in it a bar for each label of known value."""
+    """Draw out/NAME.png: a panel for each title, and in it a bar for each label with a number."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,12 +121,12 @@ def bars(name: str, panels: Mapping[str, Mapping[str, float | None]]) -> None:
     drawing = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        known = {label: value for label, value in values.items() if value is not None}
-        sides = any(label.startswith("ours") for label in known)
-        colours = ["0.6" if sides and not label.startswith("ours") else "C0" for label in known]
-        drawn = axis.barh(list(known), list(known.values()), color=colours)
-        axis.bar_label(drawn, fmt=lambda value: f"{float(f'{value:.3g}'):,g}", padding=3)
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        numbers = {label: number for label, number in panel.items() if number is not None}
+        ours = [label.startswith("ours") for label in numbers]
+        colours = ["0.6" if any(ours) and not own else "C0" for own in ours]
+        drawn = axis.barh(list(numbers), list(numbers.values()), color=colours)
+        axis.bar_label(drawn, fmt=lambda number: f"{float(f'{number:.3g}'):,g}", padding=3)
         axis.set(title=title, xmargin=0.15, xticks=[])
         axis.invert_yaxis()
         axis.spines[["top", "right", "bottom"]].set_visible(False)

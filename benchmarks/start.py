@@ -1,11 +1,11 @@
-"""How long one waits: for a command's help, for the first step, for a save and a restore.
+"""How long does one wait for a command's help, for the first step, for a save and a restore?
 
     bash benchmarks/run.sh start [--variant=B/16] [--batch=16] [--rounds=3]
 
-The first step of `mae-jax train` with an empty and with a filled compilation cache, from the start
-of the process until its metrics are on disk; a save, which is written in the background, and how
-much longer the step after it takes: it must not overwrite what is still being written; and the
-first save of a process whose devices (simulated) all hold the whole state.
+The first step of `mae-jax train` is timed with an empty and with a filled compilation cache, from
+the start of the process until its metrics are on disk. A save is written in the background: timed
+are the save, and the step after it, which must not overwrite what is still being written. Last
+comes the first save of a process whose (simulated) devices all hold the whole state.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import ours, sides
 
@@ -24,6 +26,7 @@ COMMANDS = ("", "train", "plan", "prepare", "convert", "visualize", "embed")
 
 
 def helped(command: str) -> dict:
+    """Time the help of a command."""
     began = time.perf_counter()
     words = [sys.executable, "-m", "mae_jax", *filter(None, [command]), "--help"]
     subprocess.run(words, check=True, capture_output=True)
@@ -31,7 +34,7 @@ def helped(command: str) -> dict:
 
 
 def first_step(args: argparse.Namespace, folder: Path) -> dict:
-    """Until metrics.jsonl has its first line; the process is then ended."""
+    """Time a run until metrics.jsonl has its first line, then end it."""
     workdir = folder / "run"
     shutil.rmtree(workdir, ignore_errors=True)
     command = [
@@ -50,8 +53,8 @@ def first_step(args: argparse.Namespace, folder: Path) -> dict:
         while not (metrics.exists() and metrics.read_text().count("\n")):
             if process.poll() is not None:
                 assert process.stderr
-                words = process.stderr.read().decode().strip().splitlines() or ["no output"]
-                return {"error": words[-1][:200]}
+                lines = process.stderr.read().decode().strip().splitlines() or ["no output"]
+                return {"error": lines[-1][:200]}
             time.sleep(0.05)
         return {"seconds": time.perf_counter() - began}
     finally:
@@ -60,51 +63,44 @@ def first_step(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def saved(args: argparse.Namespace) -> dict:
-    """Saves and restores of a whole training state, the steps after them, and other steps."""
+    """Time saves and restores of a whole training state, the steps after them, and other steps."""
     import jax
-    import numpy as np
 
-    from mae_jax import checkpoint, sharding, train
-    from mae_jax.tasks import pretrain
+    from mae_jax import checkpoint
 
-    ours.simulate(args.replicas)
-    config = ours.make_config(args)
-    mesh = sharding.make_mesh(**config.mesh)
-    task = pretrain.make_task(config, sharding.constrain_batch(mesh))
-    tx, _ = task.optimizer(1000, 100)
-    program = train.compile_step(task, tx, config, mesh)
-    state = jax.block_until_ready(program.init())
+    _, shapes, state, step_fn, batch = ours.build(args, args.replicas)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
-    found: dict = {"blocking": [], "after": [], "written": [], "restored": [], "bytes": size}
-    images = np.zeros((args.batch, args.image_size, args.image_size, 3), np.uint8)
-    batch = sharding.put_batch(mesh, {"image": images}, args.batch)
+    times: dict = {"blocking": [], "after": [], "written": [], "restored": []}
 
-    def step() -> float:
-        nonlocal state
+    def timed(function: Callable, *arguments: Any) -> float:
         began = time.perf_counter()
-        state = jax.block_until_ready(program.step(state, batch))[0]
+        function(*arguments)
         return time.perf_counter() - began
 
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(step_fn(state, batch))[0]
+
+    def write(number: int) -> None:
+        saver.save(number, state)
+        saver.wait()
+
+    def restore() -> None:
+        jax.block_until_ready(saver.restore(shapes))
+
     step()
-    found["seconds"] = [step() for _ in range(args.steps)]
+    times["seconds"] = [timed(step) for _ in range(args.steps)]
     with tempfile.TemporaryDirectory(dir=sides.OUT) as folder:
-        checkpointer = checkpoint.Checkpointer(folder, keep=1)
+        saver = checkpoint.Checkpointer(folder, keep=1)
         for number in range(1, 4):
-            began = time.perf_counter()
-            checkpointer.save(number, state)
-            found["blocking"].append(time.perf_counter() - began)
-            found["after"].append(step())
+            times["blocking"].append(timed(saver.save, number, state))
+            times["after"].append(timed(step))
         for number in range(4, 7):
-            began = time.perf_counter()
-            checkpointer.save(number, state)
-            checkpointer.wait()
-            found["written"].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            jax.block_until_ready(checkpointer.restore(program.state_shapes))
-            found["restored"].append(time.perf_counter() - began)
-        checkpointer.close()
-    found["first"], found["later"] = found["blocking"][:1], found["blocking"][1:]
-    return found | {"versions": sides.versions("jax", "flax", "optax")}
+            times["written"].append(timed(write, number))
+            times["restored"].append(timed(restore))
+        saver.close()
+    times["first"], times["later"] = times["blocking"][:1], times["blocking"][1:]
+    return times | {"bytes": size, "versions": sides.versions("jax", "flax", "optax")}
 
 
 def main() -> None:
@@ -130,10 +126,10 @@ def main() -> None:
             shutil.rmtree(Path(folder) / "compilation_cache", ignore_errors=True)
             results.setdefault("first step, empty cache", []).append(first_step(args, Path(folder)))
             results.setdefault("first step, cached", []).append(first_step(args, Path(folder)))
-    given = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
-    save = sides.run([sys.executable, __file__, "--save", *given])
-    alike = sides.run([sys.executable, __file__, "--save", "--replicas=4", *given])
-    medians = {name: sides.median(found) for name, found in results.items()}
+    options = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
+    save = sides.run(sides.script("start", "--save", *options))
+    alike = sides.run(sides.script("start", "--save", "--replicas=4", *options))
+    medians = {name: sides.median(rounds) for name, rounds in results.items()}
     rows = [
         [name, f"{seconds:.2f} s" if seconds else sides.errors(results[name]), ""]
         for name, seconds in medians.items()

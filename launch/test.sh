@@ -17,7 +17,7 @@ cd "$root"
 "$python" -m mypy
 # tests/test_plan.py compiles for TPUs. Their compiler is installed beside the environment's packages:
 # inside, every start of JAX on a machine without TPUs would search for TPUs and print warnings.
-libtpu=$(sed -n 's/^LIBTPU = "\(.*\)".*/\1/p' mae_jax/plan.py)
+libtpu=$(sed -n 's/^LIBTPU = "\(.*\)".*/\1/p' mae_jax/topologies.py)
 if [ ! -e "$venv/libtpu/libtpu-$libtpu.dist-info" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
     --target "$venv/libtpu" "libtpu==$libtpu"

@@ -195,7 +195,7 @@ def start_up(
         )
     lines.append(
         f"batch: {batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps per epoch"
-        f" of {task.num_examples:,} examples; {schedule.total:,} steps"
+        f" of {len(task.examples):,} examples; {schedule.total:,} steps"
     )
     rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total)))
     lines.append(f"learning rate: peak {rates.max():.3g}")

@@ -39,18 +39,25 @@ class TrainState:
     extra: Any  # what a task keeps beside parameters: batch statistics, averaged weights
 
 
-class Task(Protocol):
-    """An objective: pure functions of arrays, and the examples that they read."""
+class Examples(Protocol):
+    """What is trained on; `len` is the number of examples of an epoch."""
 
     @property
     def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Shape and type of one example of each array of a batch."""
+        """Shape and type of one example of each array that a task reads."""
         ...
 
-    @property
-    def num_examples(self) -> int:
-        """How many examples an epoch has."""
+    def __len__(self) -> int: ...
+
+    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
+        """Yield (these rows of a global batch, scalars to report, lines to log) from a step on."""
         ...
+
+
+class Task(Protocol):
+    """An objective: pure functions of arrays, and the examples that they read."""
+
+    examples: Any  # Examples
 
     @property
     def flops_per_example(self) -> float:
@@ -82,10 +89,6 @@ class Task(Protocol):
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """Return the optimizer and its learning rate by step."""
-        ...
-
-    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        """Yield (these rows of a global batch, scalars to report, lines to log) from a step on."""
         ...
 
     def after_update(self, state: TrainState) -> TrainState:
@@ -193,7 +196,7 @@ def compile_step(
     by_batch = sharding.batch_sharding(mesh)
     batch_shapes = {
         name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=by_batch)
-        for name, x in task.inputs.items()
+        for name, x in task.examples.inputs.items()
     }
     shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
     step = jax.jit(
@@ -264,8 +267,8 @@ def global_batches(
     task: Task, mesh: Mesh, start: int, batch_size: int
 ) -> Iterator[tuple[dict[str, Array], dict, list[str]]]:
     """Yield the global batches of a task on the mesh, each with its scalars and lines to log."""
-    for batch, scalars, lines in task.batches(start, sharding.host_rows(mesh, batch_size)):
-        inputs = {name: batch[name] for name in task.inputs}
+    for batch, scalars, lines in task.examples.batches(start, sharding.host_rows(mesh, batch_size)):
+        inputs = {name: batch[name] for name in task.examples.inputs}
         yield sharding.put_batch(mesh, inputs, batch_size), scalars, lines
 
 

@@ -41,9 +41,9 @@ RECORDING = """
     import json, os, sys
     sys.path.insert(0, os.getcwd())
     from mae_jax import __main__
-    from mae_jax.tasks import pretrain
+    from mae_jax.tasks.common import TrainImages
 
-    batches, seen = pretrain.Task.batches, sys.argv.pop(1)
+    batches, seen = TrainImages.batches, sys.argv.pop(1)
 
     def recording(self, start, rows):
         for step, (batch, *rest) in enumerate(batches(self, start, rows), start):
@@ -51,7 +51,7 @@ RECORDING = """
                 print(json.dumps([step, batch["index"].tolist()]), file=file)
             yield batch, *rest
 
-    pretrain.Task.batches = recording
+    TrainImages.batches = recording
     sys.exit(__main__.main(["train", *sys.argv[1:]]))
 """
 

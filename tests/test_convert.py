@@ -64,6 +64,8 @@ def test_an_encoder_goes_to_timm_and_hugging_face_and_back(tmp_path):
         convert.main([str(source), str(out), f"--to={form}", "--part=encoder", *FLAGS])
         found = open_weights(out, heads=META["heads"])
         assert same(found.params, wanted), form
+        if out.is_file():
+            assert out.stat().st_mode == source.stat().st_mode  # not its owner's alone
         assert not found.spec.decoder
 
 

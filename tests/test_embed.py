@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import mae_jax
-from mae_jax.commands import embed
+from mae_jax.commands import embed, feature_file
 from mae_jax.data import crops, sources, transforms
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_the_batch_size_changes_nothing(folder, tmp_path):
 
 @pytest.mark.parametrize("feature", ["cls", "patches"])
 def test_parquet_holds_what_npy_and_csv_hold(feature, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "GROUP_BYTES", 1)  # a group for each row
+    monkeypatch.setattr(feature_file, "GROUP_BYTES", 1)  # a group for each row
     wanted = run(tmp_path / "a.npy", folder, f"--feature={feature}")
     run(tmp_path / "b.parquet", folder, f"--feature={feature}")
     table = parquet.read_table(tmp_path / "b.parquet").to_pydict()
@@ -153,7 +153,7 @@ def test_killed_it_goes_on_where_it_stopped_with_the_same_bytes(suffix, tmp_path
 def interrupt(out: Path, *arguments) -> None:
     """Embed all images, and stop before the output is made of them."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embed, "finish", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(feature_file, "finish", Mock(side_effect=KeyboardInterrupt))
         run(out, *arguments)
     assert not out.exists() and len(np.load(f"{out}.part")) == 10
 

@@ -224,9 +224,7 @@ def test_accuracy_is_the_same_for_any_devices_and_batch_size():
         scalars = evals.build(config, task.predict(), mesh)["accuracy"].run(state).scalars
         found.append(scalars)
     source = sources.open_source("bundled:digits", "test[:50]")
-    (batch,) = pipeline.eval_batches(
-        source, config.data, batch_size=50, image_size=(16, 16), channels=1
-    )
+    (batch,) = pipeline.eval_batches(source, batch_size=50, image_size=(16, 16), channels=1)
     logits = np.asarray(task.predict()["logits"](params, extra, {"image": batch["image"]}))
     top1 = 100 * (logits.argmax(1) == batch["label"]).mean()
     top5 = 100 * (np.argsort(-logits)[:, :5] == batch["label"][:, None]).any(1).mean()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ from tiny import run, tiny_config
 from mae_jax import checkpoint, distributed, optim, report, sharding, tasks, train
 from mae_jax.commands import train as command
 from mae_jax.metrics import summary, writer
-from mae_jax.tasks import pretrain
+from mae_jax.tasks import common, pretrain
 from mae_jax.train import stream
 
 
@@ -36,8 +37,8 @@ def norm_of_blocks(params):
     return sum((p * p).sum() for p in jax.tree.leaves(params["encoder"]["stack"]))
 
 
-class FailsAtStepThree(pretrain.Task):
-    """A loss that is not a number in the fourth update."""
+class LastIsMarked(common.TrainImages):
+    """Batches that say whether they are the fourth."""
 
     @property
     def inputs(self):
@@ -47,17 +48,35 @@ class FailsAtStepThree(pretrain.Task):
         for step, (batch, *rest) in enumerate(super().batches(start_step, rows)):
             yield batch | {"last": np.full(len(batch["image"]), step == 3)}, *rest
 
+
+class FailsAtStepThree(pretrain.Task):
+    """A loss that is not a number in the fourth update."""
+
+    @classmethod
+    def from_config(cls, config, constrain=lambda x: x):
+        task = super().from_config(config, constrain)
+        return replace(task, examples=LastIsMarked(**vars(task.examples)))
+
     def loss(self, params, extra, batch, rng, train):
         value, rest = super().loss(params, extra, batch, rng, train)
         return value * jax.numpy.where(batch["last"].any(), np.nan, 1.0), rest
 
 
-class BreaksOff(pretrain.Task):
+class Broken(common.TrainImages):
     """Batches that end with an error."""
 
     def batches(self, start_step, rows):
         yield from itertools.islice(super().batches(start_step, rows), 3)
         raise MemoryError
+
+
+class BreaksOff(pretrain.Task):
+    """A task whose images end."""
+
+    @classmethod
+    def from_config(cls, config, constrain=lambda x: x):
+        task = super().from_config(config, constrain)
+        return replace(task, examples=Broken(**vars(task.examples)))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The command line finds commands without importing them, and reports errors as users need them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,22 @@ def add_command(tmp_path, monkeypatch):
     return add
 
 
+SOURCES = {path.stem: path.read_text() for path in Path(commands.__file__).parent.glob("*.py")}
+COMMANDS = {name for name, source in SOURCES.items() if "\ndef main(" in source}
+
+
 def test_help_lists_every_command_with_one_line(capsys):
-    paths = Path(commands.__file__).parent.glob("*.py")
-    modules = {path.stem for path in paths if "\ndef main(" in path.read_text()}
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
-    assert set(listed) == modules
+    assert set(listed) == COMMANDS and "cli" not in listed
     assert all(listed.values())
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_no_command_imports_another(name):
+    lines = re.findall(r"^ *(?:from|import) mae_jax\.commands.*", SOURCES[name], re.MULTILINE)
+    assert not set(re.findall(r"\w+", " ".join(lines))) & (COMMANDS - {name})
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["trian"]])

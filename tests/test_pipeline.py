@@ -235,6 +235,7 @@ def test_threads_and_processes_give_the_same_batches(resizer, monkeypatch):
     source = Noise(21, bad=(4, 5))
     expected = train(source, 7, config(resizer=resizer), start_step=2)
     assert_same(train(source, 7, config(resizer=resizer, workers=2), start_step=2), expected)
+    monkeypatch.setattr(workers, "SMALL_IMAGE", 0)
     for threads, prefetch in ((9, 7), (1, 1)):
         monkeypatch.setattr(workers, "THREADS", threads)
         monkeypatch.setattr(workers, "PREFETCH", prefetch)

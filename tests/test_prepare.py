@@ -488,32 +488,19 @@ def test_a_dataset_that_tfds_prepares_with_tensorflow_only_says_so(archives, tmp
 
 
 def as_tfrecord(folder: Path) -> None:
-    """Turn a prepared dataset into what TensorFlow would have written."""
+    """Turn a prepared dataset into what TensorFlow would have written, but for its checksums."""
     for path in folder.glob("*.array_record-*"):
         source = tfds.builder_from_directory(folder).as_data_source(
             "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
         frames = b""
         for record in source:
-            length = len(record).to_bytes(8, "little")
-            frames += length + masked_crc(length) + record + masked_crc(record)
+            frames += len(record).to_bytes(8, "little") + b"crc." + record + b"crc."
         path.unlink()
         path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(frames)
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
-def masked_crc(data: bytes) -> bytes:
-    """The CRC-32C of TFRecord, bit by bit."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    return crc.to_bytes(4, "little")
 
 
 def test_the_command_that_a_tfrecord_dataset_names_converts_it(images, tmp_path):

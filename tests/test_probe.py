@@ -270,9 +270,7 @@ def test_accuracies_of_each_head_are_those_counted_by_hand():
     config.evals.probe.split = "test[:100]"
     found = evaluate(config)
     source = labels.open_labelled("bundled:digits", "test[:100]", "")
-    (batch,) = pipeline.eval_batches(
-        source, config.data, batch_size=100, image_size=(32, 32), channels=1
-    )
+    (batch,) = pipeline.eval_batches(source, batch_size=100, image_size=(32, 32), channels=1)
     label, guess = batch["label"], batch["image"][:, 0, 0, 0] % 10
     assert found["eval/top1"] == pytest.approx(100 * (guess == label).mean())
     # All the others are equal: of them the first four win.
@@ -303,8 +301,8 @@ def test_among_few_classes_there_is_no_top5(tmp_path):
 def test_the_best_rate_is_chosen_on_training_images_and_not_on_those_measured():
     config = probe_config()
     fives = [f"test[{i}:{i + 1}]" for i in range(40)]
-    labels = [labels.open_labelled("bundled:digits", x, "")[0]["label"] for x in fives]
-    config.evals.probe.split = fives[labels.index(7)]
+    digits = [labels.open_labelled("bundled:digits", x, "")[0]["label"] for x in fives]
+    config.evals.probe.split = fives[digits.index(7)]
     found = evaluate(config)
     select = {rate: found[f"eval/select_top1_blr{rate:g}"] for rate in (0.1, 0.02, 0.5)}
     assert found["eval/best_blr"] == max(select, key=select.get)

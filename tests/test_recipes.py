@@ -193,7 +193,7 @@ def test_an_image_is_flipped_before_it_is_distorted(monkeypatch):
     distort = augment.RandAugment.__call__
     monkeypatch.setattr(augment.RandAugment, "__call__", note("augment", distort))
     config = tuned()
-    monkeypatch.setattr(workers, "THREADS", 1)
+    monkeypatch.setattr(workers, "THREADS_FOR_SMALL", 1)
     batches = pipeline.train_batches(
         open_source("bundled:digits", "train[:1]"), config.data,
         batch_size=1, image_size=(16, 16), channels=1, seed=0,

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012_corrupted import (
     imagenet2012_corrupted_dataset_builder as corrupted,
 )
-from tiny import fresh_state, mesh_of, save_workdir, task_on
+from tiny import finetune_config, fresh_state, mesh_of, run, save_workdir, task_on
 
 from mae_jax import checkpoint, train
 from mae_jax.commands import prepare
@@ -104,7 +104,7 @@ def tiny_config(data_dir: str, arg: str = "") -> ConfigDict:
     config.model.update(
         width=16, depth=1, heads=2, patch_size=(4, 4), image_size=(SIZE, SIZE), dtype="float32"
     )
-    config.data.update(data_dir=data_dir, threads=2, prefetch=2)
+    config.data.data_dir = data_dir
     config.batch_size = config.evals.robustness.batch_size = 96
     return config
 
@@ -380,27 +380,25 @@ def coloured(tmp_path_factory):
 
 def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
     """Of a folder and of a tfds dataset: one is learned, the other measured, then reversed."""
-    prepare.main(
-        ["folder", f"--source={coloured / 'train'}", "--name=mine", f"--data_dir={tmp_path}"]
-    )
+    source = ["folder", f"--source={coloured}/train", "--name=mine"]
+    assert prepare.main([*source, f"--data_dir={tmp_path}", "--workers=1"]) == 0
     folder = f"folder:{coloured}/test"
     for learned, measured in (("mine", folder), (folder, "mine")):
-        run = tmp_path / learned.partition(":")[0]
-        argv = [
-            f"--config=configs/finetune.py:source={learned},test=train,batch_size=8,scratch=true",
-            f"--workdir={run}", f"--config.data.data_dir={tmp_path}",
-            f"--config.evals.accuracy.source={measured}", "--config.evals.accuracy.batch_size=16",
-            f"--config.evals.averaged.source={measured}", "--config.evals.averaged.batch_size=16",
-            "--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2",
-            "--config.model.patch_size=(4,4)", "--config.model.image_size=(8,8)",
-            "--config.data.augment=", "--config.data.crop_scale=(0.5,1)", "--config.data.threads=2",
-            "--config.optim.blr=0.1", "--config.optim.warmup=2 steps", "--config.ema=0.5",
-            "--config.train_for=20 steps", "--config.mix.mixup=0", "--config.mix.cutmix=0",
-        ]  # fmt: skip
-        for name in ("accuracy", "averaged"):
-            argv.append(f"--config.evals.{name}.every=")
-        assert command.main(argv) == 0
-        lines = read(run / "metrics.jsonl")
+        workdir = tmp_path / learned.partition(":")[0]
+        sizes = dict(width=16, depth=1, heads=2, patch_size=(4, 4), image_size=(8, 8), channels=3)
+        arg = f"scratch=true,source={learned},test=train,batch_size=8"
+        config = finetune_config(arg, **sizes)
+        config.data.update(
+            data_dir=str(tmp_path), augment="", crop_scale=(0.5, 1.0), mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+        )  # fmt: skip
+        config.optim.update(blr=0.1, warmup="2 steps")
+        config.mix.update(mixup=0.0, cutmix=0.0)
+        config.ema, config.train_for = 0.5, "20 steps"
+        for cfg in config.evals.values():
+            cfg.update(source=measured, split="train", every="")
+        run(config, workdir)
+        lines = read(workdir / "metrics.jsonl")
         last = {name: value for line in lines for name, value in line.items()}
         assert last["eval/images"] == (15 if measured == folder else 48)
         assert last["eval/top1"] == 100

@@ -36,6 +36,10 @@ def labels(source) -> list[int]:
     return [source[i]["label"] for i in range(len(source))]
 
 
+def encoded(features, **example) -> bytes:
+    return features.serialize_example(features.encode_example(example))
+
+
 @pytest.fixture(scope="session")
 def photos_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("photos"))
@@ -47,24 +51,18 @@ def stored(tmp_path):
     features = arrayrecord.image_features(["cat", "dog"])
     folder = tmp_path / "pets" / arrayrecord.VERSION
     folder.mkdir(parents=True)
-    lengths, size = [], 0
+    size = 0
     for shard in range(2):
+        files = [save(tmp_path / f"{i}.png", i) for i in range(shard * 3, shard * 3 + 3)]
         records = [
-            features.serialize_example(
-                features.encode_example(
-                    {
-                        "image": save(tmp_path / f"{i}.png", i).read_bytes(),
-                        "file_name": f"{i}.png",
-                        "label": i % 2,
-                    }
-                )
+            encoded(
+                features, image=file.read_bytes(), file_name=file.name, label=int(file.stem) % 2
             )
-            for i in range(shard * 3, shard * 3 + 3)
+            for file in files
         ]
         path = arrayrecord.shard_path(folder, "pets", "train", shard, 2)
-        count, written = arrayrecord.write_shard(path, records)
-        lengths, size = [*lengths, count], size + written
-    arrayrecord.write_metadata(folder, features, {"train": (lengths, size)}, "test")
+        size += arrayrecord.write_shard(path, records)[1]
+    arrayrecord.write_metadata(folder, features, {"train": ([3, 3], size)}, "test")
     return tmp_path
 
 
@@ -257,10 +255,8 @@ def test_a_dataset_without_images_is_refused(tmp_path):
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
     path = arrayrecord.shard_path(folder, "words", "train", 0, 1)
-    record = features.serialize_example(features.encode_example({"text": "hello"}))
-    arrayrecord.write_metadata(
-        folder, features, {"train": ([1], arrayrecord.write_shard(path, [record])[1])}, "test"
-    )
+    size = arrayrecord.write_shard(path, [encoded(features, text="hello")])[1]
+    arrayrecord.write_metadata(folder, features, {"train": ([1], size)}, "test")
     with pytest.raises(ValueError, match="no image under 'image'; it has text"):
         open_source("words", "train", str(tmp_path))
 

@@ -1,6 +1,7 @@
 """Pictures of any weights: what is drawn is what the model says, and the caption tells how."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -86,20 +87,22 @@ def test_a_drawn_mask_hides_what_is_dark(tmp_path):
 
 
 def test_the_caption_says_whose_statistics_were_used(tmp_path, monkeypatch):
-    captions = []
-    plain = figures.reconstructions
-
-    def listen(*arguments, caption, **more):
-        captions.append(caption)
-        return plain(*arguments, caption=caption, **more)
-
-    monkeypatch.setattr(figures, "reconstructions", listen)
+    drawn = Mock(wraps=figures.reconstructions)
+    monkeypatch.setattr(figures, "reconstructions", drawn)
     photo(tmp_path / "a.png")
-    for name in ("visible", "true"):
+    for name, words in (
+        ("visible", "estimated from the visible patches"),
+        ("true", "information that the model never had"),
+    ):
         (tmp_path / name).mkdir()
         run(tmp_path / name, WEIGHTS, tmp_path / "a.png", f"--statistics={name}")
-    assert "estimated from the visible patches" in captions[0]
-    assert "information that the model never had" in captions[-1]
+        assert words in drawn.call_args.kwargs["caption"]
+
+
+def layer_norm(x, p) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * p["scale"] + p["bias"]
 
 
 def test_attention_is_what_the_blocks_computed():
@@ -108,26 +111,17 @@ def test_attention_is_what_the_blocks_computed():
     tokens, attention = jax.jit(model.blocks)(params, images)
     assert attention.shape == (2, 2, 2, 17)
     np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
-    norm = params["encoder"]["norm"]
-    x = np.asarray(tokens[-1], np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(
-        x * norm["scale"] + norm["bias"], model.encode(params, images), atol=1e-5
-    )
+    last = layer_norm(tokens[-1], params["encoder"]["norm"])
+    np.testing.assert_allclose(last, model.encode(params, images), atol=1e-5)
     # The first block again, by way of its own attention: the cls token's share of values.
     layer = jax.tree.map(lambda leaf: np.asarray(leaf[0]), params["encoder"]["stack"]["blocks"])
-    x = np.asarray(tokens[0], np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    x = x * layer["norm1"]["scale"] + layer["norm1"]["bias"]
-    qkv = layer["attn"]["qkv"]
-    values = np.einsum("bnd,dsf->bnsf", x, qkv["kernel"][:, 2]) + qkv["bias"][2]
+    (qkv, proj), mlp = (layer["attn"][name] for name in ("qkv", "proj")), layer["mlp"]
+    normed = layer_norm(tokens[0], layer["norm1"])
+    values = np.einsum("bnd,dsf->bnsf", normed, qkv["kernel"][:, 2]) + qkv["bias"][2]
     mixed = np.einsum("bsn,bnsf->bsf", attention[0], values)
-    proj = layer["attn"]["proj"]
     cls = tokens[0][:, 0] + np.einsum("bsf,sfd->bd", mixed, proj["kernel"]) + proj["bias"]
-    y = (cls - cls.mean(-1, keepdims=True)) / np.sqrt(cls.var(-1, keepdims=True) + 1e-6)
-    y = y * layer["norm2"]["scale"] + layer["norm2"]["bias"]
-    h = jax.nn.gelu(y @ layer["mlp"]["fc1"]["kernel"] + layer["mlp"]["fc1"]["bias"], False)
-    cls = cls + h @ layer["mlp"]["fc2"]["kernel"] + layer["mlp"]["fc2"]["bias"]
+    hidden = layer_norm(cls, layer["norm2"]) @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"]
+    cls = cls + jax.nn.gelu(hidden, False) @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"]
     np.testing.assert_allclose(cls, tokens[1][:, 0], atol=1e-5)
 
 

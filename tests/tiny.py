@@ -103,7 +103,7 @@ def updates(config, mesh, steps):
     task, state, step = compiled(config, mesh)
     states, metrics = [jax.device_get(state)], []
     for i in range(steps):
-        batch = {name: x for name, x in batch_of(config, i).items() if name in task.inputs}
+        batch = {name: x for name, x in batch_of(config, i).items() if name in task.examples.inputs}
         state, values = step(state, sharding.put_batch(mesh, batch, config.batch_size))
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(values))

@@ -61,8 +61,6 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError("write numbers with commas between them") from None
 
 
-# --- weights ---
-
 WEIGHT_FLAGS = (
     *("part", "image_size", "file_image_size", "channels", "heads", "decoder_heads", "target"),
     *("mean", "std", "averaged", "allow_unused"),
@@ -71,20 +69,27 @@ WEIGHT_FLAGS = (
 
 def define_weight_flags(values: flags.FlagValues) -> None:
     """Define WEIGHT_FLAGS, which say how weights are read."""
-    sides, channels = Parser(size), Parser(numbers)
-    unsaid = "where the file does not say"
-    targets = ("pixels", "norm_pixels")
-    flags.DEFINE_enum("part", "all", ("all", "encoder"), "what to read", flag_values=values)
-    flags.DEFINE(sides, "image_size", None, "SIDE or HEIGHTxWIDTH to take", flag_values=values)
-    flags.DEFINE(sides, "file_image_size", None, f"the same, {unsaid}", flag_values=values)
-    flags.DEFINE_integer("channels", None, "to take; with --part=encoder", 1, flag_values=values)
-    flags.DEFINE_integer("heads", None, unsaid, 1, flag_values=values)
-    flags.DEFINE_integer("decoder_heads", None, unsaid, 1, flag_values=values)
-    flags.DEFINE_enum("target", None, targets, unsaid, flag_values=values)
-    flags.DEFINE(channels, "mean", None, "of channels, at 0..1", flag_values=values)
-    flags.DEFINE(channels, "std", None, "of channels, at 0..1", flag_values=values)
-    flags.DEFINE_bool("averaged", False, "weights of a run with config.ema", flag_values=values)
-    flags.DEFINE_bool("allow_unused", False, "ignore other tensors", flag_values=values)
+    parts, targets = ("all", "encoder"), ("pixels", "norm_pixels")
+    flags.DEFINE_enum("part", "all", parts, "weights to read", flag_values=values)
+    for name, read, text in (
+        ("image_size", size, "images to make a model for: SIDE or HEIGHTxWIDTH"),
+        ("file_image_size", size, "images of the file, if its patches do not form a square"),
+        ("mean", numbers, "mean of each channel, of pixels from 0 to 1"),
+        ("std", numbers, "standard deviation of each channel, of pixels from 0 to 1"),
+    ):
+        flags.DEFINE(Parser(read), name, None, text, flag_values=values)
+    for name, text in (
+        ("channels", "channels to make a model for; needs --part=encoder"),
+        ("heads", "heads of the encoder, where the file does not say"),
+        ("decoder_heads", "heads of the decoder, where the file does not say"),
+    ):
+        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
+    text = "what the decoder predicts, where the file does not say"
+    flags.DEFINE_enum("target", None, targets, text, flag_values=values)
+    text = "read the averaged weights of a run with config.ema"
+    flags.DEFINE_bool("averaged", False, text, flag_values=values)
+    text = "ignore tensors that the network does not have"
+    flags.DEFINE_bool("allow_unused", False, text, flag_values=values)
 
 
 def weight_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -92,12 +97,10 @@ def weight_options(values: flags.FlagValues) -> dict[str, Any]:
     return {name: getattr(values, name) for name in WEIGHT_FLAGS}
 
 
-# --- images ---
-
-
 def define_image_flags(values: flags.FlagValues, split: str) -> None:
     """Define the flags that say which images of a data source are read."""
-    flags.DEFINE_string("split", split, "a split, or slices, as in tfds", flag_values=values)
+    text = "split of a data source, or slices such as train[:90%]"
+    flags.DEFINE_string("split", split, text, flag_values=values)
     flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
 
 
@@ -166,9 +169,6 @@ def first_ten(unreadable: Sequence[tuple[str, str]]) -> str:
     """Return the first ten of (name of an image, why it cannot be read), as text."""
     shown = [f"{name} ({reason})" for name, reason in unreadable[:10]]
     return ", ".join(shown) + (", ..." if len(unreadable) > len(shown) else "")
-
-
-# --- progress ---
 
 
 @contextlib.contextmanager

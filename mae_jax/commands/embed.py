@@ -1,14 +1,11 @@
 """Embed: features of one's own images, of any weights, as .npy or Parquet."""
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mae_jax import files
-from mae_jax.commands import cli
+from mae_jax.commands import cli, feature_file
 from mae_jax.errors import UserError
 
 USAGE = """\
@@ -48,7 +44,6 @@ FEATURES: dict[str, Callable] = {
 }
 REPLACEMENTS = {".npz": ".npy", ".array_record": ".parquet"}  # of formats that are gone
 THREADS = 16  # that read images
-GROUP_BYTES = 2**26  # features of a row group of Parquet
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
@@ -58,15 +53,18 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
       UserError: an argument is missing, unknown or of the wrong type.
     """
     values = flags.FlagValues()
-    types = ("float32", "bfloat16")
     flags.DEFINE_string("out", None, "a new file, .npy or .parquet", flag_values=values)
-    flags.DEFINE_enum("feature", "cls", list(FEATURES), "of each image", flag_values=values)
-    flags.DEFINE_integer("layer", None, "after N blocks, not after the norm", flag_values=values)
-    flags.DEFINE_integer("batch_size", 64, "of this host", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", types, "of matrix products", flag_values=values)
+    flags.DEFINE_enum("feature", "cls", list(FEATURES), "what to write", flag_values=values)
+    types = ("float32", "bfloat16")
+    flags.DEFINE_enum("dtype", "float32", types, "type of matrix products", flag_values=values)
+    for name, default, lowest, text in (
+        ("layer", None, None, "take features after N blocks, before the norm"),
+        ("batch_size", 64, 1, "images that this host computes at a time"),
+        ("num_hosts", None, 1, "number of hosts, without --distributed"),
+        ("host", None, 0, "number of this host, from 0"),
+    ):
+        flags.DEFINE_integer(name, default, text, lowest, flag_values=values)
     flags.DEFINE_bool("distributed", False, "join a TPU pod or a cluster", flag_values=values)
-    flags.DEFINE_integer("num_hosts", None, "elsewhere, how many", flag_values=values)
-    flags.DEFINE_integer("host", None, "which of them, from 0", flag_values=values)
     cli.define_image_flags(values, split="train")
     cli.define_weight_flags(values)
     rest = cli.parse("embed", USAGE, argv, values)
@@ -131,129 +129,8 @@ def embed(
             yield batch, compute(images_BHWC)
 
 
-# --- the output, and the files beside it ---
-
-
-def beside(out: Path) -> tuple[Path, Path, Path]:
-    """Return where features and where the other columns grow, and what says of which plan."""
-    return Path(f"{out}.part"), Path(f"{out}.csv"), Path(f"{out}.json")
-
-
-def begin(out: Path, plan: dict, shape: tuple[int, ...], batch_size: int) -> int:
-    """Make the files beside `out`, or find those of an interruption; return the rows done.
-
-    Args:
-      shape: of all features, with one row for each image.
-
-    Raises:
-      UserError: `out` is there, and was made by another plan.
-    """
-    part, columns, plan_file = beside(out)
-    same = plan_file.exists() and json.loads(plan_file.read_text()) == plan
-    if out.exists():
-        if not same:
-            raise UserError(f"{out} is there already: choose another name, or remove it")
-        return shape[0]
-    rows = []
-    if part.exists() and same:
-        rows = read_columns(columns)[:-1]  # the last one may be cut short
-    elif part.exists():
-        print("The images, weights or options changed since the interruption: starting again.")
-    rows = rows[: len(rows) // batch_size * batch_size]
-    write_columns(columns, rows)
-    if not rows:
-        part.unlink(missing_ok=True)
-        files.write_json(plan_file, plan)
-        np.lib.format.open_memmap(part, "w+", np.float32, shape=shape)
-        with part.open("r+b") as file:  # a full disk would kill whoever writes to a mapped file
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    return len(rows)
-
-
-def read_columns(path: Path) -> list[list[str]]:
-    """Return name, label and error of each image."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
-
-
-def write_columns(path: Path, rows: list[list[str]]) -> None:
-    with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["name", "label", "error"], *rows])
-
-
-def write(out: Path, done: int, batches: Iterator, advance: Callable) -> list[tuple[int, float]]:
-    """Add the rows of all batches to the files beside `out`; return when how many were done."""
-    part, columns, _ = beside(out)
-    features = np.lib.format.open_memmap(part, "r+")
-    times = []
-    with columns.open("a", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        # In pairs, so that the device computes a batch while the next one is read.
-        for (batch, computed), _ in itertools.pairwise(itertools.chain(batches, [None])):
-            rows = slice(done, done := done + len(batch))
-            features[rows] = np.asarray(computed)[: len(batch)]
-            features[rows][[bool(example.error) for example in batch]] = np.nan
-            table.writerows((x.name, x.label if x.label >= 0 else "", x.error) for x in batch)
-            file.flush()  # after the features: what is listed is done
-            times.append((done, time.monotonic()))
-            advance(len(batch))
-    return times
-
-
-def finish(out: Path) -> list[tuple[str, str]]:
-    """Make `out` of the files beside it; return the images that cannot be read, and why.
-
-    Raises:
-      UserError: none of the images can be read.
-    """
-    part, columns, _ = beside(out)
-    rows = read_columns(columns)
-    unreadable = [(name, error) for name, _, error in rows if error]
-    if len(unreadable) == len(rows):
-        for path in beside(out):
-            path.unlink()
-        raise UserError(f"none of the {len(rows)} images can be read: {cli.first_ten(unreadable)}")
-    if out.suffix == ".npy":
-        part.replace(out)
-    else:
-        with files.replacing(out) as whole:
-            write_parquet(whole, np.load(part, mmap_mode="r"), rows)
-        part.unlink()
-        columns.unlink()
-    return unreadable
-
-
-def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]) -> None:
-    """Write features and the other columns as one table, a group of rows at a time."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    kind = pa.float32()
-    for _ in features.shape[1:]:
-        kind = pa.list_(kind)
-    text = pa.string()
-    schema = pa.schema({"name": text, "label": pa.int32(), "features": kind, "error": text})
-    group = max(1, GROUP_BYTES // features[0].nbytes)
-    with parquet.ParquetWriter(os.fspath(path), schema) as writer:
-        for start in range(0, len(rows), group):
-            names, labels, errors = zip(*rows[start : start + group], strict=True)
-            good = [
-                None if error else x if x.ndim == 1 else list(x)
-                for x, error in zip(features[start : start + group], errors, strict=True)
-            ]
-            columns = {
-                "name": names,
-                "label": [int(label) if label else None for label in labels],
-                "features": good,
-                "error": [error or None for error in errors],
-            }
-            writer.write_table(pa.Table.from_pydict(columns, schema))
-
-
-# --- the command ---
-
-
 def digest(texts: Iterable[bytes]) -> str:
+    """Return a hash that changes with any of the texts."""
     return hashlib.blake2b(b"\0".join(texts), digest_size=12).hexdigest()
 
 
@@ -301,8 +178,7 @@ def main(argv: list[str]) -> int:
         source, *others = cli.open_images(paths, values.split, values.data_dir, values.split)
         if others:
             raise UserError(
-                f"{', '.join(paths)}: give files, or one folder, or one data source, and not"
-                " several of these"
+                f"{', '.join(paths)}: give files, a folder or a data source, not several of these"
             )
         if len(source) < hosts:
             raise UserError(f"{len(source)} images cannot be divided among {hosts} hosts")
@@ -325,7 +201,7 @@ def main(argv: list[str]) -> int:
         }
     first, last = (len(source) * i // hosts for i in (host, host + 1))
     plan = plan | images_of_host(source, paths, range(first, last))
-    done = begin(out, plan, (last - first, *feature_shape), batch_size)
+    done = feature_file.begin(out, plan, (last - first, *feature_shape), batch_size)
     if out.exists():
         print(f"{out} is complete: nothing to do")
         return 0
@@ -334,17 +210,15 @@ def main(argv: list[str]) -> int:
     batches = embed(compute, source, range(first + done, last), batch_size, shape)
     with cli.progress("images", last - first) as advance:
         advance(done)
-        times = write(out, done, batches, advance)
+        times = feature_file.write(out, done, batches, advance)
 
-    unreadable = finish(out)
+    unreadable = feature_file.finish(out)
     print(f"{out}: {values.feature} of {last - first:,} images")
     if len(times) > 1:  # the first batch, which compiles, is not timed
         images, seconds = (b - a for a, b in zip(times[0], times[-1], strict=True))
         print(f"{images / seconds:,.1f} images/s, reading included, in batches of {batch_size}")
     if unreadable:
-        print(
-            f"{len(unreadable):,} could not be read and have no features:"
-            f" {cli.first_ten(unreadable)}\n(the column `error` of"
-            f" {out if out.suffix == '.parquet' else f'{out}.csv'} has all of them)"
-        )
+        table = f"{out}.csv" if out.suffix == ".npy" else out
+        print(f"{len(unreadable):,} could not be read: {cli.first_ten(unreadable)}")
+        print(f"(they have no features; the column `error` of {table} says why)")
     return 0

@@ -11,7 +11,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_jax import files
 from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 
@@ -93,14 +92,14 @@ def best_plan(
     Raises:
       UserError: no mesh can work; the message is that of the last one.
     """
-    from mae_jax import plan, sharding, tasks
+    from mae_jax import files, plan, sharding, tasks, topologies
 
-    devices = plan.devices(topology)
+    devices = topologies.devices(topology)
     # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
     compiled = topology.is_tpu or topology.kind == "cpu" or devices[0].platform == "gpu"
     meshes = [dict(config.mesh)]
     if compiled and not mesh_given:
-        meshes = list(plan.meshes(topology, least_memory(config, devices))) or meshes
+        meshes = list(topologies.meshes(topology, least_memory(config, devices))) or meshes
     refused = result = None
     for sizes in meshes:
         try:
@@ -253,18 +252,16 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
-    from mae_jax import plan
+    from mae_jax import files, plan, topologies
 
-    topologies = [plan.parse_topology(name, values.num_slices) for name in values.topology]
+    asked = [topologies.parse(name, values.num_slices) for name in values.topology]
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
     mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
     folder, log = Path(values.cache).expanduser(), Console(stderr=True, highlight=False).print
     results = {}
     # The number of simulated devices can be chosen once, so the largest goes first.
-    for topology in sorted(
-        topologies, key=lambda topology: -topology.chips * (not topology.is_tpu)
-    ):
+    for topology in sorted(asked, key=lambda topology: -topology.chips * (not topology.is_tpu)):
         result = best_plan(config, topology, folder, mesh_given, log)
         if values.search_batch:
             again = partial(best_plan, topology=topology, folder=folder, mesh_given=True, log=log)

@@ -61,16 +61,16 @@ def run(
     with distributed.agreement("data") as facts:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         task = tasks.build(config, sharding.constrain_batch(mesh))
-        facts["the number of examples"] = task.num_examples
+        num_examples = facts["the number of examples"] = len(task.examples)
     per_epoch = 1
     if train.Schedule.from_config(config, 1).total:  # else no batch is read
         sharding.check_batch(mesh, config.batch_size, config.grad_accum)
-        per_epoch = steps_per_epoch(task.num_examples, config.batch_size)
+        per_epoch = steps_per_epoch(num_examples, config.batch_size)
     schedule = train.Schedule.from_config(config, per_epoch)
     tx, learning_rate = task.optimizer(schedule.total, per_epoch)
     evaluators = evals.build(config, task.predict(), mesh)
 
-    provenance.check_workdir(workdir, config, task.num_examples)
+    provenance.check_workdir(workdir, config, num_examples)
     stop_requested = distributed.preemption()
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
     shapes, init = train.lay_out(task, tx, config.seed, mesh)
@@ -87,7 +87,7 @@ def run(
     step = None
     if start < schedule.total:
         step = train.compile_step(task, tx, mesh, shapes, seed=config.seed, **sizes)
-    provenance.prepare_workdir(workdir, config, task.num_examples)
+    provenance.prepare_workdir(workdir, config, num_examples)
 
     with (
         saver,

@@ -244,19 +244,21 @@ def main(argv: list[str]) -> int:
     from mae_jax import pretrained
     from mae_jax.interop import write
 
+    pictures: dict[str, np.ndarray] = {}
     with write.whole(Path(values.out)) as part:
         model, params = pretrained.load(weights, **cli.weight_options(values))
         names, images = read_images(paths, values, model.spec)
         plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem) for name in names]
         subject = model, params, images, [f"{i:02d}-{name}" for i, name in enumerate(plain)]
-        pictures = draw_features(*subject, values)
+        features = values.attention or values.pca or values.neighbours
         if model.spec.decoder:
-            pictures |= draw_reconstructions(*subject, values)
-        elif values.errors or values.ratios or not pictures:
+            pictures = draw_reconstructions(*subject, values)
+        elif values.errors or values.ratios or not features:
             raise UserError(
                 "these weights have no decoder, so that nothing can be reconstructed: ask for"
                 " --attention, --pca or --neighbours, or take weights with one"
             )
+        pictures |= draw_features(*subject, values)
         part.mkdir()
         for name, pixels in pictures.items():
             Image.fromarray(pixels).save(part / f"{name}.{values.format}")

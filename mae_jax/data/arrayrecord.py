@@ -41,17 +41,16 @@ def shard_path(folder: Path, name: str, split: str, shard: int, num_shards: int)
 
 def write_shard(path: Path, records: Iterable[bytes]) -> tuple[int, int]:
     """Write records to a new file, or none of them; return their number and bytes."""
-    count = size = 0
+    sizes = []
 
     def counted() -> Iterator[tuple[int, bytes]]:
-        nonlocal count, size
-        for record in records:
-            yield count, record
-            count, size = count + 1, size + len(record)
+        for i, record in enumerate(records):
+            sizes.append(len(record))
+            yield i, record
 
     with files.replacing(path) as part:
         file_adapters.ArrayRecordFileAdapter.write_examples(part, counted())
-    return count, size
+    return len(sizes), sum(sizes)
 
 
 def write_metadata(

@@ -41,7 +41,7 @@ class Evaluator:
                 " --config.data.split='train[:80%]' with test=train[80%:]; or, where this is meant,"
                 " give the evaluation of_training_images=True",
             )
-        self._extractor = Extractor(config, predict[kind], mesh, batch_size=cfg.batch_size)
+        self._extractor = Extractor(config, predict[kind], mesh, cfg.batch_size)
         self._name, self._prefix = split_name(cfg, config), cfg.get("prefix", "eval")
         self._about = {"source": cfg.source or data.source, "split": cfg.split, "predict": kind}
 

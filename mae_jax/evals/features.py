@@ -52,22 +52,21 @@ class Batches:
 
     Args:
       batch_size: of the global batch, rounded up to what the mesh divides.
-      crop: see `pipeline.eval_batches`.
 
     Raises:
       UserError: batch_size is not positive.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int, crop: Crop = crops.center):
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int):
         if batch_size < 1:
             raise UserError(f"evaluation with batch_size={batch_size}: it must be at least 1")
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         self.size = -(-batch_size // ways) * ways
         self.rows = sharding.host_rows(mesh, self.size)
-        self._config, self._mesh, self._crop = config, mesh, crop
+        self._model, self._mesh = config.model, mesh
 
     def read(
-        self, source: Source, limit: int | None = None
+        self, source: Source, crop: Crop = crops.center, limit: int | None = None
     ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Array]]]:
         """Yield each batch of a source twice: this host's rows, and all rows as global arrays.
 
@@ -75,17 +74,16 @@ class Batches:
         cannot be read.
 
         Args:
-          limit: how many images to read, from the first on; None = all.
+          crop, limit: see `pipeline.eval_batches`.
         """
-        model = self._config.model
         for batch in pipeline.eval_batches(
             source,
             batch_size=self.size,
-            image_size=tuple(model.image_size),
-            channels=model.channels,
+            image_size=tuple(self._model.image_size),
+            channels=self._model.channels,
             rows=self.rows,
             limit=limit,
-            crop=self._crop,
+            crop=crop,
         ):
             local = {name: batch[name] for name in ("image", "label", "index")}
             local["counted"] = batch["valid"] & (batch["bad"] < 0)
@@ -121,7 +119,7 @@ class Extractor:
 
     Args:
       compute: (params, extra, batch) -> (B, ...), such as `feature_of` returns.
-      batch_size, crop: see `Batches`.
+      batch_size: see `Batches`.
     """
 
     def __init__(
@@ -130,22 +128,21 @@ class Extractor:
         compute: Callable[[Any, Any, dict], Array],
         mesh: Mesh,
         batch_size: int,
-        crop: Crop = crops.center,
     ):
-        self._batches = Batches(config, mesh, batch_size, crop)
+        self._batches = Batches(config, mesh, batch_size)
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
         self._stack = jax.jit(
             lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
             out_shardings=NamedSharding(mesh, P(None, sharding.BATCH)),
         )
 
-    def batches(self, state: Any, source: Source) -> Iterator[Features]:
+    def batches(self, state: Any, source: Source, crop: Crop = crops.center) -> Iterator[Features]:
         """Yield the features of each batch of a source, in its order.
 
         Raises:
           UserError: a label is out of range.
         """
-        for local, arrays in self._batches.read(source):
+        for local, arrays in self._batches.read(source, crop):
             require_labels(local["label"][local["counted"]], source.num_classes or 0)
             x_BD = self._compute(state.params, state.extra, {"image": arrays["image"]})
             yield Features(x_BD, arrays["label"], arrays["counted"])
@@ -154,9 +151,11 @@ class Extractor:
         """Return the features of a whole source (T, B, ...); each device keeps its own rows."""
         return self._stack(*self.batches(state, source))
 
-    def rows(self, state: Any, source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def rows(
+        self, state: Any, source: Source, crop: Crop = crops.center
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the features and labels of each batch's readable images, on every host."""
-        for batch in self.batches(state, source):
+        for batch in self.batches(state, source, crop):
             x, label, counted = fetch(batch)
             yield x[counted], label[counted]
 

@@ -92,7 +92,7 @@ def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subs
     names = source.class_names or []
     drawn: list[list[int]] = [[] for _ in names]
     missing = len(names) * count
-    for index in np.random.default_rng(seed).permutation(len(source)).tolist():
+    for index in map(int, np.random.default_rng(seed).permutation(len(source))):
         if not missing:
             break
         record = source[index]
@@ -165,7 +165,7 @@ class Evaluator:
         self._name = split_name(cfg, config)
         self._prefix, self._feature = cfg.get("prefix", "eval"), cfg.feature
         compute = feature_of(predict, cfg.feature)
-        self._extractor = Extractor(config, compute, mesh, batch_size=cfg.batch_size)
+        self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
 
     def run(self, state: Any) -> Report:
         """Return eval/fewshot{N}_{FEATURE}: top-1 in percent, the mean over the draws.

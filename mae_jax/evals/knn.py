@@ -133,7 +133,7 @@ class Evaluator:
         self._cfg = cfg
         self._require_bank(len(self._bank))
         compute = feature_of(predict, cfg.feature)
-        self._extractor = Extractor(config, compute, mesh, batch_size=cfg.batch_size)
+        self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
         self._finite = jax.jit(lambda bank: bank.counted & jnp.isfinite(bank.x).all(-1))
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 

@@ -23,17 +23,17 @@ CAPTIONS = {  # targets made of pixels, and what to say under pictures of their 
 def patch_statistics(
     patches_BLP: Array, mask_BL: Array, grid: tuple[int, int], source: str = "visible"
 ) -> tuple[Array, Array]:
-    """Mean and standard deviation of each patch, (B, L, 1) each, to undo `targets.norm_pixels`.
+    """Return mean and standard deviation of each patch, (B, L, 1) each, to undo `norm_pixels`.
 
     Args:
       patches_BLP: patches of the normalised images.
       mask_BL: 1 = hidden.
       grid: (rows, columns) of patches.
-      source: "visible" estimates those of a hidden patch as the mean of all visible patches',
-        weighted by 1 / distance^3: nothing of a hidden patch is used. Of inverse distances to the
-        powers 2, 3, 4 and 6, Gaussians, and linear interpolation, the power 3 had the smallest
-        error on crops of the bundled photographs, at 8 x 8 and at 14 x 14 patches. "true" takes
-        those of the patches themselves: the result holds information that the model never had.
+      source: "visible" estimates those of a hidden patch from all visible patches, weighted by
+        1 / distance^3, and uses nothing of hidden patches. Of inverse distances to the powers 2, 3,
+        4 and 6, Gaussians, and linear interpolation, the power 3 had the smallest error on crops of
+        the bundled photographs, at 8 x 8 and at 14 x 14 patches. "true" takes the patches' own
+        statistics, which the model never saw.
 
     Raises:
       UserError: another source.
@@ -43,8 +43,8 @@ def patch_statistics(
         return mean_BL1, std_BL1
     if source != "visible":
         raise UserError(f"patch statistics from {source!r}: there are 'visible' and 'true'")
-    place_L2 = _places(np.arange(math.prod(grid)), grid)
-    distance_LL = np.sqrt(np.square(place_L2[:, None] - place_L2).sum(-1))
+    position_L2 = _positions(np.arange(math.prod(grid)), grid)
+    distance_LL = np.sqrt(np.square(position_L2[:, None] - position_L2).sum(-1))
     weight_LL = np.where(distance_LL > 0, distance_LL, np.inf).astype(np.float32) ** -3
     visible_BL1 = 1 - mask_BL[..., None]
     sums_BL3 = jnp.einsum(
@@ -53,7 +53,7 @@ def patch_statistics(
         visible_BL1 * jnp.concatenate([mean_BL1, std_BL1, jnp.ones_like(mean_BL1)], -1),
         precision="highest",
     )
-    # A patch that is the only visible one has no neighbours, and needs none.
+    # A patch that is the only visible one has weights of 0, and its own statistics are taken.
     estimate_BL2 = sums_BL3[..., :2] / jnp.maximum(sums_BL3[..., 2:], 1e-20)
     hidden_BL1 = mask_BL[..., None] > 0
     return (
@@ -62,30 +62,30 @@ def patch_statistics(
     )
 
 
-def _places(patch_N: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(N, 2): row and column of patches given by their row-major index."""
+def _positions(patch_N: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Return (N, 2): row and column of patches given by their row-major index."""
     return np.stack([patch_N // grid[1], patch_N % grid[1]], -1)
 
 
 def to_levels(patches_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Patches of images normalised by the channels' mean and std, as levels; not clipped."""
-    scale_P, shift_P = (_per_value(x, patches_BLP.shape[-1]) for x in (std, mean))
+    """Return patches of normalised images as levels, not clipped."""
+    scale_P, shift_P = (_repeated(x, patches_BLP.shape[-1]) for x in (std, mean))
     return 255 * (patches_BLP * scale_P + shift_P)
 
 
 def from_levels(levels_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """The inverse of `to_levels`."""
-    scale_P, shift_P = (_per_value(x, levels_BLP.shape[-1]) for x in (std, mean))
+    """Return patches of levels as patches of normalised images: the inverse of `to_levels`."""
+    scale_P, shift_P = (_repeated(x, levels_BLP.shape[-1]) for x in (std, mean))
     return (levels_BLP / 255 - shift_P) / scale_P
 
 
-def _per_value(per_channel: tuple[float, ...], values: int) -> np.ndarray:
-    """One number for each of the values of a patch, in which the channel varies fastest."""
-    return np.tile(np.asarray(per_channel, np.float32), values // len(per_channel))
+def _repeated(per_channel: tuple[float, ...], patch_dim: int) -> np.ndarray:
+    """Return (P,): the channel's number for each number of a patch, where channels vary fastest."""
+    return np.tile(np.asarray(per_channel, np.float32), patch_dim // len(per_channel))
 
 
 def predicted_levels(
-    pred_BLP: Array,
+    pred_BLT: Array,
     levels_BLP: Array,
     mask_BL: Array,
     *,
@@ -95,22 +95,22 @@ def predicted_levels(
     std: tuple[float, ...],
     source: str = "visible",
 ) -> Array:
-    """Predictions as levels, (B, L, P), clipped to 0..255.
+    """Return predictions as levels, (B, L, P), clipped to 0..255.
 
     Args:
-      pred_BLP: in the space of the target, "pixels" or "norm_pixels".
+      pred_BLT: in the space of the target, "pixels" or "norm_pixels", so that T is P.
       levels_BLP: the images' own patches, of which `patch_statistics` sees what `source` allows.
-      mean, std: of the channels, as the model saw the images.
+      mean, std: of the channels, with which the images were normalised.
     """
     if target == "norm_pixels":
         patches_BLP = from_levels(levels_BLP, mean, std)
         mean_BL1, std_BL1 = patch_statistics(patches_BLP, mask_BL, grid, source)
-        pred_BLP = pred_BLP * std_BL1 + mean_BL1
-    return jnp.clip(to_levels(pred_BLP, mean, std), 0, 255)
+        pred_BLT = pred_BLT * std_BL1 + mean_BL1
+    return jnp.clip(to_levels(pred_BLT, mean, std), 0, 255)
 
 
 def mean_colour(levels_LP: np.ndarray, mask_L: np.ndarray, channels: int) -> np.ndarray:
-    """Predicts for every pixel the mean colour of the visible patches of its image; (L, P)."""
+    """Return the mean colour of the visible patches of the image for every pixel, (L, P)."""
     colour_C = rearrange(levels_LP[mask_L == 0], "k (n c) -> (k n) c", c=channels).mean(0)
     return np.tile(colour_C, (len(levels_LP), levels_LP.shape[1] // channels))
 
@@ -118,7 +118,7 @@ def mean_colour(levels_LP: np.ndarray, mask_L: np.ndarray, channels: int) -> np.
 def interpolation(
     levels_LP: np.ndarray, mask_L: np.ndarray, patch: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """Predicts every pixel from the mean colours of the visible patches around it; (L, P).
+    """Return every pixel interpolated from the mean colours of visible patches around it, (L, P).
 
     The colours stand at the centres of their patches and are interpolated linearly inside the
     Delaunay triangles of these. Outside of them, and if fewer than three patches are visible or
@@ -130,7 +130,7 @@ def interpolation(
     (rows, cols), (height, width) = grid, patch
     visible = np.flatnonzero(mask_L == 0)
     size = np.array([height, width])
-    centre_K2 = _places(visible, grid) * size + (size - 1) / 2
+    centre_K2 = _positions(visible, grid) * size + (size - 1) / 2
     colour_KC = rearrange(levels_LP[visible], "k (n c) -> k n c", n=height * width).mean(1)
     pixel_2HW = np.mgrid[: rows * height, : cols * width]
     pixel_N2 = rearrange(pixel_2HW, "k (h r) (w c) -> (h w r c) k", r=height, c=width)

@@ -55,7 +55,7 @@ class Evaluator:
         ):
             what = f"evaluation: {one}={split!r} and {other}={other_split!r}"
             require_disjoint(what, source, other_source, WAYS)
-        self._extractor = Extractor(config, predict["logits"], mesh, batch_size=cfg.batch_size)
+        self._extractor = Extractor(config, predict["logits"], mesh, cfg.batch_size)
         self._name, self._prefix = split_name(cfg, config), cfg.get("prefix", "eval")
         self._about = {"source": cfg.source or config.data.source, "split": cfg.split}
         self._select_name = f"{config.data.source}, {cfg.select_split}"

@@ -1,7 +1,6 @@
 """Robustness of an ImageNet classifier: its accuracy on ImageNet-V2, -A, -R, -Sketch and -C."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mae_jax.data.sources import NotPrepared, Source
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals import Report
-from mae_jax.evals.features import Extractor, require_images
+from mae_jax.evals.features import Crop, Extractor, require_images
 
 SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
 # Sets with images of few classes, which alone are told apart, as their papers do
@@ -70,8 +69,7 @@ class Evaluator:
             raise UserError(f"robustness is that of a classifier{nearest('logits', predict)}")
         data = config.data
         self._cfg, self._data_dir = cfg, data.data_dir
-        trained = open_labelled(data.source, data.split, data.data_dir)
-        self._classes = trained.class_names or []
+        self._classes = open_labelled(data.source, data.split, data.data_dir).class_names or []
         self._sets, missing_sets = self._open_sets()
         self._corruptions, missing_corruptions = self._find_corruptions()
         missing = missing_sets + missing_corruptions
@@ -79,8 +77,7 @@ class Evaluator:
             raise UserError("there is nothing to measure:\n  " + "\n  ".join(missing))
         for line in missing:
             log_once(line)
-        extractor = partial(Extractor, config, predict["logits"], mesh, batch_size=cfg.batch_size)
-        self._cropped, self._uncropped = extractor(), extractor(crop=crops.full)
+        self._extractor = Extractor(config, predict["logits"], mesh, cfg.batch_size)
 
     def _open_sets(self) -> tuple[dict[str, Source], list[str]]:
         """Return the sets that are there, and a line for each that is not."""
@@ -131,7 +128,7 @@ class Evaluator:
         """
         scalars: dict[str, float] = {}
         for name, source in self._sets.items():
-            right, images = self._count(state, source, name, self._cropped)
+            right, images = self._count(state, source, name)
             scalars |= {f"eval/{name}_top1": 100 * right / images, f"eval/{name}_images": images}
         return Report(scalars | self._measure_corruptions(state))
 
@@ -143,7 +140,7 @@ class Evaluator:
         for name in self._corruptions:
             for severity in robustness.SEVERITIES:
                 part, source = f"imagenet_c {name}/{severity}", self._open(name, severity)
-                right, images[part] = self._count(state, source, part, self._uncropped)
+                right, images[part] = self._count(state, source, part, crops.full)
                 errors[name].append(1 - right / images[part])
                 first = next(iter(images))
                 if images[part] != images[first]:
@@ -160,7 +157,7 @@ class Evaluator:
         return scalars
 
     def _count(
-        self, state: Any, source: Source, name: str, extractor: Extractor
+        self, state: Any, source: Source, name: str, crop: Crop = crops.center
     ) -> tuple[int, int]:
         """Return how many images of a source are classified right, and how many can be read."""
         positions = self._positions(source.class_names, name)
@@ -168,7 +165,7 @@ class Evaluator:
         if name in SUBSETS:
             competing = np.sort(self._positions(SUBSETS[name], name))
         right = images = 0
-        for logits_BY, label_B in extractor.rows(state, source):
+        for logits_BY, label_B in self._extractor.rows(state, source, crop):
             right += int(correct(logits_BY, positions[label_B], competing).sum())
             images += len(label_B)
         require_images(images, name)

@@ -38,7 +38,7 @@ class File(NamedTuple):
     state: dict[str, np.ndarray]
     family: Family
     config: dict[str, Any]  # of Hugging Face, or the arguments of an official run
-    source: str  # what it was found to be
+    source: str  # what the file is, in words
     notes: list[str]
 
 
@@ -62,7 +62,7 @@ def open_file(path: str | Path) -> File:
         content = _hf_weights(path)
     else:
         content = _content(path)
-    content, arguments, found = _unwrap(content, path)
+    content, arguments, source = _unwrap(content, path)
     state = {re.sub(r"^module\.", "", str(name)): x for name, x in content.items()}
     notes = []
     skipped = [name for name in state if re.search(IGNORED, name)]
@@ -72,9 +72,8 @@ def open_file(path: str | Path) -> File:
 
     renamed = {canonical_hf(name): x for name, x in state.items()}
     if "vit.embeddings.cls_token" in renamed:
-        source = "Hugging Face " + {"vit_mae": "ViTMAE", "vit": "ViT"}.get(
-            config.get("model_type", ""), "ViT names"
-        )
+        models = {"vit_mae": "ViTMAE", "vit": "ViT"}
+        source = f"Hugging Face {models.get(config.get('model_type', ''), 'ViT names')}"
         notes += _epsilon(config)
         if activation := {config.get("hidden_act", "gelu")} - {"gelu"}:
             raise UserError(f"{path}: hidden_act is {activation.pop()!r}, and only gelu is known")
@@ -84,7 +83,7 @@ def open_file(path: str | Path) -> File:
         if "head.1.weight" in state:
             state = _fold_batch_norm(state, path)
             notes.append("head.0, a batch norm without scale and bias, was folded into the head")
-        return File(state, "official", arguments, found, notes)
+        return File(state, "official", arguments, source, notes)
     raise UserError(f"{path} is not a model of this family: it looks like {_guess(state)}")
 
 
@@ -121,7 +120,7 @@ def _content(path: Path) -> dict[str, Any]:
     elif size > 8 and start[8:9] == b"{":
         content = _safetensors(path)
     else:
-        raise UserError(f"{path} {_what(start, size)}")
+        raise UserError(f"{path} {_reason(start, size)}")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -137,7 +136,7 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _what(start: bytes, size: int) -> str:
+def _reason(start: bytes, size: int) -> str:
     text = start.lstrip().lower()
     if not size:
         return "is empty"
@@ -156,10 +155,10 @@ def _what(start: bytes, size: int) -> str:
 def _unwrap(content: dict, path: Path) -> tuple[dict, dict, str]:
     """Return the state dict inside a checkpoint, the arguments of its run, and what it is."""
     arguments = getattr(content.get("args"), "__dict__", {})
-    found = "a state dict with official names (timm's are the same)"
+    source = "a state dict with official names (timm's are the same)"
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
-            found = "a training checkpoint" if "optimizer" in content else "an official file"
+            source = "a training checkpoint" if "optimizer" in content else "an official file"
             content = content[key]
             break
     tensors = {k: x for k, x in content.items() if isinstance(x, np.ndarray)}
@@ -167,7 +166,7 @@ def _unwrap(content: dict, path: Path) -> tuple[dict, dict, str]:
         raise UserError(
             f"{path} holds no tensors by name; its keys: {', '.join(map(str, content))[:200]}"
         )
-    return tensors, arguments, found
+    return tensors, arguments, source
 
 
 def _epsilon(config: Mapping[str, Any]) -> list[str]:

@@ -90,10 +90,13 @@ def hf(path: Path, spec: ModelSpec, params: Mapping, about: Mapping[str, str]) -
 
 
 def _write(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    # safetensors writes the memory of an array, whatever its strides, so it needs contiguous ones;
-    # transformers refuses files that are not marked as PyTorch's.
+    # The library writes an array's memory whatever its strides, and makes files that only their
+    # owner can read. transformers refuses files that are not marked as PyTorch's.
     tensors = {name: np.ascontiguousarray(x) for name, x in state.items()}
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _architecture(spec: ModelSpec) -> str:

@@ -1,6 +1,6 @@
 """Classification: fine-tune a pre-trained encoder, or train one from scratch, with labels."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class Task(train.Task):
     """Fine-tuning, or supervised training from scratch, as configs/finetune.py describes it."""
 
     network: classifier.Classifier
-    images: common.TrainImages
+    examples: common.TrainImages
     config: ConfigDict
 
     @classmethod
@@ -55,14 +55,6 @@ class Task(train.Task):
     @property
     def spec(self) -> ModelSpec:
         return self.network.spec
-
-    @property
-    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return self.images.inputs()
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.images.source)
 
     @property
     def flops_per_example(self) -> float:
@@ -175,9 +167,6 @@ class Task(train.Task):
             return state
         ema = optax.incremental_update(state.params, state.extra["ema"], 1 - self.config.ema)
         return replace(state, extra=state.extra | {"ema": ema})
-
-    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        return self.images.batches(start_step, rows)
 
 
 def check(config: ConfigDict) -> None:

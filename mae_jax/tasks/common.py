@@ -58,8 +58,12 @@ class TrainImages:
         classes = (source.num_classes or 0) if labelled else 0
         return cls(source, data, spec, config.batch_size, config.seed, classes)
 
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return shape and type of what `loss` reads of one example."""
+        """Shape and type of what a task reads of one example."""
         shape = (*self.spec.image_size, self.spec.channels)
         inputs = {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
         if self.classes:

@@ -3,13 +3,12 @@
 The encoder gets no gradient from it, and the loss that is reported stays that of the task.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -33,19 +32,15 @@ class Task(train.Task):
         Raises:
           UserError: its images have no labels.
         """
-        data = task.images.data
+        data = task.examples.data
         source = open_labelled(data.source, data.split, data.data_dir)
         classes = source.num_classes or 0
-        images = replace(task.images, source=source, classes=classes)
-        return cls(replace(task, images=images), probe.LinearHead(classes))
+        examples = replace(task.examples, source=source, classes=classes)
+        return cls(replace(task, examples=examples), probe.LinearHead(classes))
 
     @property
-    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return self.task.inputs
-
-    @property
-    def num_examples(self) -> int:
-        return self.task.num_examples
+    def examples(self) -> Any:
+        return self.task.examples
 
     @property
     def flops_per_example(self) -> float:
@@ -83,6 +78,3 @@ class Task(train.Task):
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         return self.task.optimizer(total_steps, steps_per_epoch)
-
-    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        return self.task.batches(start_step, rows)

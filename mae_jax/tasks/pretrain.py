@@ -1,12 +1,11 @@
 """Masked pre-training: hide patches, predict them. Shape suffixes as in models/vit.py."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from ml_collections import ConfigDict
@@ -31,7 +30,7 @@ class Task(train.Task):
     """
 
     network: mae.MAE
-    images: common.TrainImages
+    examples: common.TrainImages
     optim: Mapping[str, Any]
     score_patches: Callable[..., Array]
     make_target: Callable[..., Array]
@@ -60,14 +59,6 @@ class Task(train.Task):
     @property
     def spec(self) -> ModelSpec:
         return self.network.spec
-
-    @property
-    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return self.images.inputs()
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.images.source)
 
     @property
     def num_kept(self) -> int:
@@ -138,12 +129,9 @@ class Task(train.Task):
     def optimizer(
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        batch_size = self.images.batch_size
+        batch_size = self.examples.batch_size
         schedule = common.learning_rate(self.optim, batch_size, total_steps, steps_per_epoch)
         return common.adamw(self.optim, schedule), schedule
-
-    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        return self.images.batches(start_step, rows)
 
 
 def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
@@ -156,12 +144,7 @@ def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
     def scores() -> Any:
         return score_patches(jax.random.key(0), batch=2, grid=spec.grid, ratio=spec.mask_ratio)
 
-    try:
-        shape = jax.eval_shape(scores).shape
-    except TypeError as error:
-        raise UserError(
-            f"masking {name!r} is no function (rng, batch, grid, ratio) -> scores ({error})"
-        ) from error
+    shape = shape_of(scores, f"masking {name!r}", "(rng, batch, grid, ratio) -> scores")
     if shape != (2, spec.num_patches):
         raise UserError(
             f"masking {name!r} returned scores of shape {shape} for 2 images of"
@@ -170,21 +153,31 @@ def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
 
 
 def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
-    """Return how many numbers a target function predicts for each patch, without running it.
+    """Return T, the width of a target for each patch, without running its function.
 
     Raises:
       UserError: it takes other arguments, or returns something else than a row for each patch.
     """
-    images = jax.ShapeDtypeStruct((2, *spec.image_size, spec.channels), jnp.float32)
-    try:
-        shape = jax.eval_shape(lambda x: make_target(x, spec.patch_size), images).shape
-    except TypeError as error:
-        raise UserError(
-            f"target {name!r} is no function (images_BHWC, patch_size) -> target_BLT ({error})"
-        ) from error
+
+    def target() -> Any:
+        return make_target(jnp.zeros((2, *spec.image_size, spec.channels)), spec.patch_size)
+
+    shape = shape_of(target, f"target {name!r}", "(images_BHWC, patch_size) -> target_BLT")
     if len(shape) != 3 or shape[:2] != (2, spec.num_patches):
         raise UserError(
             f"target {name!r} returned shape {shape} for 2 images of {spec.num_patches} patches:"
             " it must return (batch, patches, any width)"
         )
     return shape[2]
+
+
+def shape_of(call: Callable[[], Any], what: str, signature: str) -> tuple[int, ...]:
+    """Return the shape of the array that a call would return, without running it.
+
+    Raises:
+      UserError: the function takes other arguments.
+    """
+    try:
+        return jax.eval_shape(call).shape
+    except TypeError as error:
+        raise UserError(f"{what} is no function {signature} ({error})") from error

@@ -1,13 +1,12 @@
 """Linear and attentive probes: heads trained on the features of a frozen encoder."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from ml_collections import ConfigDict
@@ -39,7 +38,7 @@ class Task(train.Task):
 
     encoder: Encoder
     head: probe.LinearHead | probe.AttentiveHead
-    images: common.TrainImages
+    examples: common.TrainImages
     config: ConfigDict
 
     @classmethod
@@ -69,14 +68,6 @@ class Task(train.Task):
     @property
     def spec(self) -> ModelSpec:
         return self.encoder.spec
-
-    @property
-    def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return self.images.inputs()
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.images.source)
 
     @property
     def flops_per_example(self) -> float:
@@ -190,9 +181,6 @@ class Task(train.Task):
             return common.adamw(o, scaled, decayed=("matrix",))
 
         return optim.side_by_side(make, tuple(rate / o.blr for rate in self.rates)), schedule
-
-    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        return self.images.batches(start_step, rows)
 
 
 def check(config: ConfigDict) -> None:
