@@ -1,8 +1,9 @@
-"""The runs of the study on digits, each a `mae-jax train` on one core, and what they came to.
+"""Make the runs of the study on digits, each with `mae-jax train` on one core, and their tables.
 
     python launch/study.py WORKDIR      (see launch/study.sh)
 
-Every number is of the 360 test images, which chose nothing. Writes study.md and study.png.
+Every number is measured on the 360 test images, on which nothing was chosen. The tables are written
+to study.md and drawn in study.png.
 """
 
 import json
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,19 +21,22 @@ from typing import NamedTuple
 SEEDS = (0, 1, 2)
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 LABELS = (1, 10, 100)
+RATIO_COLUMNS = ("fine-tuned, 10 % of labels", "linear probe", "5 nearest")
 KNN = "eval/knn5_cls"
-PROBE = "eval/best_top1"  # at the rate that was best on held-out training images
+PROBE = "eval/best_top1"  # with the rate that is best on held-out training images
 
 
 class Run(NamedTuple):
+    """A run of the study."""
+
     name: str
-    arguments: str  # of configs/digits.py, without init and seed
+    arguments: str  # of the recipe configs/digits.py, without init and seed
     seed: int
     init: str = ""  # name of the run that it starts from
 
 
 def runs() -> Iterator[Run]:
-    """All runs; each comes after the one that it starts from."""
+    """Yield all runs, each after the one that it starts from."""
     for seed in SEEDS:
         for ratio in RATIOS:
             pretrained = f"pretrain-{ratio}-{seed}"
@@ -53,10 +57,10 @@ def runs() -> Iterator[Run]:
 
 
 def execute(run: Run, root: Path, core: int) -> None:
-    """Run it on one core, unless it was done before.
+    """Make a run on one core, unless it was made before.
 
     Raises:
-      RuntimeError: it failed; its log is named.
+      RuntimeError: the run failed; the message has the end of its log.
     """
     done, log = root / f"{run.name}.done", root / f"{run.name}.log"
     if done.exists():
@@ -66,7 +70,7 @@ def execute(run: Run, root: Path, core: int) -> None:
     command = [sys.executable, "-m", "mae_jax", "train", config, f"--workdir={root / run.name}"]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # less time in page faults
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # saves time in page faults
     }
     with open(log, "w") as out:
         process = subprocess.Popen(
@@ -82,11 +86,11 @@ def execute(run: Run, root: Path, core: int) -> None:
 
 
 def execute_all(root: Path) -> None:
-    """All runs, as many at once as there are cores, the next when one ends."""
+    """Make all runs, as many at a time as there are cores."""
     started = time.monotonic()
-    every = list(runs())
-    missing = [run for run in every if not (root / f"{run.name}.done").exists()]
-    print(f"{len(every)} runs, {len(every) - len(missing)} of them done before", flush=True)
+    study = list(runs())
+    missing = [run for run in study if not (root / f"{run.name}.done").exists()]
+    print(f"{len(study)} runs, {len(study) - len(missing)} of them done before", flush=True)
     cores: queue.Queue[int] = queue.Queue()
     for core in os.sched_getaffinity(0):
         cores.put(core)
@@ -94,7 +98,7 @@ def execute_all(root: Path) -> None:
     futures: dict[str, Future] = {}
 
     def work(run: Run) -> None:
-        if run.init in futures:  # submitted earlier, so it is done or running
+        if run.init in futures:  # submitted earlier, and so finished or running
             futures[run.init].result()
         core = cores.get()
         try:
@@ -109,26 +113,33 @@ def execute_all(root: Path) -> None:
             for number, run in enumerate(missing, 1):
                 futures[run.name].result()
                 minutes = (time.monotonic() - started) / 60
-                left = minutes / number * (len(missing) - number)
-                print(f"{number}/{len(missing)}  {run.name}  {left:.0f} min left", flush=True)
+                remaining = minutes / number * (len(missing) - number)
+                print(f"{number}/{len(missing)}  {run.name}  {remaining:.0f} min left", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def measured(root: Path, name: str, key: str) -> float:
-    """The last value of a metric of a run."""
+def last_value(root: Path, name: str, key: str) -> float:
+    """Return the last value of a metric of a run."""
     lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [found[key] for found in map(json.loads, lines) if key in found][-1]
+    return [metrics[key] for metrics in map(json.loads, lines) if key in metrics][-1]
 
 
 def over_seeds(root: Path, name: str, key: str) -> tuple[float, float]:
-    """Mean and sample standard deviation of a metric."""
-    values = [measured(root, f"{name}-{seed}", key) for seed in SEEDS]
+    """Return mean and sample standard deviation of a metric over the seeds."""
+    values = [last_value(root, f"{name}-{seed}", key) for seed in SEEDS]
     return statistics.mean(values), statistics.stdev(values)
 
 
+def top1(root: Path, task: str, variant: object) -> tuple[float, float]:
+    """Return mean and standard deviation of the top-1 accuracy of the runs TASK-VARIANT-SEED."""
+    key = {"linear": PROBE, "attentive": PROBE, "knn": KNN}.get(task, "eval/top1")
+    return over_seeds(root, f"{task}-{variant}", key)
+
+
 def table(head: list[str], rows: dict[str, list[tuple[float, float]]]) -> list[str]:
+    """Return the lines of a Markdown table; a cell is a mean and a standard deviation."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells) + " |")
@@ -144,24 +155,20 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
 
-    def top1(prefix: str) -> Callable[[object], tuple[float, float]]:
-        key = {"linear": PROBE, "attentive": PROBE, "knn": KNN}.get(prefix, "eval/top1")
-        return lambda what: over_seeds(root, f"{prefix}-{what}", key)
-
     tuned = {
-        f"{labels} %": [top1("finetune")(f"{start}-{labels}") for start in ("scratch", 0.75)]
+        f"{labels} %": [top1(root, "finetune", f"{start}-{labels}") for start in ("scratch", 0.75)]
         for labels in LABELS
     }
     kinds = {"linear": "linear probe", "attentive": "attentive probe", "knn": "5 nearest"}
     frozen = {
-        words: [top1(kind)(what) for what in (0.75, "random", "pixels")]
+        words: [top1(root, kind, what) for what in (0.75, "random", "pixels")]
         for kind, words in kinds.items()
     }
     ratios = {
         f"{ratio}": [
-            top1("finetune")(f"{ratio}-10"),
-            top1("linear")(ratio),
-            top1("knn")(ratio),
+            top1(root, "finetune", f"{ratio}-10"),
+            top1(root, "linear", ratio),
+            top1(root, "knn", ratio),
             over_seeds(root, f"pretrain-{ratio}", "eval/rmse"),
         ]
         for ratio in RATIOS
@@ -171,16 +178,7 @@ def main() -> int:
         "",
         *table(["labels", "from scratch", "MAE, then fine-tuned"], tuned),
         *table(["frozen features", "MAE", "random encoder", "pixels"], frozen),
-        *table(
-            [
-                "mask ratio",
-                "fine-tuned, 10 % of labels",
-                "linear probe",
-                "5 nearest",
-                "RMSE of 255",
-            ],
-            ratios,
-        ),
+        *table(["mask ratio", *RATIO_COLUMNS, "RMSE of 255"], ratios),
     ]
     (root / "study.md").write_text("\n".join(text))
     draw(root / "study.png", tuned, frozen, ratios)
@@ -190,7 +188,7 @@ def main() -> int:
 
 
 def draw(path: Path, tuned: dict, frozen: dict, ratios: dict) -> None:
-    """Three panels, one for each table."""
+    """Draw a panel for each table."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -198,13 +196,13 @@ def draw(path: Path, tuned: dict, frozen: dict, ratios: dict) -> None:
     for panel, rows, names in (
         (left, tuned, ("from scratch", "MAE, fine-tuned")),
         (middle, frozen, ("MAE", "random encoder", "pixels")),
-        (right, ratios, ("fine-tuned, 10 % of labels", "linear probe", "5 nearest")),
+        (right, ratios, RATIO_COLUMNS),
     ):
         for column, name in enumerate(names):
             mean, spread = zip(*(cells[column] for cells in rows.values()), strict=True)
-            place = [x + (column - (len(names) - 1) / 2) * 0.08 for x in range(len(rows))]
+            position = [x + (column - (len(names) - 1) / 2) * 0.08 for x in range(len(rows))]
             style = "o-" if panel is not middle else "o"
-            panel.errorbar(place, mean, spread, fmt=style, capsize=3, label=name)
+            panel.errorbar(position, mean, spread, fmt=style, capsize=3, label=name)
         panel.set_xticks(range(len(rows)), list(rows))
         panel.grid(axis="y", alpha=0.3)
         panel.legend(fontsize=8)

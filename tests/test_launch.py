@@ -1,4 +1,4 @@
-"""The launch scripts refuse what they cannot work with, in words, and touch nothing then."""
+"""Launch scripts start, restart and requeue runs, and say what they cannot work with."""
 
 import os
 import signal
@@ -15,11 +15,14 @@ from mae_jax import distributed
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 
-def launch(script: str, cwd: Path, **environment: object) -> subprocess.CompletedProcess:
+def refused(script: str, cwd: Path, status: int, **environment: object) -> str:
+    """Run a script, which must end with this status, and return its error stream."""
     env = os.environ | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        ["bash", LAUNCH / script], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    run = subprocess.run(
+        ["bash", LAUNCH / script], cwd=cwd, env=env, capture_output=True, text=True
     )
+    assert run.returncode == status, run.stderr
+    return run.stderr
 
 
 def fake_python(path: Path, commands: str) -> Path:
@@ -31,45 +34,41 @@ def fake_python(path: Path, commands: str) -> Path:
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
 def test_old_python_is_named_with_the_way_out(script, tmp_path):
     old = fake_python(tmp_path / "old python", "echo 3.9; exit 1")
-    run = launch(script, tmp_path, PYTHON=old, VENV=tmp_path / "venv")
-    assert run.returncode == 1
-    assert f"Python 3.11 or newer is needed, but {old} is 3.9." in run.stderr
-    assert "Set PYTHON=" in run.stderr
+    error = refused(script, tmp_path, 1, PYTHON=old, VENV=tmp_path / "venv")
+    assert f"Python 3.11 or newer is needed, but {old} is 3.9." in error
+    assert "Set PYTHON=" in error
     assert not (tmp_path / "venv").exists()
 
 
 def test_python_without_venv_is_told_what_to_install(tmp_path):
     bare = fake_python(tmp_path / "python", "case $2 in *venv*) exit 1;; esac; echo 3.11")
-    run = launch("quickstart.sh", tmp_path, PYTHON=bare, VENV=tmp_path / "venv")
-    assert run.returncode == 1
-    assert "apt install python3.11-venv" in run.stderr
+    error = refused("quickstart.sh", tmp_path, 1, PYTHON=bare, VENV=tmp_path / "venv")
+    assert "apt install python3.11-venv" in error
 
 
 def test_folder_of_somebody_else_is_never_emptied(tmp_path):
     theirs = tmp_path / "venv" / "bin" / "precious"
     theirs.parent.mkdir(parents=True)
     theirs.touch()
-    run = launch("quickstart.sh", tmp_path, PYTHON=sys.executable, VENV="venv")
-    assert run.returncode == 1
-    assert f"{tmp_path}/venv was not made by launch/setup.sh" in run.stderr
+    error = refused("quickstart.sh", tmp_path, 1, PYTHON=sys.executable, VENV="venv")
+    assert f"{tmp_path}/venv was not made by launch/setup.sh" in error
     assert theirs.exists()
 
 
-def test_local_launcher_wants_a_number_of_hosts(tmp_path):
-    run = launch("local.sh", tmp_path)
-    assert run.returncode == 2
-    assert "the first argument is the number of hosts" in run.stderr
-
-
-def test_host_with_an_unknown_preset_is_told_which_there_are(tmp_path):
-    run = launch("host.sh", tmp_path, XLA_PRESET="fast", VENV=sys.prefix)
-    assert run.returncode == 2
-    assert "XLA_PRESET=fast: there are gpu-overlap, gpu-fsdp" in run.stderr
+@pytest.mark.parametrize(
+    ("script", "environment", "words"),
+    [
+        ("local.sh", {}, "the first argument is the number of hosts"),
+        ("host.sh", {"XLA_PRESET": "fast"}, "XLA_PRESET=fast: there are gpu-overlap, gpu-fsdp"),
+    ],
+)
+def test_what_is_to_be_corrected_ends_with_status_2(tmp_path, script, environment, words):
+    assert words in refused(script, tmp_path, 2, VENV=sys.prefix, **environment)
 
 
 def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word(tmp_path):
     (tmp_path / "bin").mkdir()
-    # Short sleeps: one that a signal to the group misses, being just forked, ends by itself.
+    # Short sleeps: one that was just forked may miss the signal to the group, and ends by itself.
     saves = """trap 'sleep 0.5; echo saved >&2; exit 75' TERM
         echo ready >&2; while :; do sleep 0.1 & wait; done"""
     fake_python(tmp_path / "bin/python", saves)
@@ -83,14 +82,14 @@ def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word
 
 @pytest.mark.parametrize("preset", ["gpu-overlap", "gpu-fsdp", "gpu-deterministic"])
 def test_gpu_presets_are_flags_that_this_xla_knows(preset):
-    """XLA aborts at an unknown flag, whatever the device. TPU flags are libtpu's to check."""
+    """XLA aborts at an unknown flag on any device. TPU flags are checked by libtpu."""
     code = f'source launch/xla_flags.sh; xla_preset {preset}; "$0" -c "import jax; jax.devices()"'
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run(["bash", "-c", code, sys.executable], cwd=LAUNCH.parent, env=env, check=True)
 
 
 SRUN = """#!/bin/bash
-# Stands for srun: two processes with the variables that Slurm sets, killed when it is told to end.
+# Stands for srun: two processes with the variables that Slurm sets, which its own SIGTERM kills.
 while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1
 for i in 0 1; do
@@ -110,7 +109,7 @@ exit "$worst"
 
 
 def slurm(folder: Path, *command: str) -> list[str]:
-    """The command that sbatch would run, among stand-ins for what Slurm has."""
+    """Return the command that sbatch would run, with stand-ins for Slurm's commands."""
     for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "scontrol: $@"\n')):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -120,7 +119,7 @@ def slurm(folder: Path, *command: str) -> list[str]:
 
 
 def test_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(tmp_path):
-    """The processes find each other as Slurm's, and one of them is told to end."""
+    """The processes find each other by Slurm's variables, and one of them gets SIGTERM."""
     assert "\n#SBATCH --signal=TERM@180\n" in (LAUNCH / "slurm.sh").read_text()  # to the processes
     workdir = tmp_path / "run"
     run = hosts.Processes([slurm(tmp_path, *hosts.flags(tmp_path, workdir))], 1)

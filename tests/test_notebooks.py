@@ -39,8 +39,9 @@ def run(name: str, last: str, folder: Path, monkeypatch) -> str:
 
 
 def test_reconstruct(tmp_path, monkeypatch):
-    told = run("reconstruct", "print(out.mask_BL.mean(), model.spec.encoder.depth)", tmp_path, monkeypatch)
-    assert told.split() == ["0.75", "4"]
+    shown = "print(out.mask_BL.mean(), model.spec.encoder.depth)"
+    output = run("reconstruct", shown, tmp_path, monkeypatch)
+    assert output.split() == ["0.75", "4"]
 
 
 def test_finetune(tmp_path, monkeypatch):
