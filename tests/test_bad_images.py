@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from test_pipeline import BATCH, SIZE, Noise, config, indices, train
 
-from mae_jax.data import bad_images, pipeline, transforms
+from mae_jax.data import bad_images, transforms
 from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.sources import open_source
+from mae_jax.models.spec import ModelSpec, ViTSpec
+from mae_jax.tasks.common import TrainImages
 
 
 def test_an_unreadable_image_is_replaced_by_another_and_reported():
@@ -52,12 +54,11 @@ def test_each_unreadable_image_is_counted_and_named_once():
 
 def test_the_count_begins_again_with_every_start_and_says_so():
     source = Noise(21, bad=(4, 5, 20))
+    spec = ModelSpec(SIZE, SIZE, 3, ViTSpec(width=4, depth=1, heads=1, hidden=4))
+    images = TrainImages(source, config(max_bad_fraction=1.0), spec, BATCH, seed=0)
 
     def counts(first: int, last: int) -> list[int]:
-        stream = pipeline.train_stream(
-            source, config(max_bad_fraction=1.0), batch_size=BATCH, image_size=SIZE, channels=3,
-            seed=0, start_step=first, rows=np.arange(BATCH),
-        )  # fmt: skip
+        stream = images.batches(first, np.arange(BATCH))
         return [x["data/bad_images"] for _, x, _ in itertools.islice(stream, last - first)]
 
     met = [{i for i in batch["bad"] if i >= 0} for batch in train(source, 20)]
@@ -65,7 +66,7 @@ def test_the_count_begins_again_with_every_start_and_says_so():
         wanted = [len(set().union(*met[first : step + 1])) for step in range(first, 20)]
         assert counts(first, 20) == wanted
     assert counts(0, 20)[-1] == 3 and counts(10, 11)[0] < 3
-    assert "since this start" in pipeline.train_stream.__doc__
+    assert "since this\n        start" in TrainImages.batches.__doc__
 
 
 def test_too_many_unreadable_images_stop_the_run_and_are_listed_with_reasons():

@@ -324,7 +324,7 @@ def test_the_frozen_part_costs_no_backward_pass():
         assert measured[trained] < 1 + 2 * blocks / 4 + 0.01, measured
     for trained, passes in measured.items():
         config = SimpleNamespace(trained_blocks=trained)
-        task = classify.Task(network, images=None, config=config)
+        task = classify.Task(network, None, config)
         assert task.flops_multiplier == pytest.approx(passes, abs=0.05)
     assert measured[0] < measured[0.5] < measured[1] < measured[2]
     whole = flops(partial_loss(network, patches, None)) / forward

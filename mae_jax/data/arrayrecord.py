@@ -117,7 +117,7 @@ def convert_tfrecord(builder: tfds.core.DatasetBuilder, progress: Callable[[int]
 
 
 def publish(work: Path, final: Path) -> None:
-    """Rename a complete dataset to its final path; if another process was faster, keep its."""
+    """Rename a complete dataset to its final path, unless another process was faster."""
     try:
         work.rename(final)
     except OSError:

@@ -76,7 +76,7 @@ def make_builder(name: str, **options: Any) -> Any:
 
 
 class ReadTestSet:
-    """The reading of a test set: every file of its archive, in the archive's order."""
+    """A builder that reads a test set: every file of its archive, in the order of the archive."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The archives, unless they shall be downloaded."
     name: str
@@ -142,7 +142,7 @@ class ReadTestSet:
 
 
 class _ReadImagenet:
-    """The reading of those of ILSVRC2012_img_{train,val,test}.tar that the manual dir holds."""
+    """A builder that reads the ILSVRC2012_img_{train,val,test}.tar that are in the manual dir."""
 
     def _split_generators(self, dl_manager):
         archives = {

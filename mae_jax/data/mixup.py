@@ -137,7 +137,7 @@ def mix_images(images_BHWC: Array, mix: Mix) -> Array:
 
 
 def smooth(label_B: Array, classes: int, smoothing: float) -> Array:
-    """Labels as distributions: 1 - s + s / Y for the label, s / Y for every other class."""
+    """Return labels as distributions: 1 - s + s / Y for the label, s / Y for every other class."""
     return jax.nn.one_hot(label_B, classes) * (1 - smoothing) + smoothing / classes
 
 

@@ -95,44 +95,6 @@ def train_batches(
     return workers.read_ahead(examples, batch_size, rows, image_bytes, data.workers)
 
 
-def train_stream(
-    source: Source,
-    data: ConfigDict,
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    channels: int,
-    seed: int,
-    start_step: int,
-    rows: np.ndarray,
-    check_labels: Callable[[np.ndarray], None] = lambda labels: None,
-) -> Iterator[tuple[Batch, dict[str, float], list[str]]]:
-    """Yield the batches of `train_batches`, each with its scalars and the lines to log.
-
-    The scalar data/bad_images counts the unreadable records that this host met since this start: a
-    resumed run begins again at 0, and of several hosts the first writes its own.
-
-    Args:
-      check_labels: is called with the labels of every batch, but not of synthetic ones.
-    """
-    stream = train_batches(
-        source,
-        data,
-        batch_size=batch_size,
-        image_size=image_size,
-        channels=channels,
-        seed=seed,
-        start_step=start_step,
-        rows=rows,
-    )
-    unreadable = bad_images.BadImageLog(source, data.max_bad_fraction, channels)
-    for batch in stream:
-        if not data.get("synthetic"):
-            check_labels(batch["label"])
-        lines = unreadable.add(batch["bad"])
-        yield batch, {"data/bad_images": unreadable.count}, lines
-
-
 def eval_batches(
     source: Source,
     *,

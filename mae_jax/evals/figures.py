@@ -89,9 +89,9 @@ def ratios(
 
 def attention(image_HWC: np.ndarray, attention_MSL: np.ndarray, patch_size: Size) -> np.ndarray:
     """Draw the cls token's attention to patches: a row for each of M layers, all heads in it."""
-    rows = image_HWC.shape[0] // patch_size[0]
     scaled = attention_MSL / attention_MSL.max(-1, keepdims=True)
-    maps_MSHW = enlarge(scaled.reshape(*scaled.shape[:2], rows, -1), patch_size, axis=2)
+    maps = scaled.reshape(*scaled.shape[:2], *grid(image_HWC[None], patch_size))
+    maps_MSHW = enlarge(maps, patch_size, axis=2)
     return sheet(
         [[image_HWC, *maps] for maps in heat(maps_MSHW)],
         ["original", *(f"head {i}" for i in range(scaled.shape[1]))],
@@ -105,8 +105,8 @@ def components(images_BHWC: np.ndarray, features_BLD: np.ndarray, patch_size: Si
 
     The components are those of all features, also of images that are not drawn.
     """
-    rows, cols = (images_BHWC.shape[i + 1] // patch_size[i] for i in (0, 1))
-    colours = enlarge(principal_colours(features_BLD, (rows, cols)), patch_size, axis=1)
+    colours = principal_colours(features_BLD, grid(images_BHWC, patch_size))
+    colours = enlarge(colours, patch_size, axis=1)
     return sheet(
         list(zip(images_BHWC, colours, strict=False)),
         ("original", "patch features"),
@@ -174,9 +174,13 @@ def paste(
     images_BHWC: np.ndarray, under: np.ndarray, masks_BL: np.ndarray, patch_size: Size
 ) -> np.ndarray:
     """Return images with `under`, images or a colour, in place of the patches that are hidden."""
-    rows = images_BHWC.shape[1] // patch_size[0]
-    hidden = (np.asarray(masks_BL) > 0).reshape(len(masks_BL), rows, -1, 1)
+    hidden = (np.asarray(masks_BL) > 0).reshape(-1, *grid(images_BHWC, patch_size), 1)
     return np.where(enlarge(hidden, patch_size, axis=1), under, images_BHWC)
+
+
+def grid(images_BHWC: np.ndarray, patch_size: Size) -> Size:
+    """Return the rows and columns of patches."""
+    return images_BHWC.shape[1] // patch_size[0], images_BHWC.shape[2] // patch_size[1]
 
 
 def enlarge(maps: np.ndarray, patch_size: Size, axis: int) -> np.ndarray:
@@ -191,8 +195,8 @@ def heat(levels: np.ndarray) -> np.ndarray:
     return (matplotlib.colormaps["inferno"](levels)[..., :3] * 255).astype(np.uint8)
 
 
-def principal_colours(features_BLD: np.ndarray, grid: Size) -> np.ndarray:
-    """Return the first three principal components of all patches as RGB, uint8 [B, *grid, 3]."""
+def principal_colours(features_BLD: np.ndarray, shape: Size) -> np.ndarray:
+    """Return the first three principal components of all patches as RGB, uint8 [B, *shape, 3]."""
     flat = features_BLD.reshape(-1, features_BLD.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(0)
     _, _, directions = np.linalg.svd(flat, full_matrices=False)
@@ -200,4 +204,4 @@ def principal_colours(features_BLD: np.ndarray, grid: Size) -> np.ndarray:
     parts = np.pad(parts, ((0, 0), (0, 3 - parts.shape[1])))  # for fewer than three tokens
     low, high = np.percentile(parts, [1, 99], axis=0)
     scaled = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return (scaled * 255).astype(np.uint8).reshape(len(features_BLD), *grid, 3)
+    return (scaled * 255).astype(np.uint8).reshape(len(features_BLD), *shape, 3)

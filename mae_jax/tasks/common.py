@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mae_jax import optim
 from mae_jax.config import steps
 from mae_jax.data import pipeline
+from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import UserError
@@ -71,23 +72,27 @@ class TrainImages:
         return inputs
 
     def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        """Yield (this host's rows of a batch, scalars to report, lines to log) from a step on."""
+        """Yield (these rows of a global batch, scalars to report, lines to log) from a step on.
 
-        def check_labels(label_B: np.ndarray) -> None:
-            if self.classes:
-                require_labels(label_B, self.classes)
-
-        return pipeline.train_stream(
+        The scalar data/bad_images counts the unreadable images that this host met since this
+        start: a resumed run begins again at 0, and of several hosts the first reports its own.
+        """
+        data, channels = self.data, self.spec.channels
+        unreadable = BadImageLog(self.source, data.max_bad_fraction, channels)
+        for batch in pipeline.train_batches(
             self.source,
-            self.data,
+            data,
             batch_size=self.batch_size,
             image_size=self.spec.image_size,
-            channels=self.spec.channels,
+            channels=channels,
             seed=self.seed,
             start_step=start_step,
             rows=rows,
-            check_labels=check_labels,
-        )
+        ):
+            if self.classes and not data.get("synthetic"):
+                require_labels(batch["label"], self.classes)
+            lines = unreadable.add(batch["bad"])
+            yield batch, {"data/bad_images": unreadable.count}, lines
 
 
 def learning_rate(
