@@ -1,4 +1,4 @@
-"""What a run says while it runs: start-up facts, metrics, evaluations and progress."""
+"""Report on a run while it runs: start-up facts, metrics, evaluations and progress."""
 
 import contextlib
 import math
@@ -42,8 +42,8 @@ class Reporter:
     Args:
       task, schedule: a train.Task and its train.Schedule.
       start: steps that were done before.
-      describe: a word about what is running.
-      started: how the run began, for result files.
+      describe: the name of the task, for the progress bar.
+      started: how the run began, such as "from scratch", for result files.
       learning_rate: by 0-based step.
       check: called with (step, scalars) of every update before anything else happens with them.
       heartbeat: called with what just ended, such as "step 12".
@@ -180,7 +180,7 @@ def start_up(
     """
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
-        f"parameters: {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} trained",
+        f"parameters: {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,}",
         f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
         f" ({task.flops_per_example / 2e9:.2f} GMACs)",
         f"mesh: {shape} on {mesh.size} x {mesh.devices.flat[0].device_kind},"
@@ -200,5 +200,5 @@ def start_up(
     rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total + 1)))
     lines.append(f"learning rate: peak {rates[:-1].max():.3g}")
     if rates[-1] > rates[-2]:
-        lines[-1] += ", still rising at the end: config.optim.warmup is longer than the run"
+        lines[-1] += ", still rising at the end: config.optim.warmup is not over when the run ends"
     return lines

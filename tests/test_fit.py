@@ -238,7 +238,7 @@ def test_a_warmup_longer_than_the_run_is_said(steps, rising):
     peak = optim.peak_lr(config.optim.blr, config.batch_size)
     highest = peak * 9 / 40 if rising else peak
     assert float(line.split()[3].rstrip(",")) == pytest.approx(highest, rel=2e-3)
-    assert line.endswith("config.optim.warmup is longer than the run") == rising
+    assert line.endswith("config.optim.warmup is not over when the run ends") == rising
 
 
 def test_the_closing_hint_fits_the_run(tmp_path, config):
