@@ -32,14 +32,13 @@ class Checkpointer:
         """Open WORKDIR/checkpoints, and remove what an interrupted save left there.
 
         Args:
-          workdir: a local path, or a bucket such as gs://BUCKET/RUN.
           keep: number of newest checkpoints that are kept; at least 1.
           keep_every: also keep each checkpoint whose step is a multiple of this; 0 for none.
         """
         if keep < 1:
             raise UserError(f"config.checkpoint.keep={keep} must be at least 1")
         self.root = _absolute(workdir) / "checkpoints"
-        self._step = self._bytes = 0  # of the save in progress
+        self._step, self._mebibytes = 0, 0.0  # of the save in progress
         self._manager = open_manager(
             self.root, keep, keep_every, self._write_digests, self._leave_if_alone
         )
@@ -52,7 +51,7 @@ class Checkpointer:
         """
         self.wait()
         self._step = step
-        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        self._mebibytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
         with self._explained():
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True
@@ -134,15 +133,10 @@ class Checkpointer:
             raise OSError(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:
-        """Free the space of a failed save, and return a sentence about it."""
-        for path in self.root.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-            with contextlib.suppress(OSError):  # another thread still writes to it
-                path.rmtree(missing_ok=True)
-        older = ", ".join(path.name for path in _numbered(self.root)) or "none"
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rpartition(": ")[2]
+        earlier = ", ".join(path.name for path in _numbered(self.root)) or "none"
         return (
-            f"checkpoint {self._step} could not be written to {self.root}: {reason}; it takes up to"
-            f" {self._bytes / 2**20:,.1f} MiB. Earlier checkpoints, intact: {older}"
+            f"checkpoint {self._step}, of up to {self._mebibytes:,.1f} MiB, could not be written to"
+            f" {self.root}: {error!r}. Earlier checkpoints, intact: {earlier}"
         )
 
     def _leave_if_alone(self, error: Exception) -> None:

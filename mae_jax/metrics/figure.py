@@ -41,8 +41,9 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
         for name, (label, colour, style) in PANELS[title].items():
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
-                marker = "o" if style == "-" and len(points) < 20 else ""
-                axis.plot(*zip(*points), style, color=colour, label=label, marker=marker)
+                marker = "o" if len(points) < 20 else ""
+                steps, numbers = zip(*points, strict=True)
+                axis.plot(steps, numbers, style, color=colour, label=label, marker=marker)
         axis.set(title=title, xlabel="step")
         axis.legend(frameon=False)
         axis.grid(color="0.92")
