@@ -287,6 +287,6 @@ def test_a_full_disk_surfaces_at_the_next_check_and_older_checkpoints_stay(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     printed = [line for line in done.stdout.splitlines() if line.startswith(("ERROR", "KEPT"))]
     assert len(printed) == 2, done.stdout + done.stderr
-    assert printed[0].startswith("ERROR checkpoint 2, of up to 4.0 MiB, could not be written to")
-    assert printed[0].endswith("Earlier checkpoints, intact: 1")
+    assert printed[0].startswith(f"ERROR checkpoint 2 could not be written to {tmp_path}/")
+    assert printed[0].endswith("It takes up to 4.0 MiB. Earlier checkpoints, intact: 1")
     assert printed[1] == "KEPT None ['1']"
