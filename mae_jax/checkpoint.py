@@ -135,8 +135,8 @@ class Checkpointer:
     def _explain(self, error: Exception) -> str:
         earlier = ", ".join(path.name for path in _numbered(self.root)) or "none"
         return (
-            f"checkpoint {self._step} could not be written to {self.root}: {error!r}. It takes up to"
-            f" {self._mebibytes:,.1f} MiB. Earlier checkpoints, intact: {earlier}"
+            f"checkpoint {self._step} could not be written to {self.root}: {error!r}. It takes up"
+            f" to {self._mebibytes:,.1f} MiB. Earlier checkpoints, intact: {earlier}"
         )
 
     def _leave_if_alone(self, error: Exception) -> None:

@@ -51,10 +51,6 @@ def join(
       coordinator: HOST:PORT of host 0, as the other hosts reach it.
       connect_seconds: how long hosts wait for each other here.
       heartbeat_seconds: all hosts end when one gives no sign for this time.
-
-    Raises:
-      UserError: the first three arguments contradict each other, the port is taken, or JAX detects
-        no cluster.
     """
     own = f"--coordinator={coordinator} --num_hosts={num_hosts} --host={host}"
     complete = re.fullmatch(r".+:\d{1,5}", coordinator or "") and host in range(num_hosts or 0)
@@ -119,9 +115,6 @@ def agreement(about: str) -> Iterator[dict[str, Any]]:
 
     Args:
       about: name of the facts, unique among agreements.
-
-    Raises:
-      UserError: on all hosts.
     """
     facts: dict[str, Any] = {}
     refusal = None
@@ -167,15 +160,13 @@ class Preempted(SystemExit):
 def preemption() -> Callable[[], bool]:
     """Listen for SIGTERM from here on.
 
-    With `jax.distributed`, its service listens and lets all hosts agree on when to stop; a signal
-    handler of ours would disable it.
-
     Returns:
       A function to call once per step: whether to save and stop now, equal on all hosts.
     """
     if jax.distributed.is_initialized():
-        # All hosts stop at the call after the furthest one that a host had made when the signal
-        # came. The service forgets a signal that came before the first call: make that one here.
+        # JAX's service listens; a signal handler of ours would disable it. All hosts stop at the
+        # call after the furthest one that a host had made when the signal came. The service forgets
+        # a signal that came before the first call: make that one here.
         calls = itertools.count()
 
         def requested() -> bool:
@@ -240,17 +231,17 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
     if client is None:
         return [json.loads(json.dumps(facts))]
     client.key_value_set(f"mae_jax/{about}/{global_state.process_id}", json.dumps(facts))
-    all_facts = []
+    texts = []
     for host in range(global_state.num_processes):
         try:
-            text = client.blocking_key_value_get(f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000)
+            key, milliseconds = f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000
+            texts.append(client.blocking_key_value_get(key, milliseconds))
         except RuntimeError as error:
             raise UserError(
                 f"host {host} did not get as far as the agreement on its {about} within"
                 f" {AGREE_SECONDS} s: see what it printed ({error})"
             ) from error
-        all_facts.append(json.loads(text))
-    return all_facts
+    return [json.loads(text) for text in texts]
 
 
 def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> None:

@@ -126,11 +126,7 @@ def _require_shared(root: epath.Path) -> None:
 def prepare_workdir(
     workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
 ) -> None:
-    """Write config.json and env.json, and print what changed in the environment.
-
-    Raises:
-      UserError: see `check_workdir`.
-    """
+    """Check a workdir, write its config.json and env.json, and print what changed around it."""
     check_workdir(workdir, config, examples)
     root = epath.Path(workdir)
     new_env = versions() | {

@@ -25,7 +25,7 @@ class Reporter:
     Args:
       task, schedule: a train.Task and its train.Schedule.
       start: steps that were done before.
-      started: how the run began, for result files.
+      started: how the run began, for the log and result files.
       learning_rate: by 0-based step.
       check: called with (step, scalars) of every update before anything else happens with them.
       heartbeat: called when an update or an evaluation has ended.
@@ -41,12 +41,12 @@ class Reporter:
         start: int,
         batch_size: int,
         started: str,
-        learning_rate: Callable[[int], Any],
+        learning_rate: Callable[[Any], Any],
         check: Callable[[int, Mapping[str, float]], None],
         heartbeat: Callable[[], None],
     ):
         self._schedule, self._started = schedule, started
-        self._batch_size, self._devices = batch_size, mesh.size
+        self._task, self._mesh, self._batch_size = task, mesh, batch_size
         peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
         work = task.flops_multiplier * task.flops_per_example
         self._mfu_per_rate = work / (peak * mesh.size) if peak else None
@@ -54,7 +54,7 @@ class Reporter:
         self._unread: tuple[int, Mapping[str, Any]] | None = None  # metrics of the last update
         self._writer = writer.Writer(workdir, start)
         self._progress = Progress(schedule.total, start)
-        self.restart_clock(start)
+        self._restart_clock(start)
 
     def __enter__(self) -> "Reporter":
         self._progress.__enter__()
@@ -69,8 +69,45 @@ class Reporter:
         self._writer.log(line)
         self._progress.log(line)
 
-    def restart_clock(self, step: int) -> None:
-        """Measure speed from here on."""
+    def start_up(self, step: Any, params: Any, grad_accum: int) -> None:
+        """Log what a user should know before the first batch, and measure speed from here on.
+
+        Args:
+          step: the compiled step.
+          params: the parameters, or their shapes.
+        """
+        task, mesh, schedule = self._task, self._mesh, self._schedule
+        shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        self.log(
+            f"parameters: {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} trained"
+        )
+        self.log(
+            f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
+            f" ({task.flops_per_example / 2e9:.2f} GMACs)"
+        )
+        self.log(
+            f"mesh: {shape} on {mesh.size} x {mesh.devices.flat[0].device_kind},"
+            f" {jax.process_count()} host(s)"
+        )
+        if (memory := step.memory_analysis()) is not None:
+            state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            self.log(
+                f"memory of the step per device: {(state + temporary) / 2**20:,.0f} MiB"
+                f" ({state / 2**20:,.0f} state and batch, {temporary / 2**20:,.0f} temporary)"
+            )
+        self.log(
+            f"batch: {self._batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps"
+            f" per epoch of {len(task.examples):,} examples; {schedule.total:,} steps"
+        )
+        rates = np.asarray(jax.vmap(self._learning_rate)(np.arange(schedule.total + 1)))
+        line = f"learning rate: peak {rates[:-1].max():.3g}"
+        if rates[-1] > rates[-2]:
+            line += ", still rising at the end: config.optim.warmup is longer than the run"
+        self.log(line)
+        self.log(self._started)
+        self._restart_clock(self._since_step)
+
+    def _restart_clock(self, step: int) -> None:
         self._since_step, self._since = step, time.perf_counter()
         self._seconds = {"waited": 0.0, "paused": 0.0}
 
@@ -128,10 +165,10 @@ class Reporter:
         seconds = max(time.perf_counter() - self._since - self._seconds["paused"], 1e-9)
         rate = (step - self._since_step) * self._batch_size / seconds
         waited = self._seconds["waited"] / seconds
-        self.restart_clock(step)
+        self._restart_clock(step)
         scalars |= {
             "train/lr": float(self._learning_rate(step - 1)),
-            "perf/images_per_sec_per_chip": rate / self._devices,
+            "perf/images_per_sec_per_chip": rate / self._mesh.size,
             "perf/data_wait_frac": waited,
         }
         if self._mfu_per_rate is not None:
@@ -144,42 +181,3 @@ class Reporter:
             images_per_sec=rate,
             data_wait=waited,
         )
-
-
-def start_up(
-    task: Any,
-    step: Any,
-    params: Any,
-    mesh: Mesh,
-    schedule: Any,
-    learning_rate: Callable,
-    batch_size: int,
-    grad_accum: int,
-) -> list[str]:
-    """Return what a user should know before the first batch, one fact a line.
-
-    Args:
-      step: the compiled step.
-      params: the parameters, or their shapes.
-    """
-    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    lines = [
-        f"parameters: {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} trained",
-        f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
-        f" ({task.flops_per_example / 2e9:.2f} GMACs)",
-        f"mesh: {shape} on {mesh.size} x {mesh.devices.flat[0].device_kind},"
-        f" {jax.process_count()} host(s)",
-        f"batch: {batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps per epoch"
-        f" of {len(task.examples):,} examples; {schedule.total:,} steps",
-    ]
-    if (memory := step.memory_analysis()) is not None:
-        state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        lines.append(
-            f"memory of the step per device: {(state + temporary) / 2**20:,.0f} MiB"
-            f" ({state / 2**20:,.0f} state and batch, {temporary / 2**20:,.0f} temporary)"
-        )
-    rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total + 1)))
-    lines.append(f"learning rate: peak {rates[:-1].max():.3g}")
-    if rates[-1] > rates[-2]:
-        lines[-1] += ", still rising at the end: config.optim.warmup is longer than the run"
-    return lines

@@ -78,10 +78,10 @@ def run(
             f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
             " nothing is left to do; give a longer one"
         )
-    sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
     step = None
     if start < schedule.total:
-        step = train.compile_step(task, tx, mesh, shapes, seed=config.seed, **sizes)
+        sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
+        step = train.compile_step(task, tx, mesh, shapes, **sizes)
     provenance.prepare_workdir(workdir, config, num_examples)
 
     with (
@@ -107,11 +107,8 @@ def run(
         if step is None:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
-        lines = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
-        for line in [*lines, started]:
-            reporter.log(line)
+        reporter.start_up(step, state.params, config.grad_accum)
         batches = train.global_batches(task, mesh, start, config.batch_size)
-        reporter.restart_clock(start)
         return train.fit(state, step, batches, schedule, saver=saver, **common)
 
 
