@@ -84,9 +84,9 @@ def _shape(file: File, layer: str, rank: int) -> tuple[int, ...]:
 def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
     """Return the sizes of the encoder or decoder; whether positions are trained comes later."""
     blocks = stem(f"{side}/stack/blocks", file.family)
-    pattern = re.compile(rf"{re.escape(blocks)}\.(\d{1, 9})\.")
-    layers = {int(match[1]) for key in file.state if (match := pattern.match(key))}
-    if layers != set(range(len(layers))):
+    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    layers = {match[1] for key in file.state if (match := pattern.match(key))}
+    if layers != set(map(str, range(len(layers)))):
         raise UserError(f"{blocks} has {len(layers)} layers, and they are not numbered from 0")
     hidden, width = _shape(file, f"{blocks}.0.{stem('mlp/fc1', file.family, BLOCK)}", 2)
     prefix = "decoder_" if side == "decoder" else ""
