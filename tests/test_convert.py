@@ -1,6 +1,7 @@
 """Conversion: what comes out is what went in; what cannot be read is refused, whole."""
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -11,17 +12,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from official import DATA, HEADS, META, STATE, golden_state, write_pth
 from safetensors.numpy import load_file, save_file
+from tiny import assert_trees_equal, load_encoder_into
 
 from configs import finetune, pretrain, robustness
 from mae_jax import checkpoint
 from mae_jax.commands import convert
 from mae_jax.interop import names, pth
 from mae_jax.interop.open import open_weights
-from mae_jax.tasks import classify
 from mae_jax.tasks import pretrain as pretrain_task
-from mae_jax.tasks.init_from import load_encoder
 
 ENCODER = {k: x for k, x in STATE.items() if "decoder" not in k and k != "mask_token"}
 FLAGS = [f"--{name}={value}" for name, value in HEADS.items()]
@@ -30,12 +31,6 @@ FLAGS = [f"--{name}={value}" for name, value in HEADS.items()]
 def run(source, out, to, *flags) -> Path:
     assert convert.main([str(source), str(out), f"--to={to}", *flags]) == 0
     return out
-
-
-def same(a, b) -> bool:
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(np.array_equal, a, b)
-    )
 
 
 @pytest.mark.parametrize("form", ["ours", "official", "hf"])
@@ -57,7 +52,7 @@ def test_an_encoder_goes_to_timm_and_hugging_face_and_back(tmp_path):
     for form in ("timm", "hf", "ours", "official"):
         out = run(source, tmp_path / form, form, "--part=encoder", *FLAGS)
         found = open_weights(out, heads=META["heads"])
-        assert same(found.params, wanted), form
+        assert_trees_equal(found.params, wanted)
         if out.is_file():
             assert out.stat().st_mode == source.stat().st_mode  # not its owner's alone
         assert not found.spec.decoder
@@ -82,12 +77,13 @@ def test_hugging_face_names_of_transformers_5_and_files_of_torch_are_the_same_we
         new[name] = x
     assert new.keys().isdisjoint(k for k in old if ".attention." in k)
     save_file(new, hf / "model.safetensors")
-    assert same(open_weights(hf).params, wanted.params)
+    assert_trees_equal(open_weights(hf).params, wanted.params)
     (hf / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="neither model.safetensors nor pytorch_model.bin"):
         open_weights(hf)
     write_pth(hf / "pytorch_model.bin", old, wrapped=False)
-    assert open_weights(hf).spec == wanted.spec and same(open_weights(hf).params, wanted.params)
+    assert open_weights(hf).spec == wanted.spec
+    assert_trees_equal(open_weights(hf).params, wanted.params)
 
 
 def test_training_starts_from_a_converted_file(tmp_path):
@@ -102,19 +98,16 @@ def test_training_starts_from_a_converted_file(tmp_path):
     config = finetune.get_config(f"source=bundled:digits,test=test,batch_size=8,init={init}")
     assert (config.model.width, config.model.depth) == (META["embed_dim"], META["depth"])
     config.mix.group = 8
-    task = classify.Task.from_config(config)
-    params, _ = task.init(jax.random.key(0))
-    found = load_encoder(saved, params["encoder"], task.spec)
-    assert not same(params["encoder"]["stack"], wanted["encoder"]["stack"])
+    found = load_encoder_into(config, init)
     for name in ("patch_embed", "cls_token", "stack"):
-        assert same(found[name], wanted["encoder"][name]), name
+        assert_trees_equal(found[name], wanted["encoder"][name])
 
     config = pretrain.get_config("batch_size=8")
     made = json.loads((init / "config.json").read_text())["model"]
     config.model.update({name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
     config.data.source = "bundled:digits"
     params, _ = pretrain_task.Task.from_config(config).init(jax.random.key(0))
-    assert same(checkpoint.restore(saved, params, checkpoint.PARAMS), wanted)
+    assert_trees_equal(checkpoint.restore(saved, params, checkpoint.PARAMS), wanted)
 
 
 def test_positions_that_are_no_sine_cosine_table_are_kept(tmp_path):
@@ -230,74 +223,63 @@ def test_a_training_checkpoint_tells_its_target(tmp_path):
     assert (weights.spec.target, weights.spec.mean) == ("pixels", (0.485, 0.456, 0.406))
 
 
-def damaged(path: Path, kind: str) -> Path:
-    state = dict(STATE)
-    if kind == "html":
-        path.write_text("<!DOCTYPE html><title>403</title>")
-    elif kind == "lfs":
-        path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "old":
-        path.write_bytes(pickle.dumps(state, 2))
-    elif kind == "text":
-        path.write_text("hello, this is no model")
-    elif kind in ("cut", "flipped"):
-        content = bytearray(write_pth(path).read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content[: len(content) // 2] if kind == "cut" else content)
-    elif kind == "bomb":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", b"\x80\x02}.")
-            archive.writestr("archive/data/0", bytes(2**24))
-    elif kind == "cut safetensors":
-        save_file(state, path)
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        changes = {
-            "missing": {"blocks.1.attn.proj.weight": None},
-            "gap": {"blocks.300000.norm1.weight": np.zeros(3, np.float32)},
-            "extra": {"blocks.0.attn.rogue": np.zeros(3, np.float32)},
-            "off by one": {"blocks.1.norm1.bias": np.zeros(META["embed_dim"] + 1, np.float32)},
-            "integers": {"norm.weight": np.zeros(META["embed_dim"], np.int64)},
-            "nan": {"norm.weight": np.full(META["embed_dim"], np.nan, np.float32)},
-            "unknown": dict.fromkeys(STATE) | {"foo.bar": np.zeros(3)},
-        }
-        state |= changes[kind]
-        write_pth(path, {k: x for k, x in state.items() if x is not None})
-    return path
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def bomb(_: bytes) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(2**24))
+    return file.getvalue()
+
+
+WIDTH = META["embed_dim"]
+EXTRA = {"blocks.0.attn.rogue": np.zeros(3, np.float32)}
+
+
+# Bytes; what is done to the bytes of a whole file; or tensors that are changed in it.
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("damage", "words"),
     [
-        ("html", "is a web page"),
-        ("lfs", "pointer of Git LFS"),
-        ("empty", "is empty"),
-        ("old", "bare pickle"),
-        ("text", "neither a .pth file"),
-        ("cut", "cut off or damaged"),
-        ("flipped", "other bytes than were written"),
-        ("bomb", "has compressed parts"),
-        ("cut safetensors", "is damaged, or holds .*not fully covered"),
-        ("missing", "partial load: blocks.1.attn.proj.weight"),
-        ("gap", "blocks has 3 layers, and they are not numbered from 0"),
-        ("extra", "no place for: blocks.0.attn.rogue"),
-        ("off by one", r"blocks.1.norm1.bias has shape \(65,\) where \(64,\)"),
-        ("integers", "norm.weight holds int64"),
-        ("nan", "not finite"),
-        ("unknown", "not a model of this family; .* foo.bar"),
+        (b"<!DOCTYPE html><title>403</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        (b"", "is empty"),
+        (pickle.dumps(STATE, 2), "bare pickle"),
+        (b"hello, this is no model", "neither a .pth file"),
+        (lambda content: content[: len(content) // 2], "cut off or damaged"),
+        (flipped, "other bytes than were written"),
+        (bomb, "has compressed parts"),
+        (lambda _: safetensors.numpy.save(STATE)[:-100], "is damaged, or .*not fully covered"),
+        ({"blocks.1.attn.proj.weight": None}, "partial load: blocks.1.attn.proj.weight"),
+        ({"blocks.300000.norm1.weight": np.zeros(3, np.float32)}, "blocks has 3 layers, and they"),
+        (EXTRA, "no place for: blocks.0.attn.rogue"),
+        (
+            {"blocks.1.norm1.bias": np.zeros(WIDTH + 1, np.float32)},
+            r"blocks.1.norm1.bias has shape \(65,\) where \(64,\)",
+        ),
+        ({"norm.weight": np.zeros(WIDTH, np.int64)}, "norm.weight holds int64"),
+        ({"norm.weight": np.full(WIDTH, np.nan, np.float32)}, "not finite"),
+        (dict.fromkeys(STATE) | {"foo.bar": np.zeros(3)}, "not a model of this family; .* foo.bar"),
     ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_cannot_be_read_is_said_and_leaves_nothing_behind(kind, words, tmp_path):
-    source = damaged(tmp_path / "model.pth", kind)
+def test_what_cannot_be_read_is_said_and_leaves_nothing_behind(damage, words, tmp_path):
+    source = tmp_path / "model.pth"
+    if isinstance(damage, bytes):
+        source.write_bytes(damage)
+    elif callable(damage):
+        source.write_bytes(damage(write_pth(source).read_bytes()))
+    else:
+        write_pth(source, {k: x for k, x in (STATE | damage).items() if x is not None})
     with pytest.raises(ValueError, match=words):
         run(source, tmp_path / "out", "hf", *FLAGS)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
 def test_extra_tensors_are_left_out_where_that_is_said(tmp_path):
-    weights = open_weights(damaged(tmp_path / "a.pth", "extra"), allow_unused=True, **HEADS)
+    weights = open_weights(write_pth(tmp_path / "a", STATE | EXTRA), allow_unused=True, **HEADS)
     assert "unused: blocks.0.attn.rogue" in weights.report
 
 

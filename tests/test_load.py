@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from official import DATA, GOLDEN, HEADS, META, STATE, assert_close, golden_state, write_pth
+from tiny import assert_trees_equal, save_workdir
 
 import mae_jax
 from configs import quickstart
-from mae_jax import checkpoint, provenance
 from mae_jax.commands import convert
 from mae_jax.models import masking, posemb
 from mae_jax.models.posemb import sincos_2d
@@ -80,14 +80,11 @@ def test_what_had_to_be_assumed_is_said(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def saved_and_loaded(config, workdir, step):
+def saved_and_loaded(config, workdir):
     """Fresh parameters, saved as a run's, and what is loaded; both predict the same."""
     task = Task.from_config(config)
     params, _ = task.init(jax.random.key(0))
-    saver = checkpoint.Checkpointer(workdir)
-    saver.save(step, {"params": params})
-    saver.close()
-    provenance.prepare_workdir(workdir, config)
+    save_workdir(config, workdir, {"params": params})
     model, loaded = mae_jax.load(workdir)
     shape = (2, *config.model.image_size, config.model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -102,11 +99,12 @@ def saved_and_loaded(config, workdir, step):
 
 def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
     config = ConfigDict(quickstart.get_config())
-    params, model, loaded = saved_and_loaded(config, tmp_path, 7)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
+    params, model, loaded = saved_and_loaded(config, tmp_path)
+    assert_trees_equal(params, loaded)
     assert model.spec.target == config.target.name
-    step, again = mae_jax.load(tmp_path / "checkpoints" / "7")
-    assert step.spec == model.spec and jax.tree.all(jax.tree.map(np.array_equal, again, loaded))
+    step, again = mae_jax.load(tmp_path / "checkpoints" / "0")
+    assert step.spec == model.spec
+    assert_trees_equal(again, loaded)
 
 
 def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):
@@ -114,17 +112,13 @@ def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, 
     config.ema = 0.9
     last, _ = Task.from_config(config).init(jax.random.key(0))
     mean = jax.tree.map(lambda x: x + 1, last)
-    workdir = tmp_path / "run"
-    with checkpoint.Checkpointer(workdir) as saver:
-        saver.save(1, {"params": last, "extra": {"ema": mean}})
-    provenance.prepare_workdir(workdir, config)
-    assert jax.tree.all(jax.tree.map(np.array_equal, last, mae_jax.load(workdir)[1]))
+    workdir = save_workdir(config, tmp_path / "run", {"params": last, "extra": {"ema": mean}})
+    assert_trees_equal(last, mae_jax.load(workdir)[1])
     assert "averaged=True" in capsys.readouterr().err
-    taken = mae_jax.load(workdir, averaged=True)[1]
-    assert jax.tree.all(jax.tree.map(np.array_equal, mean, taken))
+    assert_trees_equal(mean, mae_jax.load(workdir, averaged=True)[1])
     assert not capsys.readouterr().err
     convert.main([str(workdir), str(tmp_path / "mean"), "--to=ours", "--averaged"])
-    assert jax.tree.all(jax.tree.map(np.array_equal, mean, mae_jax.load(tmp_path / "mean")[1]))
+    assert_trees_equal(mean, mae_jax.load(tmp_path / "mean")[1])
     with pytest.raises(ValueError, match="holds no averaged weights: its run had no config.ema"):
         mae_jax.load(tmp_path / "mean", averaged=True)
     with pytest.raises(ValueError, match="only runs of this project have both"):
@@ -171,7 +165,7 @@ def test_a_file_with_another_than_a_square_of_patches(tmp_path):
 def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):
     config = ConfigDict(quickstart.get_config())
     config.masking.tokens_in_encoder = True
-    saved_and_loaded(config, tmp_path, 0)
+    saved_and_loaded(config, tmp_path)
     for to in ("official", "hf"):
         with pytest.raises(ValueError, match="Convert with --part=encoder"):
             convert.main([str(tmp_path), str(tmp_path / "out"), f"--to={to}"])
