@@ -41,11 +41,7 @@ class Model:
     def encode(self, params: Mapping, images: Array, layer: int | None = None) -> Array:
         """Return (B, 1 + L, D), float32: the cls token, then all patches row-major, none hidden.
 
-        After the encoder's final norm (a classifier that averages patches has none), or, with
-        `layer`, after so many blocks and without it.
-
-        Raises:
-          UserError: there is no such layer.
+        With `layer` they are the tokens after so many blocks, without the encoder's final norm.
         """
         spec, weights = self.spec, params["encoder"]
         if layer is not None:
@@ -58,11 +54,10 @@ class Model:
         return tokens.astype(jnp.float32)
 
     def blocks(self, params: Mapping, images: Array) -> tuple[Array, Array]:
-        """Return the inside of `encode`, block by block.
+        """Return the tokens before the first block and after each, and the cls token's attention.
 
-        Returns:
-          (1 + depth, B, 1 + L, D): the tokens before the first block and after each, un-normed.
-          (depth, B, S, 1 + L): the attention of the cls token to all tokens, for each head.
+        Tokens are (1 + depth, B, 1 + L, D), without the final norm; attention, of the cls token to
+        all tokens, is (depth, B, S, 1 + L).
         """
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)
@@ -74,13 +69,7 @@ class Model:
     def reconstruct(
         self, params: Mapping, images: Array, rng: Array, mask_ratio: float = 0.75
     ) -> Reconstruction:
-        """Hide random patches and predict all.
-
-        `mask_ratio` is a shape: under jax.jit name it in static_argnames.
-
-        Raises:
-          UserError: the weights have no decoder; a ratio that hides no patch or all.
-        """
+        """Hide random patches and predict all; under jax.jit `mask_ratio` is a static argument."""
         score_BL = masking.random(rng, len(images), self.spec.grid, mask_ratio)
         kept = masking.num_kept(score_BL.shape[1], mask_ratio)
         return self.predict(params, images, masking.keep_lowest(score_BL, kept))
@@ -101,9 +90,8 @@ class Model:
             )
         if spec.target not in pixels.CAPTIONS:
             raise UserError(
-                f"these weights predict {spec.target}, and no pixels: the decoder's output is that"
-                " of mae_jax.models.mae.MAE; if it is levels of its own, load(path,"
-                " target='pixels')"
+                f"these weights predict {spec.target}, and no pixels; if it is pixels after all,"
+                " load(path, target='pixels')"
             )
         network = mae.MAE(spec, self.compute)
         pred_BLT: Any = network.apply({"params": params}, self.patches(images), mask)
@@ -121,11 +109,7 @@ class Model:
         return Reconstruction(images_BHWC, mask.mask_BL, pred_BLT)
 
     def classify(self, params: Mapping, images: Array) -> Output:
-        """Return features and logits of fine-tuned weights.
-
-        Raises:
-          UserError: the weights have no head.
-        """
+        """Return features and logits of fine-tuned weights."""
         if not self.spec.classes:
             raise UserError("these weights have no head, so that nothing can be classified")
         network = Classifier(self.spec, self.compute)
@@ -136,18 +120,12 @@ class Model:
         return patchify(self.normalize(images), self.spec.patch_size)
 
     def normalize(self, images: Array) -> Array:
-        """Return (B, H, W, C): images as the network was trained on them, by mean and std.
-
-        Raises:
-          UserError: images of another size, or one without a batch.
-        """
-        wanted = (*self.spec.image_size, self.spec.channels)
-        if images.shape == wanted:
-            raise UserError(f"an image of shape {wanted}: give a batch of them, images[None]")
-        if images.ndim != 4 or images.shape[1:] != wanted:
+        """Return (B, H, W, C): images as the network was trained on them, by mean and std."""
+        shape = (*self.spec.image_size, self.spec.channels)
+        if images.ndim != 4 or images.shape[1:] != shape:
             raise UserError(
-                f"images of shape {images.shape}: this model takes (batch, height, width, channels)"
-                f" with {wanted} after the batch; load(path, image_size=...) makes one of another"
+                f"images of shape {images.shape}: this model takes (batch, *{shape}); one image is"
+                " images[None], and load(path, image_size=...) makes a model of another size"
             )
         scaled_BHWC = jnp.asarray(images, jnp.float32) / 255
         return (scaled_BHWC - jnp.asarray(self.spec.mean)) / jnp.asarray(self.spec.std)

@@ -1,4 +1,4 @@
-"""State dicts with the official names: golden numbers, our parameter tree of them, .pth files."""
+"""State dicts with the official names: golden numbers, our parameters of them, .pth files."""
 
 import json
 import math
@@ -7,101 +7,55 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from einops import rearrange
 
+from mae_jax.interop import names
 from mae_jax.models.spec import ModelSpec, ViTSpec
 
-
-def _block(state: dict, prefix: str, heads: int) -> dict:
-    def norm(name):
-        return {"scale": state[f"{prefix}.{name}.weight"], "bias": state[f"{prefix}.{name}.bias"]}
-
-    def linear(name):
-        return {
-            "kernel": state[f"{prefix}.{name}.weight"].T,
-            "bias": state[f"{prefix}.{name}.bias"],
-        }
-
-    qkv, proj = linear("attn.qkv"), linear("attn.proj")
-    qkv["kernel"] = rearrange(qkv["kernel"], "d (three s f) -> d three s f", three=3, s=heads)
-    qkv["bias"] = rearrange(qkv["bias"], "(three s f) -> three s f", three=3, s=heads)
-    proj["kernel"] = rearrange(proj["kernel"], "(s f) d -> s f d", s=heads)
-    return {
-        "norm1": norm("norm1"),
-        "attn": {"qkv": qkv, "proj": proj},
-        "norm2": norm("norm2"),
-        "mlp": {"fc1": linear("mlp.fc1"), "fc2": linear("mlp.fc2")},
-    }
+DATA = Path(__file__).parent / "data"
 
 
-def _stack(state: dict, prefix: str, depth: int, heads: int) -> dict:
-    import jax
-
-    blocks = [_block(state, f"{prefix}.{i}", heads) for i in range(depth)]
-    return {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-
-
-def _linear(state: dict, name: str) -> dict:
-    return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+def golden_state(file: Path) -> tuple[dict, dict]:
+    """Return the parameters in a file of golden numbers, by their official names, and its sizes."""
+    arrays = np.load(file)
+    state = {k.removeprefix("param/"): arrays[k] for k in arrays.files if k.startswith("param/")}
+    return state, json.loads(str(arrays["meta"]))
 
 
-def _norm(state: dict, name: str) -> dict:
-    return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+GOLDEN = np.load(DATA / "mae_tiny.npz")
+STATE, META = golden_state(DATA / "mae_tiny.npz")
+HEADS = {"heads": META["heads"], "decoder_heads": META["dec_heads"]}
 
 
-def encoder_params(state: dict, depth: int, heads: int) -> dict:
-    params = {
-        "cls_token": state["cls_token"],
-        "patch_embed": {
-            "kernel": rearrange(state["patch_embed.proj.weight"], "d ch r c -> (r c ch) d"),
-            "bias": state["patch_embed.proj.bias"],
-        },
-        "stack": _stack(state, "blocks", depth, heads),
-    }
-    if "norm.weight" in state:
-        params["norm"] = _norm(state, "norm")
-    return params
-
-
-def mae_spec(meta: dict) -> ModelSpec:
-    width, decoder_width = meta["embed_dim"], meta["dec_dim"]
+def mae_spec() -> ModelSpec:
+    width, decoder_width = META["embed_dim"], META["dec_dim"]
     return ModelSpec(
-        (meta["img"],) * 2,
-        (meta["patch"],) * 2,
+        (META["img"],) * 2,
+        (META["patch"],) * 2,
         3,
-        ViTSpec(width, meta["depth"], meta["heads"], 4 * width),
-        ViTSpec(decoder_width, meta["dec_depth"], meta["dec_heads"], 4 * decoder_width),
+        ViTSpec(width, META["depth"], META["heads"], 4 * width),
+        ViTSpec(decoder_width, META["dec_depth"], META["dec_heads"], 4 * decoder_width),
     )
 
 
-def mae_params(state: dict, meta: dict) -> dict:
-    return {
-        "encoder": encoder_params(state, meta["depth"], meta["heads"]),
-        "decoder": {
-            "embed": _linear(state, "decoder_embed"),
-            "mask_token": state["mask_token"],
-            "stack": _stack(state, "decoder_blocks", meta["dec_depth"], meta["dec_heads"]),
-            "norm": _norm(state, "decoder_norm"),
-            "pred": _linear(state, "decoder_pred"),
-        },
-    }
+def classifier_spec(meta: dict, pool: str, drop_path: float = 0.0) -> ModelSpec:
+    width, sizes = meta["embed_dim"], ((meta["img"],) * 2, (meta["patch"],) * 2, 3)
+    encoder = ViTSpec(width, meta["depth"], meta["heads"], 4 * width, drop_path, True)
+    return ModelSpec(*sizes, encoder, classes=meta["classes"], pool=pool)
 
 
-def classifier_params(state: dict, meta: dict) -> dict:
-    params = {
-        "encoder": encoder_params(state, meta["depth"], meta["heads"]),
-        "head": _linear(state, "head"),
-    }
-    params["encoder"]["pos_embed"] = state["pos_embed"]
-    if "fc_norm.weight" in state:
-        params["fc_norm"] = _norm(state, "fc_norm")
-    return params
+def params_of(state: dict, spec: ModelSpec) -> dict:
+    return names.to_ours(dict(state), spec, "official")[0]
+
+
+def assert_close(ours, theirs, name=""):
+    worst = np.max(np.abs(np.asarray(ours) - theirs))
+    assert worst <= 1e-5 * np.max(np.abs(theirs)), (name, worst, np.max(np.abs(theirs)))
 
 
 STORAGES = {"float32": "Float", "float64": "Double", "float16": "Half", "int64": "Long"}
 
 
-def write_pth(path: Path, state: dict, wrapped: bool = True) -> Path:
+def write_pth(path: Path, state: dict = STATE, wrapped: bool = True) -> Path:
     """Write {"model": state} (or `state` itself) as torch.save does, and return the path."""
 
     def text(value: str) -> bytes:
@@ -136,10 +90,3 @@ def write_pth(path: Path, state: dict, wrapped: bool = True) -> Path:
             archive.writestr(f"archive/data/{key}", np.ascontiguousarray(x).tobytes())
         archive.writestr("archive/version", b"3\n")
     return path
-
-
-def golden_state(file: Path) -> tuple[dict, dict]:
-    """Return the parameters in a file of golden numbers, by their official names, and its sizes."""
-    arrays = np.load(file)
-    state = {k.removeprefix("param/"): arrays[k] for k in arrays.files if k.startswith("param/")}
-    return state, json.loads(str(arrays["meta"]))

@@ -62,7 +62,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 WEIGHT_FLAGS = (
-    *("part", "image_size", "file_image_size", "channels", "heads", "decoder_heads", "target"),
+    *("part", "image_size", "heads", "decoder_heads", "target"),
     *("mean", "std", "averaged", "allow_unused"),
 )
 
@@ -73,13 +73,11 @@ def define_weight_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("part", "all", parts, "weights to read", flag_values=values)
     for name, read, text in (
         ("image_size", size, "images to make a model for: SIDE or HEIGHTxWIDTH"),
-        ("file_image_size", size, "images of the file, if its patches do not form a square"),
         ("mean", numbers, "mean of each channel, of pixels from 0 to 1"),
         ("std", numbers, "standard deviation of each channel, of pixels from 0 to 1"),
     ):
         flags.DEFINE(Parser(read), name, None, text, flag_values=values)
     for name, text in (
-        ("channels", "channels to make a model for; needs --part=encoder"),
         ("heads", "heads of the encoder, where the file does not say"),
         ("decoder_heads", "heads of the decoder, where the file does not say"),
     ):

@@ -10,8 +10,8 @@ from mae_jax.errors import UserError
 USAGE = """\
 mae-jax convert INPUT OUTPUT --to=ours|official|timm|hf [FLAG ...]
 
-INPUT, whose format is recognised: an official .pth (encoder, full, visualize, fine-tuned, linear
-probe, training checkpoint), a Hugging Face ViTMAE or ViT directory, a timm .safetensors or .pth, a
+INPUT, whose format is recognised: an official .pth (encoder, full, visualize, fine-tuned,
+training checkpoint), a Hugging Face ViTMAE or ViT directory, a timm .safetensors or .pth, a
 workdir of this project or one of its checkpoints, also in a bucket. Nothing in a file is ever run.
 OUTPUT, by --to:
     ours      a workdir, for --config.init_from=OUTPUT and mae_jax.load
@@ -30,7 +30,6 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     """
     values = flags.FlagValues()
     flags.DEFINE_enum("to", None, FORMATS, "format of the output", flag_values=values)
-    flags.DEFINE_string("licence", "", "for the model card", flag_values=values)
     cli.define_weight_flags(values)
     rest = cli.parse("convert", USAGE, argv, values)
     if len(rest) != 2 or values.to is None:
@@ -47,13 +46,11 @@ def main(argv: list[str]) -> int:
         write.refuse_pth(output)
     with write.whole(output) as part:
         weights = interop.open_weights(source, **cli.weight_options(values))
-        spec, params, about = weights.spec, weights.params, weights.about
         print("\n".join(weights.report))
         if values.to == "ours":
-            interop.save(part, spec, params, about["origin"])
-        elif values.to == "hf":
-            write.hf(part, spec, params, about | {"licence": values.licence})
+            interop.save(part, weights.spec, weights.params, origin=source)
         else:
-            {"official": write.official, "timm": write.timm}[values.to](part, spec, params)
+            writers = {"official": write.official, "timm": write.timm, "hf": write.hf}
+            writers[values.to](part, weights.spec, weights.params)
     print(f"written: {output}{'/' * output.is_dir()}")
     return 0

@@ -1,19 +1,19 @@
 """Tell from the shapes of a state dict, and what its file says, which network it is of."""
 
 import math
+import operator
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from mae_jax.errors import UserError
-from mae_jax.interop.names import BLOCK, entries, is_sincos, stem
+from mae_jax.interop.names import BLOCK, entries, stem
 from mae_jax.interop.read import File
-from mae_jax.models.spec import ModelSpec, ViTSpec
+from mae_jax.models.spec import ModelSpec, Size, ViTSpec
 
 # Heads of the published widths (configs/common.py); a state dict does not tell them.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-DECODER_HEADS = {512: 16}
+HEADS = {"encoder": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}, "decoder": {512: 16}}
+OTHER_COLOURS = {"mean": 0.5, "std": 0.25}  # of images that are not RGB
 
 
 def infer(
@@ -21,59 +21,47 @@ def infer(
     *,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: Size | None = None,
     target: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
-    name: str = "",
 ) -> tuple[ModelSpec, list[str]]:
     """Return the network that a state dict is of, and notes on what had to be assumed.
 
     Args:
-      heads, decoder_heads: where the file does not say, and the width is none of the published.
-      image_size: of the file, (height, width), where its patches are not in a square.
-      target: "pixels" or "norm_pixels", where the file does not say.
-      mean, std: of each channel, where the file does not say.
-      name: of the file; those of the released files tell their target.
+      file: what it says itself wins over image_size, and loses to the other arguments.
 
     Raises:
       UserError: tensors that contradict each other, or something that cannot be told.
     """
-    state, config, family = file.state, file.config, file.family
-    _, channels, rows, columns = _shape(file, stem("encoder/patch_embed", family), 4)
-    encoder = _vit(file, "encoder", "heads", heads or config.get("num_attention_heads"), HEADS)
-    grid = _grid(file, (rows, columns), image_size or config.get("image_size"))
-    fields: dict[str, Any] = {}
-    notes: list[str] = []
-    if stem("decoder/embed", family) + ".weight" in state:
-        given = decoder_heads or config.get("decoder_num_attention_heads")
-        fields["decoder"] = _vit(file, "decoder", "decoder_heads", given, DECODER_HEADS)
-        fields["target"], notes = _target(target, config, name)
-        if config.get("mask_ratio") is not None:
-            fields["mask_ratio"] = _ratio(config["mask_ratio"])
-    head = stem("head", family)
-    if f"{head}.weight" in state:
+    _, channels, *patch_size = _shape(file, stem("encoder/patch_embed", file.family), 4)
+    fields: dict[str, Any] = {"encoder": _vit(file, "encoder", heads)}
+    notes = []
+    if f"{stem('decoder/embed', file.family)}.weight" in file.state:
+        fields["decoder"] = _vit(file, "decoder", decoder_heads)
+        fields["mask_ratio"] = _said(file, "mask_ratio", _share, ModelSpec.mask_ratio)
+        normalised = _said(file, "norm_pix_loss", bool, None)
+        if normalised is None and "visualize" in file.name:
+            normalised = False  # docs/REFERENCE.md section 8
+        if normalised is None and target is None:
+            notes.append(
+                "target: the file does not say whether the decoder predicts pixels or normalised"
+                " pixels; taken as norm_pixels, give target=pixels if not"
+            )
+        fields["target"] = target or ("pixels" if normalised is False else "norm_pixels")
+    head = stem("head", file.family)
+    if f"{head}.weight" in file.state:
         fields["classes"] = _shape(file, head, 2)[0]
-        fields["pool"] = "avg" if "fc_norm.weight" in state else "cls"
-    defaults = {"mean": ModelSpec.mean, "std": ModelSpec.std}
-    colours = {name: _numbers(name, config.get(name), x) for name, x in defaults.items()}
-    if len(colours["mean"]) != channels:
-        colours = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
-        notes.append(f"mean and std of {channels} channels are not known: taken as 0.5 and 0.25")
-    dtypes = Counter(x.dtype.name for x in state.values())
-    if set(dtypes) != {"float32"}:
-        counts = ", ".join(f"{n} {dtype}" for dtype, n in dtypes.items())
-        notes.append(f"types of the tensors: {counts}; all are made float32")
-    spec = ModelSpec(
-        (grid[0] * rows, grid[1] * columns),
-        (rows, columns),
-        channels,
-        encoder,
-        mean=mean or colours["mean"],
-        std=std or colours["std"],
-        **fields,
-    )
-    return spec, notes
+        fields["pool"] = "avg" if "fc_norm.weight" in file.state else "cls"
+    for key, given in (("mean", mean), ("std", std)):
+        colours = given or _said(file, key, _floats, getattr(ModelSpec, key))
+        if not given and len(colours) != channels:
+            colours = (OTHER_COLOURS[key],) * channels
+            notes.append(f"{key} of {channels} channels is not known: taken as {colours[0]}")
+        fields[key] = colours
+    rows, columns = patch_size
+    size = _image_size(file, (rows, columns), image_size)
+    return ModelSpec(size, (rows, columns), channels, **fields), notes
 
 
 def unused(file: File, spec: ModelSpec) -> list[str]:
@@ -93,82 +81,63 @@ def _shape(file: File, layer: str, rank: int) -> tuple[int, ...]:
     return shape
 
 
-def _vit(file: File, side: str, what: str, heads: Any, published: Mapping[int, int]) -> ViTSpec:
+def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
     """Return the sizes of the encoder or decoder; whether positions are trained comes later."""
     blocks = stem(f"{side}/stack/blocks", file.family)
     pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
-    layers = {int(found[1]) for key in file.state if (found := pattern.match(key))}
-    if layers != set(range(len(layers))):
+    layers = {match[1] for key in file.state if (match := pattern.match(key))}
+    if layers != set(map(str, range(len(layers)))):
         raise UserError(f"{blocks} has {len(layers)} layers, and they are not numbered from 0")
     hidden, width = _shape(file, f"{blocks}.0.{stem('mlp/fc1', file.family, BLOCK)}", 2)
-    heads = heads or published.get(width)
+    prefix = "decoder_" if side == "decoder" else ""
+    published = HEADS[side].get(width)
+    heads = heads or _said(file, f"{prefix}num_attention_heads", operator.index, published)
     if not heads:
         raise UserError(
-            f"the file does not say how many {what} a width of {width} is split into: give {what}"
+            f"the file does not say how many {prefix}heads a width of {width} is split into: give"
+            f" {prefix}heads"
         )
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise UserError(f"{what}={heads} does not divide the width {width}")
+    if heads < 1 or width % heads:
+        raise UserError(f"{prefix}heads={heads} does not divide the width {width}")
     return ViTSpec(width, len(layers), heads, hidden)
 
 
-def _grid(file: File, patch_size: tuple[int, int], size: Any) -> tuple[int, int]:
-    """Return rows and columns of patches: by the image size, else square, else by the positions."""
+def _image_size(file: File, patch_size: Size, image_size: Size | None) -> Size:
+    """Return what the file says; else that of a square of patches; else `image_size`."""
     key = stem("encoder/pos_embed", file.family)
-    table = file.state.get(key)
-    positions = table.shape[1] if table is not None and table.ndim == 3 else 0
-    if size is not None:
-        sides = [size, size] if isinstance(size, int) else size
-        if not (
-            isinstance(sides, list | tuple)
-            and len(sides) == 2
-            and all(isinstance(side, int) for side in sides)
-        ):
-            raise UserError(f"the file's image_size is {size!r}: give image_size")
-        grid = sides[0] // patch_size[0], sides[1] // patch_size[1]
-        if positions and positions != 1 + math.prod(grid):
-            raise UserError(
-                f"{key} has {positions} positions; images of {sides[0]} x {sides[1]} in"
-                f" patches of {patch_size[0]} x {patch_size[1]} and a cls token need"
-                f" {1 + math.prod(grid)}"
-            )
-        return grid
-    if table is None or positions < 2:
-        raise UserError(f"there is no position table {key}: give image_size")
-    patches = positions - 1
-    side = math.isqrt(patches)
-    if side * side == patches:
-        return side, side
-    for rows in range(1, patches + 1):
-        if patches % rows == 0 and is_sincos(table, (rows, patches // rows)):
-            return rows, patches // rows
-    raise UserError(
-        f"{key} has {patches} patches, which are not in a square: give the image_size of the file"
-    )
+    if (sides := _said(file, "image_size", _sides, None)) is not None:
+        return sides
+    shape = file.state[key].shape if key in file.state else ()
+    patches = shape[1] - 1 if len(shape) == 3 else 0
+    side = math.isqrt(max(patches, 0))
+    if side and side**2 == patches:
+        return side * patch_size[0], side * patch_size[1]
+    if image_size is None:
+        raise UserError(f"{key} is not of patches in a square: give the image_size of the file")
+    return image_size
 
 
-def _ratio(given: Any) -> float:
-    if not isinstance(given, float) or not 0 < given < 1:
-        raise UserError(f"the file's mask_ratio is {given!r}, not a number between 0 and 1")
-    return given
-
-
-def _numbers(what: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:
-    if given is None:  # timm's arguments say None for its own default
+def _said(file: File, key: str, read: Callable[[Any], Any], default: Any) -> Any:
+    """Return what the file's config says, or the default where it says nothing."""
+    value = file.config.get(key)
+    if value is None:  # timm's arguments say None for its own default
         return default
     try:
-        return tuple(float(x) for x in given)
-    except (TypeError, ValueError):
-        raise UserError(f"the file's {what} is {given!r}, not a number for each channel") from None
+        return read(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"the file's {key} is {value!r}, which is not a possible {key}") from None
 
 
-def _target(given: str | None, config: Mapping, name: str) -> tuple[str, list[str]]:
-    if given:
-        return given, []
-    if "norm_pix_loss" in config:
-        return ("norm_pixels" if config["norm_pix_loss"] else "pixels"), []
-    if "visualize" in name:
-        return "pixels", ["target: pixels, by the name of the file"]
-    return "norm_pixels", [
-        "target: the file does not say whether the decoder predicts pixels or normalised pixels;"
-        " taken as norm_pixels, give target=pixels if not"
-    ]
+def _share(value: Any) -> float:
+    if not 0 < value < 1:
+        raise ValueError
+    return float(value)
+
+
+def _floats(value: Any) -> tuple[float, ...]:
+    return tuple(map(float, value))
+
+
+def _sides(value: Any) -> Size:
+    height, width = (value, value) if isinstance(value, int) else value
+    return operator.index(height), operator.index(width)

@@ -77,10 +77,9 @@ HF_ALIASES = (
     (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-    (r"\.attention\.([qkv])_proj\.", r".attention.attention.\1."),
-    (r"\.attention\.attention\.q\.", ".attention.attention.query."),
-    (r"\.attention\.attention\.k\.", ".attention.attention.key."),
-    (r"\.attention\.attention\.v\.", ".attention.attention.value."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
@@ -131,16 +130,21 @@ def entries(spec: ModelSpec, family: Family) -> Iterator[Entry]:
         "c": cols, "ch": spec.channels, "t": spec.target_dim, "y": spec.classes,
         "e": spec.decoder.width if spec.decoder else 0,
     }  # fmt: skip
-
+    absent = [
+        "fc_norm" if spec.final_norm else "encoder/norm",
+        *["head"] * (not spec.classes),
+        *["decoder"] * (not spec.decoder),
+    ]
     for path, *_, layout in TABLE:
         theirs = stem(path, family)
-        if not _has(spec, path):
+        if path.startswith(tuple(absent)):
             continue
         if layout is not BLOCK:
             yield from _parts(path, theirs, None, layout, sizes)
             continue
         vit = spec.decoder if spec.decoder and path.startswith("decoder") else spec.encoder
         inside = {"d": vit.width, "s": vit.heads, "f": vit.width // vit.heads, "h": vit.hidden}
+        inside["depth"] = vit.depth
         for layer in range(vit.depth):
             for part, *_, part_layout in BLOCK:
                 name = f"{theirs}.{layer}.{stem(part, family, BLOCK)}"
@@ -155,14 +159,6 @@ def _parts(
     for part, suffix, axes, their_axes in layout:
         names = tuple(before + x + after + suffix for x in inside.split(","))
         yield Entry(path + part, layer, names, axes, their_axes, sizes)
-
-
-def _has(spec: ModelSpec, path: str) -> bool:
-    if path in ("encoder/norm", "fc_norm"):
-        return spec.final_norm == (path == "encoder/norm")
-    if path == "head":
-        return spec.classes > 0
-    return spec.decoder is not None or not path.startswith("decoder/")
 
 
 def to_ours(
@@ -197,9 +193,7 @@ def to_ours(
             flat[entry.path] = np.array(x, np.float32, order="C")
             continue
         if entry.layer == 0:
-            vit = spec.decoder if entry.path.startswith("decoder") else spec.encoder
-            assert vit is not None
-            flat[entry.path] = np.empty((vit.depth, *x.shape), np.float32)
+            flat[entry.path] = np.empty((entry.sizes["depth"], *x.shape), np.float32)
         flat[entry.path][entry.layer] = x
     for path, x in flat.items():
         if not np.isfinite(x).all():

@@ -31,6 +31,7 @@ STORAGES = {  # as names: a pickle could change the state of a NumPy dtype
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 MAX_PICKLE = 64 * 2**20  # bytes; that of a real model has a few hundred KB
 
 
@@ -42,68 +43,38 @@ def read(path: str | os.PathLike) -> Any:
     """
     data = np.memmap(path, np.uint8, "r")
     try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise UserError(
-            f"{path} is cut off or damaged: its end has no zip directory, which .pth files have"
-        ) from None
-    with archive:
-        members = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
-        if len(pickles) != 1:
-            raise UserError(f"{path} is a zip archive, but not one that torch.save wrote")
-        root = pickles[0].removesuffix("data.pkl")
-        packed = [i.filename for i in members.values() if i.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise UserError(
-                f"{path} has compressed parts ({packed[0]!r}); torch.save writes none, and they"
-                " could unpack to any size"
-            )
-        if members[pickles[0]].file_size > MAX_PICKLE:
-            raise UserError(f"{path}: its {pickles[0]} is larger than {MAX_PICKLE >> 20} MiB")
-        order = members.get(f"{root}byteorder")
-        if order and _bytes(data, order, path).tobytes() != b"little":
-            raise UserError(f"{path} was written on a big-endian machine, which is not supported")
-
-        def storage(key: str) -> np.ndarray:
-            info = members.get(f"{root}data/{key}")
-            if info is None:
-                raise UserError(f"{path} has no storage {key!r}: it is damaged")
-            return _bytes(data, info, path)
-
-        reader = _Reader(io.BytesIO(_bytes(data, members[pickles[0]], path).tobytes()))
-        reader.storage = storage
-        try:
-            return reader.load()
-        except pickle.UnpicklingError as error:
-            raise UserError(f"{path} was not read: {error}") from None
-        except (
-            EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
-            UnicodeDecodeError, MemoryError, struct.error,
-        ) as error:  # fmt: skip
-            raise UserError(f"{path}: its data.pkl is damaged ({error!r})") from None
-
-
-def _bytes(data: np.ndarray, info: zipfile.ZipInfo, path: Any) -> np.ndarray:
-    """Return the stored bytes of a member, after a check of its CRC."""
-    start = info.header_offset
-    header = data[start : start + 30].tobytes()
-    if len(header) == 30 and header[:4] == b"PK\3\4":
-        name, extra = struct.unpack("<HH", header[26:30])
-        start += 30 + name + extra
-        content = data[start : start + info.file_size]
-        if len(content) == info.file_size and zlib.crc32(content.data) == info.CRC:
-            return content
-    raise UserError(f"{path} is damaged: {info.filename!r} has other bytes than were written")
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+        return _Reader(data, members).load()
+    except Exception as error:  # damaged bytes can make zipfile and pickle raise anything
+        reason = str(error) or repr(error)
+        raise UserError(f"{path} was not read, it may be cut off or damaged: {reason}") from error
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler of state dicts, which looks names up in a table of its own and nowhere else."""
+    """An unpickler of state dicts, which looks names up in a table of its own and nowhere else.
 
-    storage: Any  # key -> bytes
+    Its methods raise UnpicklingError with the reason for which a file is refused.
+    """
 
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, data: np.ndarray, members: dict[str, zipfile.ZipInfo]):
+        self._data, self._members = data, members
+        pickles = [name for name in members if name.split("/")[-1] == "data.pkl"]
+        if len(pickles) != 1:
+            raise pickle.UnpicklingError("it is a zip archive, but not one that torch.save wrote")
+        for info in members.values():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError(
+                    f"it has compressed parts ({info.filename!r}); torch.save writes none, and they"
+                    " could unpack to any size"
+                )
+        if members[pickles[0]].file_size > MAX_PICKLE:
+            raise pickle.UnpicklingError(f"its pickle is larger than {MAX_PICKLE >> 20} MiB")
+        self._root = pickles[0].removesuffix("data.pkl")
+        order = f"{self._root}byteorder"
+        if order in members and self._bytes(order).tobytes() != b"little":
+            raise pickle.UnpicklingError("it was written on a big-endian machine")
+        super().__init__(io.BytesIO(self._bytes(pickles[0]).tobytes()), encoding="utf-8")
 
         # New classes for each file: what a pickle does to them ends with its reading.
         class OrderedDict(dict):
@@ -112,41 +83,49 @@ class _Reader(pickle.Unpickler):
         class Namespace:
             pass
 
-        def rebuild(storage, offset, shape, stride, *_):
-            return _tensor(storage, offset, shape, stride)
-
         self._allowed: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("argparse", "Namespace"): Namespace,
-            ("torch._utils", "_rebuild_tensor_v2"): rebuild,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments[:4]),
         }
-        # Paths among a run's arguments become text.
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+        for name in PATHS:  # among a run's arguments; they become text
             self._allowed["pathlib", name] = lambda *parts: "/".join(map(str, parts))
         self._allowed |= {("torch", name): dtype for name, dtype in STORAGES.items()}
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._allowed[module, name]
-        except KeyError:
+        if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}. Only tensors, dicts, numbers, text and the arguments"
                 " of a run are read; nothing in a file is run"
-            ) from None
+            )
+        return self._allowed[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or dtype not in STORAGES.values():
             raise pickle.UnpicklingError(f"it has an object of an unknown kind: {pid!r:.80}")
-        _, dtype, key, _, count = pid
-        if dtype not in STORAGES.values() or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it has a storage of an unknown kind: {pid!r:.80}")
-        content = self.storage(key)
-        kind = np.dtype(jnp.bfloat16 if dtype == "bfloat16" else dtype)
-        if not isinstance(count, int) or len(content) != count * kind.itemsize:
+        content = self._bytes(f"{self._root}data/{key}")
+        number = np.dtype(jnp.bfloat16 if dtype == "bfloat16" else dtype)
+        if len(content) != count * number.itemsize:
             raise pickle.UnpicklingError(
                 f"storage {key!r} has {len(content)} bytes, not {count} numbers of {dtype}"
             )
-        return content.view(kind) if content.size else np.empty(0, kind)
+        return content.view(number) if content.size else np.empty(0, number)
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """Return the stored bytes of a member, after a check of its CRC."""
+        info = self._members.get(name)
+        if info is None:
+            raise pickle.UnpicklingError(f"it has no {name!r}")
+        start = info.header_offset
+        header = self._data[start : start + 30].tobytes()
+        if len(header) == 30 and header[:4] == b"PK\3\4":
+            length, extra = struct.unpack("<HH", header[26:30])
+            start += 30 + length + extra
+            content = self._data[start : start + info.file_size]
+            if len(content) == info.file_size and zlib.crc32(content.data) == info.CRC:
+                return content
+        raise pickle.UnpicklingError(f"{name!r} has other bytes than were written")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> np.ndarray:

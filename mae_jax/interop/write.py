@@ -1,7 +1,6 @@
 """Write our parameters as the files of the PyTorch families, whole or not at all."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def timm(path: Path, spec: ModelSpec, params: Mapping) -> None:
     official(path, spec, params)
 
 
-def hf(path: Path, spec: ModelSpec, params: Mapping, about: Mapping[str, str]) -> None:
-    """Write a directory for `from_pretrained`: config, weights, preprocessing and model card.
+def hf(path: Path, spec: ModelSpec, params: Mapping) -> None:
+    """Write a directory for `from_pretrained`: config, weights and preprocessing.
 
     With a decoder it is a ViTMAEForPreTraining; without, a ViTModel, which ViTMAEModel reads as
     well; with a head, a ViTForImageClassification.
@@ -79,14 +78,18 @@ def hf(path: Path, spec: ModelSpec, params: Mapping, about: Mapping[str, str]) -
     state = to_theirs(params, spec, "hf")
     if not (spec.decoder or spec.classes):
         state = {name.removeprefix("vit."): x for name, x in state.items()}
+    height, width = spec.image_size
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "image_mean": spec.mean,
+        "image_std": spec.std,
+    }
     path.mkdir()
     _write(path / "model.safetensors", state)
-    for name, content in (
-        ("config.json", _config(spec)),
-        ("preprocessor_config.json", _preprocessor(spec)),
-    ):
-        (path / name).write_text(json.dumps(content, indent=2) + "\n")
-    (path / "README.md").write_text(_card(spec, about), encoding="utf-8")
+    files.write_json(path / "config.json", _config(spec))
+    files.write_json(path / "preprocessor_config.json", preprocessor)
 
 
 def _write(path: Path, state: Mapping[str, np.ndarray]) -> None:
@@ -99,21 +102,12 @@ def _write(path: Path, state: Mapping[str, np.ndarray]) -> None:
     path.chmod(mode)
 
 
-def _architecture(spec: ModelSpec) -> str:
-    if spec.decoder:
-        return "ViTMAEForPreTraining"
-    return "ViTForImageClassification" if spec.classes else "ViTModel"
-
-
-def _side(sides: tuple[int, int]) -> int | list[int]:
-    return sides[0] if sides[0] == sides[1] else list(sides)
-
-
-def _config(spec: ModelSpec) -> dict:
+def _config(spec: ModelSpec) -> dict[str, Any]:
+    """Return what differs from transformers' defaults, and the sizes."""
     encoder, decoder = spec.encoder, spec.decoder
     config: dict[str, Any] = {
-        "architectures": [_architecture(spec)],
-        "model_type": "vit_mae" if decoder else "vit",
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
         "image_size": _side(spec.image_size),
         "patch_size": _side(spec.patch_size),
         "num_channels": spec.channels,
@@ -121,16 +115,12 @@ def _config(spec: ModelSpec) -> dict:
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": encoder.heads,
         "intermediate_size": encoder.hidden,
-        "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "dtype": "float32",
     }
     if decoder:
         config |= {
+            "architectures": ["ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
             "decoder_hidden_size": decoder.width,
             "decoder_num_hidden_layers": decoder.depth,
             "decoder_num_attention_heads": decoder.heads,
@@ -139,59 +129,11 @@ def _config(spec: ModelSpec) -> dict:
             "norm_pix_loss": spec.target == "norm_pixels",
         }
     if spec.classes:
-        labels = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
-        config |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+        labels = {i: f"LABEL_{i}" for i in range(spec.classes)}
+        config["architectures"] = ["ViTForImageClassification"]
+        config |= {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
     return config
 
 
-def _preprocessor(spec: ModelSpec) -> dict:
-    height, width = spec.image_size
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-    }
-
-
-def _card(spec: ModelSpec, about: Mapping[str, str]) -> str:
-    architecture = _architecture(spec)
-    options = ", add_pooling_layer=False" if architecture == "ViTModel" else ""
-    encoder, (rows, columns) = spec.encoder, spec.patch_size
-    size = " x ".join(map(str, spec.image_size))
-    lines = [
-        f"- Network: ViT, width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads,"
-        f" patches of {rows} x {columns}, images of {size} with {spec.channels} channels"
-    ]
-    if spec.decoder:
-        target = {
-            "pixels": "pixels, after mean and std normalisation",
-            "norm_pixels": "pixels of each patch, normalised by the patch's mean and deviation",
-        }[spec.target]
-        lines.append(f"- Target of the decoder: {target}; mask ratio {spec.mask_ratio}")
-    for key, title in (("data", "Data"), ("recipe", "Recipe"), ("origin", "Converted from")):
-        lines.append(
-            f"- {title}: {about.get(key) or 'not recorded in the source of these weights'}"
-        )
-    lines.append(f"- Licence: {about.get('licence') or 'that of the source; not recorded here'}")
-    return f"""---
-library_name: transformers
-tags: [masked-autoencoder, vision]
----
-# Masked autoencoder (He et al., arXiv 2111.06377)
-
-{chr(10).join(lines)}
-
-```python
-from transformers import {architecture}
-
-model = {architecture}.from_pretrained("PATH"{options})
-```
-
-Converted with mae_jax. LayerNorm's epsilon is 1e-6, with which MAE's weights were trained.
-"""
+def _side(sides: tuple[int, int]) -> int | tuple[int, int]:
+    return sides[0] if sides[0] == sides[1] else sides

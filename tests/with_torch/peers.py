@@ -64,14 +64,17 @@ def run_vitmae(model, images: np.ndarray, noise: np.ndarray):
     import torch
 
     with torch.no_grad():
-        pixels = torch.tensor(normalized(images)).permute(0, 3, 1, 2)
-        out = model(pixel_values=pixels, noise=torch.tensor(noise))
+        out = model(pixel_values=pixels_of(images), noise=torch.tensor(noise))
     return out.logits.numpy(), float(out.loss), out.mask.numpy()
 
 
-def normalized(images: np.ndarray) -> np.ndarray:
+def pixels_of(images: np.ndarray):
+    """Return images of levels as PyTorch's models take them: normalised, (B, C, H, W)."""
+    import torch
+
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    return ((images.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+    normalized = ((images.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+    return torch.tensor(normalized).permute(0, 3, 1, 2)
 
 
 def draw(model) -> tuple[np.ndarray, np.ndarray]:
@@ -146,8 +149,7 @@ def test_an_encoder_loads_as_vit_and_as_vitmae_without_complaint(tmp_path, caplo
         assert not any(info.values()), (cls, info)
         if cls is ViTModel:
             with torch.no_grad():
-                pixels = torch.tensor(normalized(images)).permute(0, 3, 1, 2)
-                assert_close(tokens, peer.eval()(pixels).last_hidden_state.numpy())
+                assert_close(tokens, peer.eval()(pixels_of(images)).last_hidden_state.numpy())
 
 
 def test_a_classifier_there_and_back(tmp_path):
@@ -160,7 +162,7 @@ def test_a_classifier_there_and_back(tmp_path):
     ViTForImageClassification(config).save_pretrained(tmp_path / "in")
     peer = ViTForImageClassification.from_pretrained(tmp_path / "in").eval()
     images, _ = draw(peer)
-    pixels = torch.tensor(normalized(images)).permute(0, 3, 1, 2)
+    pixels = pixels_of(images)
     model, params = mae_jax.load(tmp_path / "in")
     with torch.no_grad():
         assert_close(model.classify(params, images).logits_BY, peer(pixels).logits.numpy())
@@ -186,7 +188,7 @@ def test_timm_loads_strictly_and_gives_equal_features(pool, tmp_path):
     peer = timm.create_model(name, global_pool=pool, num_classes=classes, **sizes).eval()
     torch.save(peer.state_dict(), tmp_path / "in.pth")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    pixels = torch.tensor(normalized(images)).permute(0, 3, 1, 2)
+    pixels = pixels_of(images)
     model, params = mae_jax.load(tmp_path / "in.pth", heads=2)
     with torch.no_grad():
         if classes:
