@@ -220,17 +220,6 @@ def test_images_written_again_under_their_names_are_another_plan(folder, tmp_pat
         run(out, folder)
 
 
-def test_shards_of_two_hosts_are_disjoint_and_complete(folder, tmp_path):
-    out = tmp_path / "a.npy"
-    whole = run(out, folder)
-    for host in (1, 0):
-        run(out, folder, "--num_hosts=2", f"--host={host}")
-    shards = [columns(tmp_path / f"a-{host:05d}-of-00002.npy") for host in range(2)]
-    both = {name: np.concatenate([shard[name] for shard in shards]) for name in whole}
-    assert_same(both, whole, atol=1e-6)
-    assert not set(shards[0]["name"]) & set(shards[1]["name"])
-
-
 def test_files_and_lists_are_read_in_their_order(folder, tmp_path):
     (folder / "list.txt").write_text("dog/9.png\n\ncat/0.png\nnowhere.png\n")
     found = run(tmp_path / "a.npy", folder / "list.txt", folder / "cat/1.png")
@@ -254,13 +243,10 @@ def test_a_dataset_gives_names_and_labels(tmp_path):
     ("arguments", "words"),
     [
         (["images", "--out=a.csv"], "ends in .npy or .parquet"),
-        (["images", "--out=a.npz"], r".npy replaces it, such as --out=a\.npy"),
-        (["images", "--out=a.array_record"], ".parquet replaces it"),
+        (["images", "--out=a.npz"], ".npy replaces .npz"),
         (["images"], "IMAGES and --out=FILE are wanted"),
         (["images", "--out=nowhere/a.npy"], "there is no folder"),
         (["images", "--out=a.npy", "--layer=3"], "has layers 1 to 2"),
-        (["images", "--out=a.npy", "--num_hosts=2"], "give both"),
-        (["images", "--out=a.npy", "--num_hosts=11", "--host=0"], "divided among 11 hosts"),
         (["images", "images/cat/1.png", "--out=a.npy"], "not several of these"),
         (["images/cat/3.png", "--out=a.npy"], "none of the 1 images can be read"),
         (["images/cat/3.png"] * 2 + ["--out=a.npy"], "none of the 2 images can be read"),

@@ -45,11 +45,7 @@ THREADS = 16  # that read images
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
-    """Return weights, images and options.
-
-    Raises:
-      UserError: an argument is missing, unknown or of the wrong type.
-    """
+    """Return weights, images and options."""
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "a new file, .npy or .parquet", flag_values=values)
     flags.DEFINE_enum("feature", "cls", list(FEATURES), "what to write", flag_values=values)
