@@ -19,9 +19,6 @@ def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -
     """Parse a command line into `values`; return the arguments that are no flags.
 
     --help prints `usage` and all flags, and ends the process.
-
-    Raises:
-      UserError: a flag that is unknown, or whose value has the wrong type.
     """
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     try:
@@ -106,13 +103,8 @@ def define_image_flags(values: flags.FlagValues) -> None:
 def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> list[Any]:
     """Return data sources: one for files that follow each other, one for any other path.
 
-    Args:
-      paths: image files, text files (.txt) with the path of an image in every line, folders, and
-        data sources such as bundled:photos.
-      split: without --split, that of data sources; the one of folders is 'train'.
-
-    Raises:
-      UserError: a path is none of these, or there is no image.
+    A path is an image file, a text file (.txt) with the path of an image in every line, a folder,
+    or a data source such as bundled:photos, of which `split` is read unless --split is given.
     """
     from mae_jax.data import sources
     from mae_jax.data.folder import FolderSource
