@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,16 @@ def main(argv: list[str]) -> int:
     with cli.progress("images", total) as advance:
         advance(len(rows))
         batches = embed(compute, source, len(rows), batch_size, shape)
-        feature_file.append(out, rows, batches, advance)
+        times = []  # after each batch
+        for count in feature_file.append(out, rows, batches):
+            times.append((len(rows), time.monotonic()))
+            advance(count)
 
     feature_file.finish(out, rows)
     print(f"{out}: {values.feature} of {total:,} images")
+    if len(times) > 1:  # the first batch, which compiles, is not timed
+        images, seconds = (b - a for a, b in zip(times[0], times[-1], strict=True))
+        print(f"{images / seconds:,.1f} images/s, reading included, in batches of {batch_size}")
     if unreadable := [(name, error) for name, _, error in rows if error]:
         table = f"{out}.csv" if out.suffix == ".npy" else out
         print(f"{len(unreadable):,} could not be read: {cli.first_ten(unreadable)}")

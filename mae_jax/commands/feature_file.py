@@ -8,7 +8,7 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +59,10 @@ def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -
     return rows
 
 
-def append(out: Path, rows: list[list[str]], batches: Iterator, advance: Callable) -> None:
-    """Add a row for each example to the files beside `out`, and to `rows`.
+def append(out: Path, rows: list[list[str]], batches: Iterator) -> Iterator[int]:
+    """Add a row for each example to the files beside `out` and to `rows`; yield how many, by batch.
 
-    Args:
-      batches: pairs of examples and their features, with padding at the end.
-      advance: is called with the number of examples of every batch.
+    `batches` are pairs of examples and their features, with padding at the end.
     """
     part, table, _ = beside(out)
     whole = np.load(part, mmap_mode="r")
@@ -82,7 +80,7 @@ def append(out: Path, rows: list[list[str]], batches: Iterator, advance: Callabl
             writer.writerows(new)
             file.flush()  # after the features: what is listed is done
             rows += new
-            advance(len(batch))
+            yield len(batch)
 
 
 def finish(out: Path, rows: list[list[str]]) -> None:
