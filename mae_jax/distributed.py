@@ -86,16 +86,16 @@ def join(
         raise UserError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} hosts")
 
 
-def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
+def refuse_to_run_alone(
+    environ: Mapping[str, str],
+    way_out: str = "start on all workers, and add --distributed, so that they become one run",
+) -> None:
     """Raise a UserError if a launcher started this as one of several processes."""
     counts = {by: environ.get(name, "") for name, by in STARTED_BY.items()}
     counts["a TPU pod"] = str(len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")))
     for launcher, count in counts.items():
         if count.isdigit() and int(count) > 1:
-            raise UserError(
-                f"this is one of {count} processes of {launcher}: start on all workers, and add"
-                " --distributed, so that they become one run"
-            )
+            raise UserError(f"this is one of {count} processes of {launcher}: {way_out}")
 
 
 def source_digest() -> str:
