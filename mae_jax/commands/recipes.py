@@ -31,11 +31,6 @@ def parse(
     Args:
       argv: the command line after the command's name.
       define: defines the command's own flags.
-      command: its name, for the help and for messages.
-
-    Raises:
-      UserError: no recipe, an unknown key or argument, a value of the wrong type.
-      SystemExit: after printing the help that was asked for.
     """
     values = flags.FlagValues()
     define(values)
@@ -79,23 +74,15 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """Return the file of a recipe.
+    """Return the file of an installed recipe, such as `pretrain`, or that of a path.
 
-    Args:
-      name: an installed recipe, such as `pretrain`, or the path of a Python file. Where there is no
-        file configs/NAME.py, that path stands for the installed recipe.
-
-    Raises:
-      UserError: there is neither.
+    Where there is no file configs/NAME.py, that path stands for the installed recipe.
     """
     path = Path(name)
-    installed = INSTALLED / f"{path.stem}.py"
-    if name in names():
-        return installed
-    if path.is_file():
+    if path.is_file() and name not in names():
         return path
-    if path.parent == Path("configs") and path.suffix == ".py" and path.stem in names():
-        return installed
+    if path.stem in names() and str(path) in (path.stem, f"configs/{path.stem}.py"):
+        return INSTALLED / f"{path.stem}.py"
     raise UserError(
         f"--config: there is no file {name!r} in {os.getcwd()}, and no recipe of that name"
         + nearest(path.stem, names())
@@ -112,14 +99,12 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
         flag, equals, value = arg.partition("=")
         if flag in ("--config", "-config"):
             after = i + 1 if equals else i + 2
-            value = value if equals else "".join(argv[i + 1 : after])
-            name, colon, arguments = value.partition(":")
+            name, colon, arguments = (value or "".join(argv[i + 1 : after])).partition(":")
             file = find(name)
             folder = file.resolve().parent
             above = [] if folder == INSTALLED.resolve() else [str(folder.parent)]
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
-            argv = [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]]
-            return argv, file
+            return [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]], file
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
 
 
