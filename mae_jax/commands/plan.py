@@ -197,7 +197,7 @@ def show(results: list[dict]) -> None:
         if not result["compiled"]:
             why = "there is no such GPU here"
             if result["fits"] is False:
-                why = "the state and its gradients alone take more memory than there is"
+                why = "the state alone takes more memory than there is"
             lines.append(
                 f"not compiled: {why}. Temporary memory and what is exchanged are not known; the"
                 " rest follows from sizes"
