@@ -23,42 +23,33 @@ def main() -> None:
     rows, results = [], {}
     for grows, variant, batch, size in points:
         name = f"{variant} at {size}, batch {batch}"
-        command = sides.script(
-            "ours",
-            *(f"--variant={variant}", f"--batch={batch}", f"--image_size={size}"),
-            *(f"--dtype={args.dtype}", f"--steps={args.steps}", f"--unroll={args.unroll or 1}"),
-            *(["--remat"] if args.remat else []),
-        )
         if name not in results:
+            command = sides.script(
+                "ours",
+                *(f"--variant={variant}", f"--batch={batch}", f"--image_size={size}"),
+                *(f"--dtype={args.dtype}", f"--steps={args.steps}", f"--unroll={args.unroll or 1}"),
+                *(["--remat"] if args.remat else []),
+            )
             results |= sides.take_turns({name: command}, 1)
-        result = results[name]
-        seconds = sides.median(result)
-        if seconds is None:
-            rows.append([grows, name, sides.errors(result), "", "", "", ""])
-            continue
-        flops = result[0]["flops"]
+        rounds = results[name]
+        seconds, flops = sides.median(rounds), sides.median(rounds, "flops")
         rows.append(
             [
-                *(grows, name, f"{seconds:.2f} s", f"{seconds / batch:.3f} s"),
-                *(f"{flops / batch / 1e9:.0f}", f"{flops / seconds / 1e9:.0f}"),
-                f"{result[0]['peak_gib']:.1f} GiB",
+                *(grows, name, sides.cell(rounds), sides.ratio(seconds, batch, "{:.3f} s")),
+                sides.cell(rounds, "{:.0f}", "flops", per=batch * 1e9),
+                sides.ratio(flops, seconds and seconds * 1e9, "{:.0f}"),
+                sides.cell(rounds, "{:.1f} GiB", "peak_gib"),
             ]
         )
     head = ["grows", "what", "step", "per image", "GFLOPs per image", "GFLOP/s", "peak memory"]
-    title = f"{args.dtype}; {sides.all_versions(results)}"
-    text = f"{title}\n\n{sides.markdown(head, rows)}\n\n![](growth.png)"
     figure(results, points)
-    sides.report("growth", text, {"results": results})
+    sides.report("growth", args.dtype, head, rows, results, ["![](growth.png)"])
 
 
 def figure(results: dict, points: list[tuple]) -> None:
     """Draw out/growth.png: seconds per GFLOP by batch, image size and model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(10, 3.4), layout="constrained")
-    FigureCanvasAgg(drawing)
-    for axis, grows in zip(drawing.subplots(1, 3), ("batch", "image size", "model"), strict=True):
+    drawing, panels = sides.panels(10, 3.4, 3)
+    for axis, grows in zip(panels, ("batch", "image size", "model"), strict=True):
         measured = []
         for kind, variant, batch, size in points:
             result = results[f"{variant} at {size}, batch {batch}"]

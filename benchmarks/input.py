@@ -87,28 +87,26 @@ def main() -> None:
     panels: dict[str, dict[str, float]] = {}
     for name, rounds in results.items():
         seconds, count = sides.median(rounds), int(name.split()[-2])
-        if seconds is None:
-            rows.append([name, sides.errors(rounds), *5 * [""]])
-            continue
         kind = "fine-tuning, " if "fine-tuning" in name else ""
-        panel = panels.setdefault(f"{kind or 'pre-training, '}images/s", {})
-        panel[name.replace(kind, "")] = 1 / seconds
+        if seconds:
+            panel = panels.setdefault(f"{kind or 'pre-training, '}images/s", {})
+            panel[name.replace(kind, "")] = 1 / seconds
         peer = sides.median(results[f"torch DataLoader, Pillow, {kind}{count} cores"])
         rows.append(
             [
                 name,
-                f"{1 / seconds:.0f}",
-                f"{1 / seconds / count:.0f}",
-                f"{peer / seconds:.2f}" if peer else "",
-                f"{sides.median(rounds, 'peak_gib'):.2f} GiB",
-                f"{sides.median(rounds, 'worker_gib'):.2f} GiB",
-                f"{sides.median(rounds, 'batch_bytes') / 1e3:.0f} kB",
+                sides.ratio(1, seconds, "{:.0f}") or sides.cell(rounds),
+                sides.ratio(1 / count, seconds, "{:.0f}"),
+                sides.ratio(peer, seconds),
+                sides.cell(rounds, "{:.2f} GiB", "peak_gib"),
+                sides.cell(rounds, "{:.2f} GiB", "worker_gib"),
+                sides.cell(rounds, "{:.0f} kB", "batch_bytes", per=1e3),
             ]
         )
     head = ["side", "images/s", "per core", "of torch's", "peak memory", "largest worker"]
     head += ["bytes to the device, per image"]
-    title = f"512 JPEGs, {size / 1e3:.0f} kB on average; {sides.all_versions(results)}"
-    sides.report("input", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
+    title = f"512 JPEGs, {size / 1e3:.0f} kB on average"
+    sides.report("input", title, head, rows, results)
     sides.bars("input", panels)
 
 

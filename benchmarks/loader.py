@@ -29,14 +29,8 @@ def ours(args: argparse.Namespace) -> Iterator[Any]:
     workers.THREADS = args.cores  # more of them are slower
     config.data.resizer = args.resizer
     source = sources.open_source(f"folder:{args.folder}", "train")
-    for batch in pipeline.train_batches(
-        source,
-        config.data,
-        batch_size=BATCH,
-        image_size=(SIZE, SIZE),
-        channels=3,
-        seed=0,
-    ):
+    sizes: dict[str, Any] = dict(batch_size=BATCH, image_size=(SIZE, SIZE), channels=3)
+    for batch in pipeline.train_batches(source, config.data, **sizes, seed=0):
         yield batch["image"]
 
 
@@ -134,15 +128,19 @@ def main() -> None:
     batches.close()
     from benchmarks.sides import versions
 
-    result = {"seconds": seconds, "batch_bytes": batch.nbytes / BATCH}
-    for key, who in (("peak_gib", resource.RUSAGE_SELF), ("worker_gib", resource.RUSAGE_CHILDREN)):
-        result[key] = resource.getrusage(who).ru_maxrss / 2**20
-    names = {
+    packages = {
         "ours": ("grain", "pillow", "simplejpeg", "cykooz-resizer"),
         "torch": ("torch",),
         "tensorflow": ("tensorflow",),
     }
-    print(json.dumps(result | {"versions": versions(*names[args.side])}), flush=True)
+    result = {
+        "seconds": seconds,
+        "batch_bytes": batch.nbytes / BATCH,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "worker_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        "versions": versions(*packages[args.side]),
+    }
+    print(json.dumps(result), flush=True)
     os._exit(0)  # some loaders wait for their workers
 
 

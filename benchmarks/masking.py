@@ -73,40 +73,30 @@ def main() -> None:
     for variant, batch in zip(args.variant.split(","), args.batches.split(","), strict=True):
         common = [f"--variant={variant}", f"--batch={batch}", f"--dtype={args.dtype}"]
         unroll = f"--unroll={args.unroll or 1}"
-        step = sides.script("ours", *common, f"--steps={args.steps}", unroll)
+        command = sides.script("ours", *common, f"--steps={args.steps}", unroll)
         results = sides.take_turns(
             {
-                "step": step,
-                "with mask tokens": [*step, "--tokens_in_encoder"],
-                "masking": sides.script("masking", "--shuffling", *common),
+                "step": command,
+                "with mask tokens": [*command, "--tokens_in_encoder"],
+                "masking alone": sides.script("masking", "--shuffling", *common),
             },
             args.rounds,
         )
-        masked, full, alone = (sides.median(rounds) for rounds in results.values())
-        work = [rounds[0].get("flops") for rounds in results.values()]
-        kept[variant] = results
-        panels[f"{variant}, seconds"] = {
-            "step": masked,
-            "with mask tokens": full,
-            "masking alone": alone,
-        }
+        step, full, alone = results.values()
+        seconds, longer, masking = (sides.median(rounds) for rounds in results.values())
+        work = [sides.median(rounds, "flops") for rounds in (full, step)]
         rows.append(
             [
-                variant,
-                batch,
-                f"{masked:.2f} s" if masked else sides.errors(results["step"]),
-                f"{1e3 * alone:.1f} ms" if alone else sides.errors(results["masking"]),
-                f"{100 * alone / masked:.2f} %" if alone and masked else "",
-                f"{full:.2f} s" if full else sides.errors(results["with mask tokens"]),
-                f"{full / masked:.2f}" if full and masked else "",
-                f"{work[1] / work[0]:.2f}" if work[0] and work[1] else "",
-                PAPER.get(variant, ""),
+                *(variant, batch, sides.cell(step), sides.cell(alone, "{:.1f} ms", per=1e-3)),
+                *(sides.ratio(masking, seconds, "{:.2%}"), sides.cell(full)),
+                *(sides.ratio(longer, seconds), sides.ratio(*work), PAPER.get(variant, "")),
             ]
         )
+        panels[f"{variant}, seconds"] = dict(zip(results, (seconds, longer, masking), strict=True))
+        kept |= {f"{variant}, {name}": rounds for name, rounds in results.items()}
     head = ["model", "batch", "step", "masking in it", "share", "step with mask tokens in encoder"]
     head += ["times longer", "times the FLOPs", "paper's speed-up"]
-    title = f"{args.dtype}; {sides.all_versions(results)}"
-    sides.report("masking", f"{title}\n\n{sides.markdown(head, rows)}", {"results": kept})
+    sides.report("masking", args.dtype, head, rows, kept)
     sides.bars("masking", panels)
 
 

@@ -10,7 +10,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 
 def measure(step: Callable, wait: Callable, steps: int, started: float) -> dict:
@@ -52,18 +52,8 @@ def make_config(args: argparse.Namespace) -> Any:
     return config
 
 
-class Training(NamedTuple):
-    """A compiled step with its first state and a batch, on the device."""
-
-    task: Any
-    shapes: Any  # of the state, with shardings
-    state: Any
-    step: Callable
-    batch: dict
-
-
-def build(args: argparse.Namespace, replicas: int = 1) -> Training:
-    """Return the training that the options ask for.
+def build(args: argparse.Namespace, replicas: int = 1) -> tuple:
+    """Return task, shapes of the state with shardings, first state, compiled step, and a batch.
 
     Args:
       replicas: simulated devices that each hold the whole state.
@@ -86,7 +76,7 @@ def build(args: argparse.Namespace, replicas: int = 1) -> Training:
     shape = (args.batch, args.image_size, args.image_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     batch = sharding.put_batch(mesh, {"image": images}, args.batch)
-    return Training(task, shapes, init(), step, batch)
+    return task, shapes, init(), step, batch
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -1,6 +1,6 @@
-"""Write PLAN.md and plan.png: what published models take on TPU pods, compiled and not run.
+"""Write the tables of PLAN.md and plan.png: what published models take on TPU pods, not run.
 
-    pip install libtpu; python benchmarks/plan.py [PART_OF_A_NAME ...]
+    pip install libtpu; python -m benchmarks.plan [PART_OF_A_NAME ...]
 
 One step after another is compiled, a minute or more each, and kept in plan.json beside this file,
 so that the script may be stopped and started again. A plan is made again only if its entry is
@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import sides
 from mae_jax import files
-from mae_jax.configs.common import model_sizes
 
 HERE = Path(__file__).parent
 KEPT = HERE / "plan.json"
@@ -38,47 +38,47 @@ def entries() -> dict[str, dict]:
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
         changes = " ".join(f"{key}={value}" for key, value in (change or {}).items())
         times = f"{slices} x " if slices > 1 else ""
-        name = " ".join(f"{part}: {variant} {batch} {times}{topology} {axes} {changes}".split())
+        name = f"{part}: {variant} {batch} {times}{topology} {axes} {changes}".strip()
         entries[name] = dict(
             part=part, variant=variant, batch=batch, topology=topology, mesh=mesh,
             change=change or {}, slices=slices,
         )  # fmt: skip
 
     # On the paper's machine.
-    add("recipe", "L/16", 4096, "v3:8x8", DATA, REMAT)
-    add("recipe", "L/16", 4096, "v3:8x8", DATA)
-    add("recipe", "L/16", 4096, "v3:8x8", fsdp(128))
-    add("recipe", "L/16", 4096, "v3:8x8", fsdp(128), REMAT)
-    add("recipe", "H/14", 4096, "v3:8x8", DATA, REMAT)
-    add("recipe", "H/14", 4096, "v3:8x8", DATA)
-    add("recipe", "H/14", 4096, "v3:8x8", fsdp(128))
-    add("recipe", "B/16", 4096, "v3:8x8", DATA)
+    for variant, mesh, change in (
+        ("L/16", DATA, REMAT),
+        ("L/16", DATA, {}),
+        ("L/16", fsdp(128), {}),
+        ("L/16", fsdp(128), REMAT),
+        ("H/14", DATA, REMAT),
+        ("H/14", DATA, {}),
+        ("H/14", fsdp(128), {}),
+        ("B/16", DATA, {}),
+    ):
+        add("recipe", variant, 4096, "v3:8x8", mesh, change)
     for topology in ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"):
         for variant in ("B/16", "L/16", "H/14"):
             add("recipe", variant, 4096, topology, DATA)
     # With all blocks in a row, in place of a loop over them.
-    for variant, topology in (
-        ("B/16", "v5e:16x16"),
-        ("L/16", "v5e:16x16"),
-        ("L/16", "v3:8x8"),
-        ("L/16", "v4:4x4x4"),
-        ("L/16", "v6e:8x8"),
-    ):
-        every = {"model.scan_unroll": model_sizes(variant)["depth"]}
-        add("recipe", variant, 4096, topology, DATA, every)
+    add("recipe", "B/16", 4096, "v5e:16x16", DATA, {"model.scan_unroll": 12})
+    for topology in ("v5e:16x16", "v3:8x8", "v4:4x4x4", "v6e:8x8"):
+        add("recipe", "L/16", 4096, topology, DATA, {"model.scan_unroll": 24})
     # The largest, on ever more chips of the smallest kind, 8 images per chip and pass.
-    for variant, topologies in (
-        ("2B/14", {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16}),
-        ("6.5B/14", {"v5e:2x4": 8, "v5e:4x4": 16, "v5e:4x8": 32, "v5p:4x4x4": 64}),
+    for variant, topology, chips in (
+        ("2B/14", "v5e:2x2", 4),
+        ("2B/14", "v5e:2x4", 8),
+        ("2B/14", "v5e:4x4", 16),
+        ("6.5B/14", "v5e:2x4", 8),
+        ("6.5B/14", "v5e:4x4", 16),
+        ("6.5B/14", "v5e:4x8", 32),
+        ("6.5B/14", "v5p:4x4x4", 64),
     ):
-        for topology, chips in topologies.items():
-            passes = {"grad_accum": 4096 // (8 * chips)}
-            add("large", variant, 4096, topology, fsdp(chips), REMAT | passes)
+        passes = {"grad_accum": 4096 // (8 * chips)}
+        add("large", variant, 4096, topology, fsdp(chips), REMAT | passes)
     # 32 images per chip, on ever more chips; whole slices joined by the data-center network.
-    pods = {8: "v5p:2x2x2", 32: "v5p:2x4x4", 128: "v5p:4x4x8", 512: "v5p:8x8x8"}
-    for chips, topology in pods.items():
+    for chips, topology in {8: "2x2x2", 32: "2x4x4", 128: "4x4x8", 512: "8x8x8"}.items():
         for mesh in (DATA, fsdp(chips), fsdp(8)):
-            add("scaling", "L/16", 32 * chips, topology, mesh)
+            add("scaling", "L/16", 32 * chips, f"v5p:{topology}", mesh)
     for slices in (2, 4, 8):
         add("scaling", "L/16", 32 * 64 * slices, "v5p:4x4x4", fsdp(64), slices=slices)
     return entries
@@ -119,12 +119,6 @@ def where(result: dict) -> str:
     """Return the chips as text."""
     times = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
     return f"{times}{result['topology']} ({times}{result['cloud']})"
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, whose first row is the head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""]
 
 
 EXCHANGES = {
@@ -169,107 +163,53 @@ HEAD = [
 ]
 
 
-INTRODUCTION = """\
-Does a recipe fit, and how long does it take?
-
-    python benchmarks/plan.py
-
-Every row is `configs/pretrain.py`, 800 epochs, compiled ahead of time for chips that were not
-there. **Nothing was run on a TPU.** [RESULTS.md](RESULTS.md) has another estimate, by the
-compiler's own count of cycles, which meets the paper's hours on TPU v3 within 0.85 to 1.05.
-
-| column | what it says |
-| --- | --- |
-| total | the compiler's peak, in GiB per device, of what the chip has; a device of v3 is a core |
-| parameters, optimizer, temporary | parts of the total |
-| gathered, summed, passed on | what a device exchanges in a step: MiB of payload of all-gathers, \
-of all-reduces and reduce-scatters, and of permutes and all-to-alls in the compiled program |
-| compute, memory, links | **estimates**, ms of a step at the peaks in `mae_jax/flops.py`; memory \
-is counted op by op, as if nothing stayed on the chip between two ops |
-| hours, roofline | of 800 epochs, by the longest of the three |
-| hours, at 40 % MFU | the same if 40 % of the peak arithmetic is reached: an assumption |"""
-RECIPES = """\
-All recipes fit. L/16 takes 7.46 GiB of a v3 core with data parallelism, 5.73 with `remat`, 3.23
-with FSDP over all 128. `scan_unroll` of all blocks puts them in a row, in place of a loop that
-copies what it keeps for the way back: a step of L/16 then moves 30 % (v3), 22 % (v4) or 16 % (v5e)
-less memory. With FSDP over 64 chips or more the compiler gathers weights by all-reduces, too, so
-that they stand under "summed"."""
-AGAINST = """\
-The authors' hours are of 128 TPU v3 cores (Table 2, 800 epochs, TensorFlow). The roofline is the
-least time of our program when every array goes through main memory at its peak: 30 to 45 % of those
-hours."""
-LARGEST = """\
-Gradients are accumulated over passes of 8 images per chip. The 2B encoder fits on 4 chips of v5e;
-6.5B needs 16."""
-SCALING = """\
-32 images per chip. What is exchanged is MiB of payload per chip and step; the last column is what a
-chip sends to other slices, over the data-center network. Data parallelism exchanges the same on 8
-chips as on 512."""
+def hours_row(entry: dict, result: dict) -> list[str]:
+    """Return the row of a plan for the paper's machine beside the paper's hours."""
+    paper, ours = PAPER_HOURS[entry["variant"]], result["roofline"]["hours"]
+    model = " ".join([entry["variant"], *(f"{k}={v}" for k, v in entry["change"].items())])
+    return [model, axes(result), number(ours, 1, ".1f"), str(paper), f"{ours / paper:.0%}"]
 
 
-def document(plans: dict[str, dict]) -> str:
-    """Return the text of PLAN.md."""
-    made = [(entry, plans[name]) for name, entry in entries().items() if name in plans]
-    missing = [name for name in entries() if name not in plans]
-    made_by = {json.dumps(r["versions"], sort_keys=True) for _, r in made}
-    text = [
-        "# What published models take on TPU pods",
-        "",
-        INTRODUCTION,
-        "",
-        "## Recipes",
-        "",
-        RECIPES,
-        "",
-        *table([HEAD, *(recipe_row(e, r) for e, r in made if e["part"] == "recipe")]),
-        "## Against the paper's hours",
-        "",
-        AGAINST,
-        "",
-        *table(
-            [["model", "mesh", "hours, roofline", "paper's hours", "roofline / paper"]]
-            + [
-                [
-                    " ".join([e["variant"], *(f"{k}={v}" for k, v in e["change"].items())]),
-                    axes(r),
-                    number(r["roofline"]["hours"], 1, ".1f"),
-                    str(PAPER_HOURS[e["variant"]]),
-                    f"{r['roofline']['hours'] / PAPER_HOURS[e['variant']]:.0%}",
-                ]
-                for e, r in made
-                if e["topology"] == "v3:8x8" and e["variant"] in PAPER_HOURS and "roofline" in r
-            ]
-        ),
-        "## The largest, with FSDP",
-        "",
-        LARGEST,
-        "",
-        *table([HEAD, *(recipe_row(e, r) for e, r in made if e["part"] == "large")]),
-        "## Weak scaling of L/16",
-        "",
-        SCALING,
-        "",
-        *table(
-            [["chips", "where", "mesh", *EXCHANGES, "sent to slices"]]
-            + [
-                [
-                    str(r["devices"]),
-                    where(r),
-                    axes(r),
-                    *exchanged(r),
-                    number(sent_to_slices(r), MIB, ".0f") if r["num_slices"] > 1 else "-",
-                ]
-                for e, r in made
-                if e["part"] == "scaling" and r["fits"]
-            ]
-        ),
-        "![Bytes exchanged per chip and step](plan.png)",
-        "",
-        f"Versions: {'; '.join(sorted(made_by))}.",
-    ]
-    if missing:
-        text += ["", "Not compiled yet: " + "; ".join(missing) + "."]
-    return "\n".join(text) + "\n"
+def scaling_row(entry: dict, result: dict) -> list[str]:
+    """Return the row of a plan with what its chips exchange."""
+    slow = number(sent_to_slices(result), MIB, ".0f") if result["num_slices"] > 1 else "-"
+    return [str(result["devices"]), where(result), axes(result), *exchanged(result), slow]
+
+
+def document(text: str, plans: dict[str, dict]) -> str:
+    """Return the text of PLAN.md with its tables and its last line made anew."""
+    planned = entries()
+    made = [(entry, plans[name]) for name, entry in planned.items() if name in plans]
+
+    def part(name: str) -> list[tuple[dict, dict]]:
+        return [(entry, result) for entry, result in made if entry["part"] == name]
+
+    tables = {
+        "Recipes": [HEAD, *(recipe_row(*both) for both in part("recipe"))],
+        "Against the paper's hours": [
+            ["model", "mesh", "hours, roofline", "paper's hours", "roofline / paper"],
+            *(
+                hours_row(entry, result)
+                for entry, result in part("recipe")
+                if entry["topology"] == "v3:8x8" and entry["variant"] in PAPER_HOURS
+                if result["fits"]
+            ),
+        ],
+        "The largest, with FSDP": [HEAD, *(recipe_row(*both) for both in part("large"))],
+        "Weak scaling of L/16": [
+            ["chips", "where", "mesh", *EXCHANGES, "sent to slices"],
+            *(scaling_row(*both) for both in part("scaling") if both[1]["fits"]),
+        ],
+    }
+    for heading, (head, *rows) in tables.items():
+        before, title, section = text.partition(f"## {heading}\n")
+        prose, _, rest = section.partition("\n| ")
+        _, _, after = rest.partition("\n\n")
+        text = f"{before}{title}{prose}\n{sides.markdown(head, rows)}\n\n{after}"
+    versions = sorted({json.dumps(result["versions"], sort_keys=True) for _, result in made})
+    missing = "; ".join(name for name in planned if name not in plans) or "nothing"
+    before, _, _ = text.partition("Versions: ")
+    return f"{before}Versions: {'; '.join(versions)}.\n\nNot compiled yet: {missing}.\n"
 
 
 def sent_to_slices(result: dict) -> float:
@@ -279,28 +219,23 @@ def sent_to_slices(result: dict) -> float:
 
 def figure(plans: dict[str, dict]) -> None:
     """Draw the bytes that a chip sends per step, by the number of chips."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     curves: dict[str, list[tuple[int, float]]] = {}
     for name, entry in entries().items():
         result = plans.get(name, {})
         if entry["part"] != "scaling" or not result.get("fits"):
             continue
-        sent = sum(row["sent"] for row in result["collectives"])
+        chips, slow = result["devices"], sent_to_slices(result)
         size = entry["mesh"].get("fsdp", 1)
         label = "data-parallel" if size == 1 else "hybrid: FSDP over 8, data over the rest"
-        label = "FSDP over all chips" if size == result["devices"] > 8 else label
+        label = "FSDP over all chips" if size == chips > 8 else label
         if entry["slices"] > 1:
-            slow = sent_to_slices(result)
-            curves.setdefault("slices of 64: to other slices", []).append((result["devices"], slow))
-            label, sent = "slices of 64: FSDP inside, to neighbours", sent - slow
-        curves.setdefault(label, []).append((result["devices"], sent))
-    drawing = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axis = drawing.subplots()
+            curves.setdefault("slices of 64: to other slices", []).append((chips, slow / MIB))
+            label = "slices of 64: FSDP inside, to neighbours"
+        sent = sum(row["sent"] for row in result["collectives"]) - slow
+        curves.setdefault(label, []).append((chips, sent / MIB))
+    drawing, (axis,) = sides.panels(7, 4.2, 1)
     for label, points in curves.items():
-        axis.plot(*zip(*((x, y / MIB) for x, y in sorted(points)), strict=True), "o-", label=label)
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axis.set(
         xscale="log", xlabel="TPU v5p chips, 32 images each", ylabel="MiB sent per chip and step"
     )
@@ -308,8 +243,7 @@ def figure(plans: dict[str, dict]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("MAE ViT-L/16: what a step exchanges, by the compiled program")
     axis.grid(color="0.92")
-    if curves:
-        axis.legend(frameon=False)
+    axis.legend(frameon=False)
     drawing.savefig(HERE / "plan.png", dpi=130)
 
 
@@ -323,7 +257,8 @@ def main(parts: list[str]) -> None:
             continue
         plans[name] = made
         files.write_json(KEPT, plans)
-    (HERE / "PLAN.md").write_text(document(plans))
+    page = HERE / "PLAN.md"
+    page.write_text(document(page.read_text(), plans))
     figure(plans)
 
 

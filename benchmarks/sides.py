@@ -7,10 +7,11 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -64,9 +65,20 @@ def median(results: list[dict[str, Any]], key: str = "seconds") -> float | None:
     return statistics.median(numbers) if numbers else None
 
 
-def errors(results: list[dict[str, Any]]) -> str:
-    """Return what went wrong in the rounds of a side."""
-    return "; ".join(dict.fromkeys(r["error"] for r in results if "error" in r))
+def cell(
+    results: list[dict[str, Any]], form: str = "{:.2f} s", key: str = "seconds", per: float = 1
+) -> str:
+    """Return the median of a key, divided by `per`, as text; for seconds, or what went wrong."""
+    number = median(results, key)
+    if number is not None:
+        return form.format(number / per)
+    errors = [result["error"] for result in results if "error" in result and key == "seconds"]
+    return "; ".join(dict.fromkeys(errors))
+
+
+def ratio(above: float | None, below: float | None, form: str = "{:.2f}") -> str:
+    """Return a quotient as text, or nothing where one of the two is missing."""
+    return form.format(above / below) if above and below else ""
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -78,21 +90,12 @@ def versions(*packages: str) -> dict[str, str]:
     return versions
 
 
-def all_versions(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the versions of all sides as text."""
-    versions: dict[str, str] = {}
-    for rounds in results.values():
-        versions |= rounds[0].get("versions", {})
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
 def machine() -> str:
     """Return the processor, and how many of its cores this process may use."""
-    names = []
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
+    text = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*: (.*)", text)
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {name[1] if name else platform.processor()}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -101,27 +104,45 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def report(name: str, text: str, data: dict[str, Any]) -> None:
-    """Write out/NAME.json and out/NAME.md with date, machine and command; print the latter."""
+def report(
+    name: str,
+    title: str,
+    head: list[str],
+    rows: list[list[str]],
+    results: dict[str, list[dict[str, Any]]],
+    notes: Iterable[str] = (),
+) -> None:
+    """Write out/NAME.json, and a table with date, machine, command and versions as out/NAME.md."""
     OUT.mkdir(exist_ok=True)
-    command = " ".join(["bash benchmarks/run.sh", name, *sys.argv[1:]])
-    head = f"{date.today().isoformat()}, {machine()}, `{command}`"
-    data = {"date": date.today().isoformat(), "machine": machine(), "command": command} | data
-    (OUT / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (OUT / f"{name}.md").write_text(f"{head}\n\n{text}\n")
-    print(f"\n{head}\n\n{text}\n\nin {OUT}")
+    facts = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "command": " ".join(["bash benchmarks/run.sh", name, *sys.argv[1:]]),
+    }
+    versions: dict[str, str] = {}
+    for rounds in results.values():
+        versions |= rounds[0].get("versions", {})
+    used = ", ".join(f"{package} {version}" for package, version in versions.items())
+    lines = ["{date}, {machine}, `{command}`".format(**facts), f"{title}; {used}"]
+    text = "\n\n".join([*lines, markdown(head, rows), *notes])
+    (OUT / f"{name}.json").write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+    (OUT / f"{name}.md").write_text(f"{text}\n")
+    print(f"\n{text}\n\nin {OUT}")
 
 
-def bars(name: str, panels: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Draw out/NAME.png: a panel for each title, and in it a bar for each label with a number."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def panels(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels, side by side."""
     from matplotlib.figure import Figure
 
-    size = (5 * len(panels), 0.6 + 0.3 * max(map(len, panels.values())))
-    drawing = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes = drawing.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    return drawing, list(drawing.subplots(1, count, squeeze=False)[0])
+
+
+def bars(name: str, titled: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Draw out/NAME.png: a panel for each title, and in it a bar for each label with a number."""
+    height = 0.6 + 0.3 * max(map(len, titled.values()))
+    drawing, axes = panels(5 * len(titled), height, len(titled))
+    for axis, (title, panel) in zip(axes, titled.items(), strict=True):
         numbers = {label: number for label, number in panel.items() if number is not None}
         ours = [label.startswith("ours") for label in numbers]
         colours = ["0.6" if any(ours) and not own else "C0" for own in ours]

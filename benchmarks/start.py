@@ -10,7 +10,6 @@ comes the first save of a process whose (simulated) devices all hold the whole s
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,12 +24,16 @@ from benchmarks import ours, sides
 COMMANDS = ("", "train", "plan", "prepare", "convert", "visualize", "embed")
 
 
-def helped(command: str) -> dict:
-    """Time the help of a command."""
+def timed(function: Callable, *arguments: Any) -> float:
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
-    words = [sys.executable, "-m", "mae_jax", *filter(None, [command]), "--help"]
+    function(*arguments)
+    return time.perf_counter() - began
+
+
+def help_text(command: str) -> None:
+    words = [sys.executable, "-m", "mae_jax", *command.split(), "--help"]
     subprocess.run(words, check=True, capture_output=True)
-    return {"seconds": time.perf_counter() - began}
 
 
 def first_step(args: argparse.Namespace, folder: Path) -> dict:
@@ -72,11 +75,6 @@ def saved(args: argparse.Namespace) -> dict:
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     times: dict = {"blocking": [], "after": [], "written": [], "restored": []}
 
-    def timed(function: Callable, *arguments: Any) -> float:
-        began = time.perf_counter()
-        function(*arguments)
-        return time.perf_counter() - began
-
     def step() -> None:
         nonlocal state
         state = jax.block_until_ready(step_fn(state, batch))[0]
@@ -116,43 +114,43 @@ def main() -> None:
         print(json.dumps(saved(args)))
         return
     results: dict[str, list[dict]] = {}
+
+    def add(name: str, result: dict) -> None:
+        results.setdefault(name, []).append(result)
+
     for _ in range(args.rounds):
         for command in COMMANDS:
-            results.setdefault(f"mae-jax {command} --help".replace("  ", " "), []).append(
-                helped(command)
+            add(
+                " ".join(["mae-jax", *command.split(), "--help"]),
+                {"seconds": timed(help_text, command)},
             )
+    helps = {name: sides.median(rounds) for name, rounds in results.items()}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             shutil.rmtree(Path(folder) / "compilation_cache", ignore_errors=True)
-            results.setdefault("first step, empty cache", []).append(first_step(args, Path(folder)))
-            results.setdefault("first step, cached", []).append(first_step(args, Path(folder)))
+            add("first step, empty cache", first_step(args, Path(folder)))
+            add("first step, cached", first_step(args, Path(folder)))
     options = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
     save = sides.run(sides.script("start", "--save", *options))
     alike = sides.run(sides.script("start", "--save", "--replicas=4", *options))
-    medians = {name: sides.median(rounds) for name, rounds in results.items()}
-    rows = [
-        [name, f"{seconds:.2f} s" if seconds else sides.errors(results[name]), ""]
-        for name, seconds in medians.items()
-    ]
-    for name, side, key, fast in (
-        ("save: until it returns", save, "blocking", False),
-        ("the step after a save", save, "after", False),
-        ("a step, to compare", save, "seconds", False),
-        ("save: written and committed", save, "written", True),
-        ("restore, with its digests checked", save, "restored", True),
-        ("first save of 4 devices alike: until it returns", alike, "first", False),
-        ("a later one", alike, "later", False),
+    gigabytes = save.get("bytes", 0) / 1e9
+    speeds = {}
+    for name, side, key in (
+        ("save: until it returns", save, "blocking"),
+        ("the step after a save", save, "after"),
+        ("a step, to compare", save, "seconds"),
+        ("save: written and committed", save, "written"),
+        ("restore, with its digests checked", save, "restored"),
+        ("first save of 4 devices alike: until it returns", alike, "first"),
+        ("a later one", alike, "later"),
     ):
-        medians[name] = seconds = sides.median([side], key)
-        speed = f"{side['bytes'] / seconds / 1e9:.2f} GB/s" if fast and seconds else ""
-        rows.append([name, f"{seconds:.2f} s" if seconds else side["error"], speed])
-    results |= {"save": [save], "4 devices alike": [alike]}
-    title = f"{args.variant}, batch {args.batch}, {args.dtype}, {os.cpu_count()} cores;"
-    title += f" state {save.get('bytes', 0) / 1e9:.2f} GB; {sides.all_versions(results)}"
-    head = ["what", "median", "speed"]
-    sides.report("start", f"{title}\n\n{sides.markdown(head, rows)}", {"results": results})
-    helps = {name: value for name, value in medians.items() if name.endswith("--help")}
-    others = {name: value for name, value in medians.items() if name not in helps}
+        add(name, side if "error" in side else side | {"seconds": side[key]})
+        if key in ("written", "restored"):
+            speeds[name] = sides.ratio(gigabytes, sides.median(results[name]), "{:.2f} GB/s")
+    rows = [[name, sides.cell(x), speeds.get(name, "")] for name, x in results.items()]
+    title = f"{args.variant}, batch {args.batch}, {args.dtype}; state {gigabytes:.2f} GB"
+    sides.report("start", title, ["what", "median", "speed"], rows, results)
+    others = {name: sides.median(x) for name, x in results.items() if name not in helps}
     sides.bars("start", {"to a step, to disk and back, s": others, "to the help text, s": helps})
 
 

@@ -45,39 +45,29 @@ def main() -> None:
                 },
                 args.rounds,
             )
-            kept[f"{variant}, batch {batch}"] = results
+            kept |= {f"{variant}, batch {batch}, {side}": x for side, x in results.items()}
+            flops, peak = (sides.median(results["ours"], key) for key in ("flops", "peak_flops"))
+            at_peak = flops / peak if flops and peak else None
             for side, rounds in results.items():
-                rows.append([variant, batch, side, *cells(rounds, int(batch), results["ours"])])
                 if seconds := sides.median(rounds):
                     rates[side] = max(rates.get(side, 0), int(batch) / seconds)
+                rows.append(
+                    [
+                        *(variant, batch, side),
+                        sides.ratio(int(batch), seconds) or sides.cell(rounds),
+                        sides.cell(rounds, "{:.0f} s", "first_step"),
+                        sides.cell(rounds, "{:.1f} GiB", "peak_gib"),
+                        sides.ratio(at_peak, seconds, "{:.1%}"),
+                    ]
+                )
         panels[f"{variant}, images/s"] = rates
         own = [rate for side, rate in rates.items() if side.startswith("ours")]
         peers = [rate for side, rate in rates.items() if not side.startswith("ours")]
         if own and peers:
             verdicts.append(f"{variant}: {max(own) / max(peers):.2f} of HF's best")
     head = ["model", "batch", "side", "images/s", "first step after", "peak memory", "MFU"]
-    title = f"{args.dtype}; {sides.all_versions(results)}"
-    text = "\n\n".join([title, sides.markdown(head, rows), *verdicts])
-    sides.report("step", text, {"results": kept})
+    sides.report("step", args.dtype, head, rows, kept, verdicts)
     sides.bars("step", panels)
-
-
-def cells(rounds: list[dict], batch: int, own: list[dict]) -> list[str]:
-    """Return images/s, time to the first step, memory and MFU of a side, or what went wrong.
-
-    Args:
-      own: the rounds of our side, which know the model's FLOPs and the chip's peak.
-    """
-    seconds = sides.median(rounds)
-    if seconds is None:
-        return [sides.errors(rounds), "", "", ""]
-    flops, peak = own[0].get("flops"), own[0].get("peak_flops")
-    return [
-        f"{batch / seconds:.2f}",
-        f"{sides.median(rounds, 'first_step'):.0f} s",
-        f"{sides.median(rounds, 'peak_gib'):.1f} GiB",
-        f"{100 * flops / seconds / peak:.1f} %" if flops and peak else "",
-    ]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+# NAME = SHAPE OPCODE(OPERANDS), ATTRIBUTES. A shape may contain parentheses, but none after a word.
+INSTRUCTION = re.compile(
+    r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, ([\w\-]+=.*))?$"
+)
 CALLED = re.compile(
     r"\b(?:calls|body|to_apply|called_computation|true_computation|false_computation"
     r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -28,7 +33,7 @@ class Op(NamedTuple):
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # attributes; the number of a parameter, the value of a constant
+    rest: str  # attributes; of a parameter its number, of a constant its value
 
     def arrays(self) -> list[Array]:
         """Return the arrays of the result; a tuple is flattened."""
@@ -60,8 +65,7 @@ class Computation(NamedTuple):
 
     def parameters(self) -> dict[int, Op]:
         """Return the parameters by their number."""
-        ops = [op for op in self.ops.values() if op.opcode == "parameter"]
-        return {int(op.rest.partition(")")[0]): op for op in ops}
+        return {int(op.rest): op for op in self.ops.values() if op.opcode == "parameter"}
 
     def operands(self, op: Op) -> list[Op]:
         """Return the instructions whose results `op` takes."""
@@ -95,36 +99,18 @@ def parse(text: str) -> Program:
     ops: dict[str, Op] = {}
     entry = root = name = ""
     for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+        if head := COMPUTATION.match(line):
             name, ops, root = head[2], {}, ""
             entry = name if head[1] else entry
         elif line == "}":
             computations[name] = Computation(ops, root)
-        elif start := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
-            ops[start[2]] = _parse_op(start[2], line[start.end() :])
-            root = start[2] if start[1] else root
+        elif found := INSTRUCTION.match(line):
+            is_root, result, shape, opcode, inside, attributes = found.groups(default="")
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            rest = inside if opcode in ("parameter", "constant") else attributes
+            ops[result] = Op(result, shape, opcode, operands, rest)
+            root = result if is_root else root
     return Program(computations, entry)
-
-
-def _parse_op(name: str, text: str) -> Op:
-    """Return the instruction written as `SHAPE OPCODE(OPERANDS), ATTRIBUTES`."""
-    end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
-    opened = text.find("(", end)
-    closed = _closing(text, opened)
-    opcode = text[end:opened].strip()
-    operands = tuple(re.findall(r"%([\w.\-]+)", text[opened + 1 : closed]))
-    rest = text[opened + 1 :] if opcode in ("parameter", "constant") else text[closed + 1 :]
-    return Op(name, text[:end], opcode, operands, rest)
-
-
-def _closing(text: str, start: int) -> int:
-    """Return the position of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i
-    return len(text)
 
 
 def trips(program: Program, loop: Op) -> int | None:
@@ -145,13 +131,9 @@ def trips(program: Program, loop: Op) -> int | None:
     step, op = 0, body.ops[body.ops[body.root].operands[int(index[1])]]
     while op.opcode in ("add", "copy", "bitcast"):
         terms = body.operands(op)
-        step += sum(_constant(term) for term in terms if term.opcode == "constant")
+        step += sum(int(term.rest) for term in terms if term.opcode == "constant")
         op = next((term for term in terms if term.opcode != "constant"), op)
-    return math.ceil(_constant(limit) / step) if step else None
-
-
-def _constant(op: Op) -> int:
-    return int(op.rest.partition(")")[0])
+    return math.ceil(int(limit.rest) / step) if step else None
 
 
 class Call(NamedTuple):

@@ -4,71 +4,45 @@ The real step is compiled for a topology, on any machine, and the program is rea
 what the devices exchange, and the least time that the chips' peaks allow. Nothing is measured.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import re
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import distributed, flops, hlo, sharding, traffic, train
+from mae_jax import distributed, flops, hlo, sharding, tasks, traffic, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
 from mae_jax.topologies import Topology
 
 
-def roofline(
-    chip: flops.Chip, work: float, moved: float, sent: float, sent_slowly: float
-) -> dict[str, Any]:
-    """Return the least time of a step if all parts of a device are busy at once, and the limit.
-
-    Args:
-      work: FLOPs of one device in one step.
-      moved: bytes to and from its memory.
-      sent: bytes to its neighbours.
-      sent_slowly: bytes between slices.
-    """
-    seconds = {
-        "compute": work / (chip.tflops * 1e12),
-        "memory": moved / (chip.hbm_rate * 1e9) if chip.hbm_rate else None,
-        "links": sent / (chip.link_rate * 1e9) if chip.link_rate else None,
-        "slices": sent_slowly / (chip.slow_rate * 1e9) if sent_slowly and chip.slow_rate else None,
-    }
-    step, bound = max((time, part) for part, time in seconds.items() if time is not None)
-    return {"seconds": seconds, "step": step, "bound": bound}
-
-
 def plan(
-    config: ConfigDict,
-    topology: Topology,
-    mesh: Mesh,
-    make_task: Callable[[ConfigDict, Callable], train.Task],
-    compiled: bool = True,
+    config: ConfigDict, topology: Topology, mesh: Mesh, compiled: bool = True
 ) -> dict[str, Any]:
     """Compile the step of a config for a mesh and return what it takes, as JSON would hold it.
 
     Args:
-      make_task: (config, constrain) -> task, such as `tasks.build`.
       compiled: False = without a program: no temporary memory, and nothing of what is exchanged.
 
     Raises:
       UserError: the config cannot work on this mesh.
     """
     began = time.monotonic()
-    sharding.check_batch(mesh, config.batch_size, config.grad_accum)
-    task = make_task(config, sharding.constrain_batch(mesh))
+    sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
+    sharding.check_batch(mesh, **sizes)
+    task = tasks.build(config, sharding.constrain_batch(mesh))
     per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     tx, _ = task.optimizer(total, per_epoch)
     state, _ = train.lay_out(task, tx, config.seed, mesh)
+    memory = state_memory(state)
+    # A large program compiles for minutes, so one whose state alone does not fit is not compiled.
+    hopeless = topology.memory is not None and sum(memory.values()) > topology.memory
     device_kind = topology.device_kind or mesh.devices.flat[0].device_kind
     result: dict[str, Any] = {
         "topology": topology.name,
@@ -81,14 +55,18 @@ def plan(
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "gflops": count_gflops(task, config, mesh.size),
         "steps": total,
-        "memory": state_memory(state) | {"chip": topology.memory},
-        "compiled": compiled,
-        "fits": None,
-        "versions": versions(),
+        "memory": memory | {"chip": topology.memory},
+        "compiled": compiled and not hopeless,
+        "fits": False if hopeless else None,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "libtpu")
+            if importlib.util.find_spec(name)
+        }
+        | {"code": distributed.source_digest()},
     }
-    if not compiled:
+    if not result["compiled"]:
         return result
-    sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
     try:
         program = train.compile_step(task, tx, mesh, state, seed=config.seed, **sizes)
     except Exception as error:
@@ -99,11 +77,11 @@ def plan(
     else:
         result["fits"] = True if topology.is_tpu else None
         parsed = hlo.parse(program.as_text())
-        result["memory"] |= step_memory(program, result["memory"], topology.is_tpu)
+        result["memory"] |= step_memory(program, sum(memory.values()), topology.is_tpu)
         result["memory"]["moved"] = traffic.memory_bytes(parsed)
         result["collectives"] = traffic.by_axes(traffic.collectives(parsed, mesh.shape))
         if chip := flops.chip(device_kind):
-            result["roofline"] = recipe_roofline(chip, result)
+            result["roofline"] = roofline(chip, result)
     return result | {"compile_seconds": round(time.monotonic() - began, 1)}
 
 
@@ -132,16 +110,16 @@ def state_memory(state: train.TrainState) -> dict[str, int]:
     return {kind: size(tree) for kind, tree in kinds.items()}
 
 
-def step_memory(program: Any, state: dict[str, Any], is_tpu: bool) -> dict[str, int]:
+def step_memory(program: Any, state_bytes: int, is_tpu: bool) -> dict[str, int]:
     """Return the bytes of the batch, of temporary arrays, and of all that a step holds."""
     memory = program.memory_analysis()
     arguments = memory.argument_size_in_bytes
-    total = arguments + memory.temp_size_in_bytes
-    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = arguments + memory.temp_size_in_bytes + outputs
     if is_tpu:  # the sum counts reused memory twice: it can exceed what the chip has
         total = memory.peak_memory_in_bytes
-    held = sum(state[kind] for kind in ("parameters", "optimizer", "other"))
-    return {"batch": max(arguments - held, 0), "temporary": total - arguments, "total": total}
+    batch = max(arguments - state_bytes, 0)
+    return {"batch": batch, "temporary": total - arguments, "total": total}
 
 
 def memory_shortage(error: BaseException) -> dict[str, float | None] | None:
@@ -160,15 +138,29 @@ def memory_shortage(error: BaseException) -> dict[str, float | None] | None:
     return {"total": total, "chip": chip}
 
 
-def recipe_roofline(chip: flops.Chip, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the roofline of a plan's step, with the hours of the recipe and the MFU it means."""
+def roofline(chip: flops.Chip, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the least time of a plan's step if all parts of a device are busy at once.
+
+    Also what limits it, the hours of the recipe, and the model FLOPs utilisation that it means.
+    """
     slow = sum(row["sent"] for row in result["collectives"] if row["axes"] == "slices")
     quick = sum(row["sent"] for row in result["collectives"]) - slow
     gflops = result["gflops"]
-    line = roofline(chip, gflops["step_per_device"] * 1e9, result["memory"]["moved"], quick, slow)
-    useful = gflops["step_per_image"] * 1e9 * result["batch_size"] / result["devices"]
-    mfu = useful / (chip.tflops * 1e12) / line["step"]
-    return line | {"hours": line["step"] * result["steps"] / 3600, "mfu": mfu}
+    seconds = {
+        "compute": gflops["step_per_device"] / (chip.tflops * 1e3),
+        "memory": result["memory"]["moved"] / (chip.hbm_rate * 1e9) if chip.hbm_rate else None,
+        "links": quick / (chip.link_rate * 1e9) if chip.link_rate else None,
+        "slices": slow / (chip.slow_rate * 1e9) if slow and chip.slow_rate else None,
+    }
+    step, bound = max((time, part) for part, time in seconds.items() if time is not None)
+    useful = gflops["step_per_image"] * result["batch_size"] / result["devices"]
+    return {
+        "seconds": seconds,
+        "step": step,
+        "bound": bound,
+        "hours": step * result["steps"] / 3600,
+        "mfu": useful / (chip.tflops * 1e3) / step,
+    }
 
 
 def hours(result: dict[str, Any], mfu: float) -> float | None:
@@ -200,18 +192,3 @@ def advice(result: dict[str, Any], config: ConfigDict) -> str:
             f" instead of {state:.2f})"
         )
     return "; or ".join(ideas) or "a topology with more chips, or with more memory in each"
-
-
-def versions() -> dict[str, str]:
-    """Return what a plan depends on beside the config: code, JAX and compiler."""
-    compiler = {}
-    if importlib.util.find_spec("libtpu"):
-        compiler["libtpu"] = importlib.metadata.version("libtpu")
-    return {"code": distributed.source_digest(), "jax": jax.__version__} | compiler
-
-
-def cache_file(folder: Path, config: ConfigDict, topology: Topology, mesh: Mesh) -> Path:
-    """Return the file that holds a plan once it is made, named by all that the plan depends on."""
-    facts = [json.loads(config.to_json()), topology, dict(mesh.shape), versions()]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return folder / f"{key}.json"

