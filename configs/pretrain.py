@@ -33,64 +33,54 @@ def get_config(arg=None):
     config.grad_accum = 1  # passes of an update; each takes its share of the batch
 
     config.mask_ratio = 0.75
-    config.masking = ConfigDict(
-        dict(
-            name="random",  # or block, grid, or a dotted path
-            tokens_in_encoder=False,  # True: the encoder sees mask tokens too, as in Table 1c
-        )
+    config.masking = dict(
+        name="random",  # or block, grid, or a dotted path
+        tokens_in_encoder=False,  # True: the encoder sees mask tokens too, as in Table 1c
     )
-    config.target = ConfigDict({"name": "norm_pixels"})  # or pixels, or a dotted path
+    config.target = dict(name="norm_pixels")  # or pixels, or a dotted path
 
     config.online_probe = False  # True: train a linear classifier of the cls token beside the model
 
-    config.model = ConfigDict(
-        dict(
-            image_size=(args["image_size"],) * 2,  # (height, width)
-            channels=3,
-            **model_sizes(args["variant"]),  # width, depth, heads, patch_size
-            mlp_ratio=4.0,
-            decoder_width=512,
-            decoder_depth=8,
-            decoder_heads=16,
-            **compute(),
+    config.model = dict(
+        image_size=(args["image_size"],) * 2,  # (height, width)
+        channels=3,
+        **model_sizes(args["variant"]),  # width, depth, heads, patch_size
+        mlp_ratio=4.0,
+        decoder_width=512,
+        decoder_depth=8,
+        decoder_heads=16,
+        **compute(),
+    )
+
+    config.optim = dict(
+        blr=1.5e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, warmup="40 epochs", min_lr=0.0
+    )
+
+    config.data = dict(
+        source="imagenet2012",  # a tfds dataset, folder:PATH, bundled:photos, bundled:digits
+        split="train",
+        crop="random_resized",  # or fixed, center
+        crop_scale=(0.2, 1.0),  # share of the image's area
+        crop_ratio=(3 / 4, 4 / 3),  # width / height
+        flip=0.5,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        **reading(),
+    )
+
+    config.evals = dict(
+        reconstruct=dict(
+            type="reconstruct",
+            every="20 epochs",
+            source="",  # '' = the source of the training images
+            split="validation[:512]",
+            images=512,
+            batch_size=128,
         )
     )
 
-    config.optim = ConfigDict(
-        dict(
-            blr=1.5e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, warmup="40 epochs", min_lr=0.0
-        )
-    )
-
-    config.data = ConfigDict(
-        dict(
-            source="imagenet2012",  # a tfds dataset, folder:PATH, bundled:photos, bundled:digits
-            split="train",
-            crop="random_resized",  # or fixed, center
-            crop_scale=(0.2, 1.0),  # share of the image's area
-            crop_ratio=(3 / 4, 4 / 3),  # width / height
-            flip=0.5,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            **reading(),
-        )
-    )
-
-    config.evals = ConfigDict(
-        dict(
-            reconstruct=dict(
-                type="reconstruct",
-                every="20 epochs",
-                source="",  # '' = the source of the training images
-                split="validation[:512]",
-                images=512,
-                batch_size=128,
-            )
-        )
-    )
-
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that are left
-    config.checkpoint = ConfigDict(dict(every="5 epochs", keep=2, keep_every="100 epochs"))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
+    config.checkpoint = dict(every="5 epochs", keep=2, keep_every="100 epochs")
     config.log_every = "50 steps"
     config.hosts = hosts()
     config.resume = ""  # workdir of another run: continue its whole state

@@ -8,7 +8,6 @@ imported, and none for the help.
 import ast
 import importlib
 import os
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -47,12 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 def descriptions() -> dict[str, str]:
     """Return the commands and the first line of their docstrings, without importing them."""
     described = {}
-    for module in pkgutil.iter_modules(commands.__path__):
-        spec = module.module_finder.find_spec(module.name, None)
-        if spec and spec.origin:
-            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for folder in commands.__path__:
+        for file in sorted(Path(folder).glob("*.py")):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
             if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-                described[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+                described[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return described
 
 

@@ -5,7 +5,6 @@ Orbax writes each checkpoint in the background, on all hosts together; `integrit
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mae_jax import distributed, integrity
-from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 from mae_jax.orbax_manager import open_manager
 
@@ -34,19 +32,13 @@ class Checkpointer:
         """Open WORKDIR/checkpoints, and remove what an interrupted save left there.
 
         Args:
-          workdir: a local path, or a bucket such as gs://BUCKET/RUN.
           keep: number of newest checkpoints that are kept; at least 1.
           keep_every: also keep each checkpoint whose step is a multiple of this; 0 for none.
         """
-        if keep < 1 or keep_every < 0:
-            raise UserError(
-                f"config.checkpoint.keep={keep} must be at least 1, and"
-                f" config.checkpoint.keep_every={keep_every} steps at least 0"
-            )
+        if keep < 1:
+            raise UserError(f"config.checkpoint.keep={keep} must be at least 1")
         self.root = _absolute(workdir) / "checkpoints"
-        self._step = self._bytes = 0  # of the save in progress
-        for path in self._unfinished():
-            log_once(f"checkpoint {path.name.split('.')[0]}: its save was interrupted; removed")
+        self._step, self._mebibytes = 0, 0.0  # of the save in progress
         self._manager = open_manager(
             self.root, keep, keep_every, self._write_digests, self._leave_if_alone
         )
@@ -55,14 +47,11 @@ class Checkpointer:
         """Start a save; return as soon as the next update may overwrite the state's buffers.
 
         Raises:
-          UserError: the step has a checkpoint already.
           OSError: this save or the one before it failed; older checkpoints are intact.
         """
         self.wait()
-        if step in self.all_steps():
-            raise UserError(f"there is a checkpoint {self.root}/{step} already")
         self._step = step
-        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        self._mebibytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
         with self._explained():
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True
@@ -110,9 +99,6 @@ class Checkpointer:
         """Return (step, state) of the newest intact checkpoint; None if there is no checkpoint.
 
         Damaged newer checkpoints are moved to WORKDIR/damaged-STEP.
-
-        Raises:
-          UserError: the checkpoint does not fit `target`, or no checkpoint is intact.
         """
         steps = self.all_steps()[::-1]
         if not steps:
@@ -126,21 +112,17 @@ class Checkpointer:
     def _move_damaged(self, steps: list[int]) -> None:
         for step in steps if jax.process_index() == 0 else ():
             aside = self.root.parent / f"damaged-{step}"
-            if aside.exists():
-                aside.rmtree()
+            aside.rmtree(missing_ok=True)
             (self.root / str(step)).rename(aside)
-            log_once(f"checkpoint {step} was moved to {aside}")
+            distributed.log_once(f"checkpoint {step} was moved to {aside}")
         multihost_utils.sync_global_devices("damaged checkpoints moved")
         self._manager.reload()
 
-    def _unfinished(self) -> list[epath.Path]:
-        return list(self.root.glob("*.orbax-checkpoint-tmp*"))
-
     def _write_digests(self) -> None:
         """Write the digests; Orbax calls this on one host when all files of a save are written."""
-        step = str(self._step)
-        for directory in [*self._unfinished(), self.root / step]:
-            if directory.name.split(".")[0] == step and directory.exists():
+        # On a disk Orbax renames the directory afterwards; in a bucket it has its final name.
+        for directory in [*self.root.glob(f"{self._step}.*"), self.root / str(self._step)]:
+            if directory.exists():
                 integrity.write_digests(directory)
 
     @contextlib.contextmanager
@@ -151,20 +133,10 @@ class Checkpointer:
             raise OSError(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:
-        """Free the space of a failed save, and return a sentence about it."""
-        for path in self._unfinished() if jax.process_index() == 0 else ():
-            with contextlib.suppress(OSError):  # another thread still writes to it
-                path.rmtree(missing_ok=True)
-        space = ""
-        with contextlib.suppress(OSError):  # in a bucket, or the directory is gone
-            free = shutil.disk_usage(self.root).free / 2**20
-            needed = self._bytes / 2**20
-            space = f"; it takes up to {needed:,.1f} MiB, and {free:,.1f} MiB are free there"
-        older = ", ".join(path.name for path in _numbered(self.root)) or "none"
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rpartition(": ")[2]
+        earlier = ", ".join(path.name for path in _numbered(self.root)) or "none"
         return (
-            f"checkpoint {self._step} could not be written to {self.root}: {reason}{space}."
-            f" Earlier checkpoints, intact: {older}"
+            f"checkpoint {self._step} could not be written to {self.root}: {error!r}. It takes up"
+            f" to {self._mebibytes:,.1f} MiB. Earlier checkpoints, intact: {earlier}"
         )
 
     def _leave_if_alone(self, error: Exception) -> None:
@@ -190,15 +162,10 @@ def restore_or_init(
 
     Args:
       target: shapes and shardings of a TrainState, on any mesh.
-      init: () -> a fresh state in its shardings.
       load: (checkpoint, fresh state) -> the state with the weights to take from `init_from`.
       resume, init_from: a workdir, a checkpoint in it, or "".
-
-    Raises:
-      UserError: a checkpoint does not fit `target`, or a path holds no checkpoint.
     """
-    own = checkpointer.restore(target)
-    if own is not None:
+    if own := checkpointer.restore(target):
         step, state = own
         return state, f"resumed at step {step} from {checkpointer.root}/{step}"
     if resume:
@@ -216,9 +183,6 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
 
     Args:
       key: the config key that holds `path`, for the error message.
-
-    Raises:
-      UserError: there is no checkpoint, or none that is intact.
     """
     base = _absolute(path)
     if (base / "state").is_dir():
@@ -226,12 +190,10 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
     else:
         candidates = _numbered(base / "checkpoints") or _numbered(base)
     if not candidates:
-        foreign = base.exists() and (not base.is_dir() or (base / "config.json").exists())
         raise UserError(
             f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
-            f" {base}/STEP and {base}/state"
-            + f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
-            * foreign
+            f" {base}/STEP and {base}/state. Weights of PyTorch are converted first:"
+            f" mae-jax convert {path} DIR --to=ours"
         )
     return candidates[integrity.newest_intact(candidates)]
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,7 @@ def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
 
 
 def resolve(name: str, home: ModuleType, member: str = "") -> Any:
-    """Return what a name in a config stands for: the one way of every swap.
+    """Return what a name in a config stands for.
 
     Args:
       name: the name of a function or class in `home`, or a dotted path to one of a fork.
@@ -56,36 +57,30 @@ def resolve(name: str, home: ModuleType, member: str = "") -> Any:
       UserError: there is nothing of that name, or it cannot be called.
     """
     path, _, attribute = name.rpartition(".")
-    if path:
-        found = _import(name) or getattr(_import(path), attribute, None)
-        if found is None and _import(path) is None:
-            raise UserError(f"{name!r}: cannot import {path!r}: there is no such module")
-    elif member:
-        found = _import(f"{home.__name__}.{name}") if name.isidentifier() else None
+    module = _import(name if path else f"{home.__name__}.{name}") if member else None
+    parent = _import(path) if path else home
+    if module:
+        resolved = getattr(module, member, None)
+    elif parent is None:
+        raise UserError(f"{name!r}: cannot import {path!r}: there is no such module")
     else:
-        found = getattr(home, name, None) if name in choices(home) else None
-    if inspect.ismodule(found):
-        if not hasattr(found, member or " "):
-            raise UserError(f"{name!r} is a module without {member or 'what is wanted here'}")
-        found = getattr(found, member)
-    if not callable(found):
+        resolved = getattr(parent, attribute, None) if path or attribute in choices(home) else None
+    if not callable(resolved):
+        if module:
+            raise UserError(f"{name!r} is a module without {member}")
         where = f"{path} has no {attribute!r}" if path else f"{name!r} is unknown"
-        raise UserError(where + nearest(attribute, choices(_import(path) if path else home)))
-    return found
+        raise UserError(where + nearest(attribute, choices(parent or home)))
+    return resolved
 
 
-def choices(home: ModuleType | None) -> list[str]:
-    """Return the public functions and classes that a module defines, or a package's modules."""
-    if home is None:
-        return []
+def choices(home: ModuleType) -> list[str]:
+    """Return the names of the public functions of a module, or of the modules of a package."""
     if hasattr(home, "__path__"):
-        import pkgutil
-
         return [module.name for module in pkgutil.iter_modules(home.__path__)]
     return [
         name
-        for name, found in vars(home).items()
-        if callable(found) and found.__module__ == home.__name__ and not name.startswith("_")
+        for name, member in vars(home).items()
+        if inspect.isfunction(member) and member.__module__ == home.__name__ and name[0] != "_"
     ]
 
 

@@ -10,9 +10,8 @@ import hashlib
 import itertools
 import json
 import os
-import queue
+import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -52,28 +51,14 @@ def join(
       coordinator: HOST:PORT of host 0, as the other hosts reach it.
       connect_seconds: how long hosts wait for each other here.
       heartbeat_seconds: all hosts end when one gives no sign for this time.
-
-    Raises:
-      UserError: the first three arguments contradict each other, the port is taken, or JAX detects
-        no cluster.
     """
-    if coordinator is not None:
-        if num_hosts is None or host is None or not 0 <= host < num_hosts:
-            raise UserError(
-                f"--coordinator={coordinator} --num_hosts={num_hosts} --host={host}: give all"
-                " three, with --host from 0 to num_hosts - 1, different on each host"
-            )
-        name, _, port = coordinator.rpartition(":")
-        if not (name and port.isdigit() and 0 < int(port) < 2**16):
-            raise UserError(
-                f"--coordinator={coordinator}: write HOST:PORT, such as 10.0.0.2:8476, a free port"
-                " of host 0"
-            )
-    elif num_hosts is not None or host is not None:
+    own = f"--coordinator={coordinator} --num_hosts={num_hosts} --host={host}"
+    complete = re.fullmatch(r".+:\d{1,5}", coordinator or "") and host in range(num_hosts or 0)
+    if (coordinator, num_hosts, host) != (None, None, None) and not complete:
         raise UserError(
-            "--num_hosts and --host need --coordinator=HOST:PORT, the address of host 0"
+            f"{own}: give all three: HOST:PORT of host 0, such as 10.0.0.2:8476; the number of"
+            " hosts; and which one this is, from 0 to num_hosts - 1"
         )
-
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # On a timeout of its own, JAX would abort the process from C++ with a stack trace.
     give_up = threading.Timer(connect_seconds, _give_up, [coordinator, num_hosts, connect_seconds])
@@ -88,33 +73,29 @@ def join(
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
     except (RuntimeError, ValueError) as error:
-        if coordinator is None:
-            raise UserError(
-                f"--distributed: JAX found no cluster to join ({error}). It knows TPU pods, Slurm,"
-                " Open MPI and Kubernetes; elsewhere give each host --coordinator=HOST:PORT"
-                " --num_hosts=N --host=I"
-            ) from error
-        raise UserError(f"--coordinator={coordinator}, host {host}: {error}") from error
+        if coordinator is not None:
+            raise UserError(f"{own}: {error}") from error
+        raise UserError(
+            f"--distributed: JAX found no cluster to join ({error}). It knows TPU pods, Slurm,"
+            " Open MPI and Kubernetes; elsewhere give each host --coordinator=HOST:PORT"
+            " --num_hosts=N --host=I"
+        ) from error
     finally:
         give_up.cancel()
     if num_hosts is not None and jax.process_count() != num_hosts:
         raise UserError(f"--num_hosts={num_hosts}, but JAX sees {jax.process_count()} hosts")
 
 
-def refuse_to_run_alone(environ: Mapping[str, str]) -> None:
+def refuse_to_run_alone(
+    environ: Mapping[str, str],
+    way_out: str = "start on all workers, and add --distributed, so that they become one run",
+) -> None:
     """Raise a UserError if a launcher started this as one of several processes."""
-    counts = {
-        launcher: int(environ[name])
-        for name, launcher in STARTED_BY.items()
-        if environ.get(name, "").isdigit()
-    }
-    counts["a TPU pod"] = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    counts = {by: environ.get(name, "") for name, by in STARTED_BY.items()}
+    counts["a TPU pod"] = str(len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")))
     for launcher, count in counts.items():
-        if count > 1:
-            raise UserError(
-                f"this is one of {count} processes of {launcher}: start on all workers, and add"
-                " --distributed, so that they become one run"
-            )
+        if count.isdigit() and int(count) > 1:
+            raise UserError(f"this is one of {count} processes of {launcher}: {way_out}")
 
 
 def source_digest() -> str:
@@ -134,9 +115,6 @@ def agreement(about: str) -> Iterator[dict[str, Any]]:
 
     Args:
       about: name of the facts, unique among agreements.
-
-    Raises:
-      UserError: on all hosts.
     """
     facts: dict[str, Any] = {}
     refusal = None
@@ -157,22 +135,20 @@ def agreement(about: str) -> Iterator[dict[str, Any]]:
 
 
 def describe_differences(all_facts: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each fact of a host that differs from what most hosts have."""
+    """Return a line for each refusal, or for each fact that differs from what most hosts have."""
+    refusals = {host: facts[REFUSAL] for host, facts in enumerate(all_facts) if REFUSAL in facts}
+    if refusals:
+        return [f"host {host} {REFUSAL}: {reason}" for host, reason in refusals.items()]
     counts = Counter(json.dumps(facts, sort_keys=True) for facts in all_facts)
     usual = json.loads(counts.most_common(1)[0][0])
     usual_host = all_facts.index(usual)
-    lines = []
-    for host, facts in enumerate(all_facts):
-        if REFUSAL in facts:
-            lines.append(f"host {host} {REFUSAL}: {facts[REFUSAL]}")
-            continue
-        lines += [
-            f"host {host}: {key} is {facts.get(key, 'missing')!r},"
-            f" on host {usual_host} it is {usual.get(key, 'missing')!r}"
-            for key in sorted(facts.keys() | usual.keys())
-            if facts.get(key) != usual.get(key) and REFUSAL not in usual
-        ]
-    return lines
+    return [
+        f"host {host}: {key} is {facts.get(key, 'missing')!r},"
+        f" on host {usual_host} it is {usual.get(key, 'missing')!r}"
+        for host, facts in enumerate(all_facts)
+        for key in sorted(facts.keys() | usual.keys())
+        if facts.get(key) != usual.get(key)
+    ]
 
 
 class Preempted(SystemExit):
@@ -184,15 +160,13 @@ class Preempted(SystemExit):
 def preemption() -> Callable[[], bool]:
     """Listen for SIGTERM from here on.
 
-    With `jax.distributed`, its service listens and lets all hosts agree on when to stop; a signal
-    handler of ours would disable it.
-
     Returns:
       A function to call once per step: whether to save and stop now, equal on all hosts.
     """
     if jax.distributed.is_initialized():
-        # All hosts stop at the call after the furthest one that a host had made when the signal
-        # came. The service forgets a signal that came before the first call: make that one here.
+        # JAX's service listens; a signal handler of ours would disable it. All hosts stop at the
+        # call after the furthest one that a host had made when the signal came. The service forgets
+        # a signal that came before the first call: make that one here.
         calls = itertools.count()
 
         def requested() -> bool:
@@ -206,35 +180,22 @@ def preemption() -> Callable[[], bool]:
 
 
 @contextlib.contextmanager
-def watchdog(stall_seconds: float) -> Iterator[Callable[[str], None]]:
+def watchdog(stall_seconds: float) -> Iterator[Callable[[], None]]:
     """Print the stacks of all threads if there is no heartbeat for a while; 0 never prints.
 
     Yields:
-      A function to call with what has just ended, such as "step 12".
+      The heartbeat: a function to call whenever a step ends.
     """
-    heartbeats: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
-    def watch() -> None:
-        last: str | None = "the start"
-        while last is not None:
-            try:
-                last = heartbeats.get(timeout=stall_seconds)
-            except queue.Empty:
-                print(
-                    f"host {global_state.process_id}: nothing ended for {stall_seconds:g} s after"
-                    f" {last} (config.hosts.stall_seconds); all threads are at:",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(sys.__stderr__ or 2)
-                last = heartbeats.get()  # once per stall
+    def heartbeat() -> None:
+        if stall_seconds:
+            faulthandler.dump_traceback_later(stall_seconds, file=sys.__stderr__ or 2)
 
-    if stall_seconds:
-        threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    heartbeat()
     try:
-        yield heartbeats.put if stall_seconds else lambda what: None
+        yield heartbeat
     finally:
-        heartbeats.put(None)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def alone_with(error: BaseException) -> bool:
@@ -270,42 +231,31 @@ def _exchange(about: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
     if client is None:
         return [json.loads(json.dumps(facts))]
     client.key_value_set(f"mae_jax/{about}/{global_state.process_id}", json.dumps(facts))
-    all_facts = []
+    texts = []
     for host in range(global_state.num_processes):
         try:
-            text = client.blocking_key_value_get(f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000)
+            key, milliseconds = f"mae_jax/{about}/{host}", AGREE_SECONDS * 1000
+            texts.append(client.blocking_key_value_get(key, milliseconds))
         except RuntimeError as error:
             raise UserError(
                 f"host {host} did not get as far as the agreement on its {about} within"
                 f" {AGREE_SECONDS} s: see what it printed ({error})"
             ) from error
-        all_facts.append(json.loads(text))
-    return all_facts
+    return [json.loads(text) for text in texts]
 
 
 def _give_up(coordinator: str | None, num_hosts: int | None, seconds: float) -> None:
-    """Print why the other hosts did not join, and end the process."""
-    status = PREEMPTED if coordinator is None else 2
-    coordinator = coordinator or getattr(global_state, "coordinator_address", None)
-    host = global_state.process_id
-    all_hosts = "all" if num_hosts is None else f"all {num_hosts}"
-    reason = f"not all hosts came to the coordinator at {coordinator}."
-    if coordinator and host:
-        name, _, port = coordinator.rpartition(":")
-        try:
-            socket.create_connection((name.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            reason = (
-                f"it cannot reach the coordinator (host 0) at {coordinator} ({error}). Is host 0"
-                " running, is the address right, and is the port open in the firewall?"
-            )
+    """Print why this host does not start, and end the process."""
+    address = coordinator or getattr(global_state, "coordinator_address", None)
     print(
-        f"host {host} gives up after {seconds:g} s: {reason} Start on all workers: the same command"
-        f" on {all_hosts} hosts, within that time of each other.",
+        f"host {global_state.process_id} gives up after {seconds:g} s: not all hosts came to the"
+        f" coordinator (host 0) at {address}. Start on all workers: the same command on"
+        f" {'all' if num_hosts is None else f'all {num_hosts}'} hosts, within that time of each"
+        " other. If host 0 runs, is the address right, and is the port open in the firewall?",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(status)
+    os._exit(PREEMPTED if coordinator is None else 2)
 
 
 def log_once(line: str) -> None:

@@ -29,17 +29,13 @@ def digests(checkpoint: epath.Path) -> dict[str, dict]:
 
     def digest(file: epath.Path) -> dict:
         with file.open("rb") as opened:
-            return {
-                "bytes": file.stat().length,
-                "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),  # type: ignore[arg-type]
-            }
+            content = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+        return {"bytes": file.stat().length, "sha256": content}
 
     paths = _files(checkpoint / "state")
+    names = [str(path.relative_to(checkpoint)) for path in paths]
     with ThreadPoolExecutor(8) as threads:
-        return {
-            str(path.relative_to(checkpoint)): entry
-            for path, entry in zip(paths, threads.map(digest, paths), strict=True)
-        }
+        return dict(zip(names, threads.map(digest, paths), strict=True))
 
 
 def write_digests(checkpoint: epath.Path) -> None:
@@ -59,10 +55,9 @@ def damage(checkpoint: epath.Path) -> str | None:
     for name, entry in expected.items():
         if name not in actual:
             return f"{name} is missing"
-        if actual[name]["bytes"] != entry.get("bytes"):
-            return f"{name} has {actual[name]['bytes']} of {entry.get('bytes')} bytes"
         if actual[name] != entry:
-            return f"{name} has other contents than were written"
+            sizes = f"{actual[name]['bytes']} of {entry.get('bytes')} bytes"
+            return f"{name} has {sizes}, with other contents than were written"
     return None
 
 
@@ -106,11 +101,10 @@ def require_equal(checkpoint: str | os.PathLike, saved: Any, target: Any) -> Non
         if present.get(name) != wanted.get(name)
     ]
     if differing:
-        shown = differing[:MAX_DIFFERENCES] + ["..."] * (len(differing) > MAX_DIFFERENCES)
+        shown = "\n  ".join(differing[:MAX_DIFFERENCES])
         raise UserError(
-            f"{checkpoint} does not fit this config, {len(differing)} arrays differ:\n  "
-            + "\n  ".join(shown)
-            + "\nThe config that it was made with is config.json in its workdir."
+            f"{checkpoint} does not fit this config, {len(differing)} arrays differ, such as:\n"
+            f"  {shown}\nThe config that it was made with is config.json in its workdir."
         )
 
 

@@ -89,9 +89,10 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     if not old:
         return []
-    before, after = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
-    before = {key: value for key, value in ADDED_KEYS.items() if key in after} | before
+    after = flatten_dict(new, sep=".")
+    before = {key: value for key, value in ADDED_KEYS.items() if key in after}
+    for key, value in flatten_dict(old, sep=".").items():
+        before[RENAMED_KEYS.get(key, key)] = value
     return [
         text
         for key, text in _changes(before, after).items()
@@ -125,17 +126,19 @@ def _require_shared(root: epath.Path) -> None:
 def prepare_workdir(
     workdir: str | os.PathLike, config: ConfigDict, examples: int | None = None
 ) -> None:
-    """Write config.json and env.json, and print what changed in the environment.
-
-    Raises:
-      UserError: see `check_workdir`.
-    """
+    """Check a workdir, write its config.json and env.json, and print what changed around it."""
     check_workdir(workdir, config, examples)
     root = epath.Path(workdir)
-    old_env, new_env = _read_json(root / "env.json"), environment()
-    old_env.pop("examples", None)  # checked above
-    changed = _changes(old_env, new_env) if old_env else {}
-    if changed:
+    new_env = versions() | {
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "examples": examples,
+    }
+    old_env = _read_json(root / "env.json")
+    changed = _changes(old_env, new_env)
+    changed.pop("examples", None)  # checked above
+    if old_env and changed:
         log_once(
             f"warning: {workdir} was last used in another environment, results may differ by"
             f" rounding: {', '.join(changed.values())}"
@@ -143,16 +146,7 @@ def prepare_workdir(
     multihost_utils.sync_global_devices("workdir read")
     if jax.process_index() == 0:
         files.write_json(root / "config.json", json.loads(config.to_json()))
-        files.write_json(root / "env.json", new_env | {"examples": examples})
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions of the code and its packages, and the devices."""
-    return versions() | {
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-    }
+        files.write_json(root / "env.json", new_env)
 
 
 def versions() -> dict[str, Any]:

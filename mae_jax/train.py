@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: dict, rng: Rng) -> dict:
-        """Return the batch with what is drawn once for the global batch, such as masks."""
+        """Return the batch with what is random and must not depend on the mesh, such as masks."""
         ...
 
     def loss(self, params: dict, extra: dict, batch: dict, rng: Rng, train: bool) -> Any:
@@ -82,7 +82,11 @@ class Task(Protocol):
         ...
 
     def predict(self) -> Mapping[str, Callable]:
-        """Return the functions (params, extra, batch) -> outputs that evaluators use, by name."""
+        """Return the functions (params, extra, batch) -> outputs that evaluators use, by name.
+
+        `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL. `features`: name -> (B, D).
+        `logits`: (B, Y).
+        """
         ...
 
     def optimizer(
@@ -96,8 +100,11 @@ class Task(Protocol):
         return state
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
-        """Return a fresh state with what config.init_from takes of a checkpoint: parameters."""
-        params = checkpoint.restore(path, state.params, checkpoint.PARAMS)
+        """Return a fresh state with the parameters of a checkpoint (config.init_from)."""
+        params = {
+            name: checkpoint.restore(path, shapes, (*checkpoint.PARAMS, name))
+            for name, shapes in state.params.items()
+        }
         return dataclasses.replace(state, params=params)
 
 
@@ -143,8 +150,8 @@ def update(
         passes = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, grad_accum, *x.shape[1:]), 1, 0), batch
         )
-        shapes = jax.eval_shape(one_pass, state.extra, 0, jax.tree.map(lambda x: x[0], passes))[1]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        first = jax.tree.map(lambda x: x[0], passes)
+        zeros = optax.tree.zeros_like(jax.eval_shape(one_pass, state.extra, 0, first)[1])
 
         def accumulate(carry: Any, indexed_rows: Any) -> tuple[Any, None]:
             extra, total = carry
@@ -209,7 +216,7 @@ def compile_step(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The durations of a run, in steps; 0 for an interval means only at the end."""
+    """The durations of a run, in steps; an interval of 0 means only at the end."""
 
     total: int
     steps_per_epoch: int
@@ -242,7 +249,7 @@ class Schedule:
         )
 
     def due(self, step: int, every: int) -> bool:
-        """Return whether what happens every so many steps, and at the end, happens now."""
+        """Return whether what happens every `every` steps, and at the end, is due at `step`."""
         return step == self.total or bool(every and step % every == 0)
 
 
@@ -256,10 +263,14 @@ def require_finite(step: int, scalars: Mapping[str, float], saver: checkpoint.Ch
     if math.isfinite(loss) and math.isfinite(norm):
         return
     saver.wait()  # a save that is still going on is the last one
+    last = saver.latest_step()
+    good = (
+        "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last}"
+    )
     raise NonFiniteError(
-        f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; the last"
-        f" good checkpoint is step {saver.latest_step()} in {saver.root.parent}. A lower"
-        " config.optim.blr, or config.model.residual_dtype=float32 if it is not, may help."
+        f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved; {good} in"
+        f" {saver.root.parent}. A lower config.optim.blr, or config.model.residual_dtype=float32 if"
+        " it is not, may help."
     )
 
 

@@ -26,9 +26,6 @@ def start(workdir, **changes):
         return restore_or_init(run, target(), lambda: init(-1), load_params, **changes)
 
 
-# ---- what is saved comes back -----------------------------------------------------------------
-
-
 def test_a_state_comes_back_on_any_number_of_devices(tmp_path):
     for before, after in ((8, 1), (1, 4), (4, 8)):
         with Checkpointer(tmp_path) as run:
@@ -94,11 +91,9 @@ def test_the_newest_n_and_every_kth_are_kept(tmp_path):
 def test_a_step_is_never_saved_twice(tmp_path):
     with Checkpointer(tmp_path) as run:
         run.save(1, state_of(1))
-        with pytest.raises(ValueError, match=r"there is a checkpoint .*checkpoints/1 already"):
+        with pytest.raises(OSError, match="already exists"):
             run.save(1, state_of(2))
-
-
-# ---- damage -----------------------------------------------------------------------------------
+        assert_equal(run.restore(target())[1], init(1))
 
 
 def empty_step(workdir):
@@ -148,14 +143,13 @@ def test_only_the_files_of_the_state_are_needed(tmp_path):
     assert_equal(start(tmp_path)[0], init(10))
 
 
-def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, capsys):
+def test_an_interrupted_save_is_not_a_checkpoint(tmp_path):
     save_steps(tmp_path, 10, 20)
     (tmp_path / "checkpoints/20").rename(tmp_path / "checkpoints/20.orbax-checkpoint-tmp")
     with Checkpointer(tmp_path) as run:
         assert run.restore(target())[0] == 10
         run.save(20, state_of(20))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
-    assert "checkpoint 20: its save was interrupted" in capsys.readouterr().out
 
 
 def test_without_any_intact_checkpoint_nothing_starts_over_silently(tmp_path):
@@ -179,9 +173,6 @@ def test_digests_are_there_before_a_checkpoint_has_its_name(tmp_path):
     run.close()
 
 
-# ---- a checkpoint that does not fit -----------------------------------------------------------
-
-
 def test_another_config_is_an_error_and_not_damage(tmp_path):
     save_steps(tmp_path, 10, 20)
     run = Checkpointer(tmp_path)
@@ -200,9 +191,6 @@ def test_another_config_is_an_error_and_not_damage(tmp_path):
         run.restore(target().replace(params=halves))
     run.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
-
-
-# ---- where a run starts -----------------------------------------------------------------------
 
 
 def test_own_workdir_before_resume_before_init_from_before_scratch(tmp_path):
@@ -234,9 +222,7 @@ def test_own_workdir_before_resume_before_init_from_before_scratch(tmp_path):
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for key in ("resume", "init_from"):
-        with pytest.raises(
-            ValueError, match=rf"config\.{key}='.*empty' holds no checkpoint: looked"
-        ):
+        with pytest.raises(ValueError, match=f"config.{key}='.*empty' holds no checkpoint: looked"):
             start(tmp_path / "own", **{key: str(tmp_path / "empty")})
 
 
@@ -251,22 +237,9 @@ def test_damage_in_another_run_is_passed_over_and_left_there(tmp_path, capsys):
 
 def test_parameters_of_another_model_are_refused(tmp_path):
     save_steps(tmp_path / "other", 10)
-    with (
-        Checkpointer(tmp_path / "own") as run,
-        pytest.raises(
-            ValueError, match=r"params/dense/bias: float32\[16\] in the checkpoint, .*32"
-        ),
-    ):
-        restore_or_init(
-            run,
-            target(width=32),
-            lambda: init(width=32),
-            load_params,
-            init_from=str(tmp_path / "other"),
-        )
-
-
-# ---- errors in the background -----------------------------------------------------------------
+    path = str(tmp_path / "other")
+    with Checkpointer(tmp_path / "own") as run, pytest.raises(ValueError, match=r"bias: .*\[16\]"):
+        restore_or_init(run, target(width=32), lambda: init(width=32), load_params, init_from=path)
 
 
 FULL_DISK = """
@@ -291,7 +264,8 @@ FULL_DISK = """
             time.sleep(0.01)
     except OSError as error:
         print("ERROR", error)
-        print("KEPT", integrity.damage(run.root / "1"), sorted(p.name for p in run.root.iterdir()))
+        whole = [p.name for p in run.root.iterdir() if p.name.isdigit()]
+        print("KEPT", integrity.damage(run.root / "1"), whole)
 """
 # A disk of 3 MiB where this user can mount one; else files of at most 1 MiB, which needs no right.
 MOUNT = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
@@ -313,9 +287,6 @@ def test_a_full_disk_surfaces_at_the_next_check_and_older_checkpoints_stay(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     printed = [line for line in done.stdout.splitlines() if line.startswith(("ERROR", "KEPT"))]
     assert len(printed) == 2, done.stdout + done.stderr
-    assert printed[0].startswith(
-        f"ERROR checkpoint 2 could not be written to {tmp_path}/checkpoints"
-    )
-    assert "it takes up to 4.0 MiB, and" in printed[0]
-    assert "Earlier checkpoints, intact: 1" in printed[0]
+    assert printed[0].startswith(f"ERROR checkpoint 2 could not be written to {tmp_path}/")
+    assert printed[0].endswith("It takes up to 4.0 MiB. Earlier checkpoints, intact: 1")
     assert printed[1] == "KEPT None ['1']"

@@ -227,18 +227,23 @@ def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
 
 
 @pytest.mark.parametrize(("steps", "rising"), [(10, True), (50, False)])
-def test_a_warmup_longer_than_the_run_is_said(steps, rising):
+def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys, steps, rising):
     config = tiny_config()
     config.optim.warmup, config.train_for = "40 steps", f"{steps} steps"
     task, mesh = tasks.build(config), sharding.make_mesh(**config.mesh)
     schedule = train.Schedule.from_config(config, 5)
     step = SimpleNamespace(memory_analysis=lambda: None)
     rate = task.optimizer(steps, 5)[1]
-    line = report.start_up(task, step, {}, mesh, schedule, rate, 16, 1)[-1]
+    reporter = report.Reporter(
+        tmp_path, mesh, task, schedule, start=0, batch_size=16, started="from scratch",
+        learning_rate=rate, check=print, heartbeat=print,
+    )  # fmt: skip
+    reporter.start_up(step, {}, 1)
+    line = capsys.readouterr().out.splitlines()[-2]
     peak = optim.peak_lr(config.optim.blr, config.batch_size)
     highest = peak * 9 / 40 if rising else peak
     assert float(line.split()[3].rstrip(",")) == pytest.approx(highest, rel=2e-3)
-    assert line.endswith("config.optim.warmup is longer than the run") == rising
+    assert line.endswith("config.optim.warmup is not over when the run ends") == rising
 
 
 def test_the_closing_hint_fits_the_run(tmp_path, config):

@@ -292,3 +292,15 @@ def test_a_label_out_of_range_stops_fine_tuning_before_an_update(label, monkeypa
     with pytest.raises(ValueError, match=f"an image has label {label}, and labels go from 0 to 9"):
         run(config, tmp_path, (1, 1, 1))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_a_run_starts_from_another_with_or_without_an_online_probe(before, after, tmp_path):
+    task, state = fresh_state(tiny_config(online_probe=before), mesh_of(1, 1, 1))
+    workdir = save_workdir(tiny_config(online_probe=before), tmp_path, state)
+    config = tiny_config(online_probe=after, seed=1)
+    task, fresh = fresh_state(config, mesh_of(1, 1, 1))
+    loaded = task.load(checkpoint.find(workdir, "init_from"), fresh)
+    for side in ("encoder", "decoder"):
+        jax.tree.map(np.testing.assert_array_equal, loaded.params[side], state.params[side])
+    assert ("online" in loaded.params) == after

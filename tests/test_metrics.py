@@ -112,7 +112,7 @@ def test_only_the_first_host_reports_and_every_host_logs(tmp_path, monkeypatch, 
     writer.file("results.json", b"{}")
     writer.log("hello")
     writer.close()
-    with Progress(10, 0, "test") as progress:
+    with Progress(10, 0) as progress:
         progress.log("hello")
         progress.update(1, loss=1.0, lr=1.0, images_per_sec=1.0, data_wait=0.0)
     files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
@@ -142,7 +142,7 @@ def test_an_object_store_gets_whole_files(monkeypatch):
 
 SHOW = """
 from mae_jax.metrics.progress import Progress
-with Progress(2000, 0, "pretrain") as progress:
+with Progress(2000, 0) as progress:
     progress.log("parameters: 1,000 [not markup]")
     for step in (1, 1000, 2000):
         progress.update(step, loss=0.51234, lr=1.5e-4, images_per_sec=1234.4, data_wait=0.03)

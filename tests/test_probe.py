@@ -442,8 +442,8 @@ def test_a_run_without_updates_measures_a_checkpoint(pretrained, tmp_path):
     names = {"eval/knn1_cls", "eval/knn20_cls", "eval/fewshot2_cls", "eval/fewshot2_cls_std"}
     assert names <= measured
     told = "\n".join(summary.lines(str(workdir), False))
-    assert "20 nearest, feature cls" in told
-    assert re.search(r"% \+- \d+\.\d\d, fitted to 2 of each class", told)
+    assert re.search(r"eval/knn20_cls +\d+\.\d\d %", told)
+    assert re.search(r"eval/fewshot2_cls_std +\d+\.\d\d %", told)
 
 
 def test_a_run_without_updates_takes_any_number_of_devices(tmp_path):
@@ -514,7 +514,8 @@ def test_an_online_probe_is_measured_beside_the_reconstruction_under_another_nam
     config.train_for, config.evals.accuracy.prefix = "1 steps", "eval_accuracy"
     run(config, tmp_path, (1, 1, 1))
     told = "\n".join(summary.lines(str(tmp_path), False))
-    assert re.search(r"top-1 accuracy \S+ %, of 40 images \(eval_accuracy\)", told)
+    assert re.search(r"eval_accuracy/top1 +\S+ %", told)
+    assert re.search(r"eval_accuracy/images +40\n", told)
     assert "error of hidden pixels on 16 held-out images" in told
 
 

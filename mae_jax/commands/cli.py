@@ -19,9 +19,6 @@ def parse(command: str, usage: str, argv: list[str], values: flags.FlagValues) -
     """Parse a command line into `values`; return the arguments that are no flags.
 
     --help prints `usage` and all flags, and ends the process.
-
-    Raises:
-      UserError: a flag that is unknown, or whose value has the wrong type.
     """
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     try:
@@ -61,74 +58,65 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError("write numbers with commas between them") from None
 
 
-WEIGHT_FLAGS = (
-    *("part", "image_size", "heads", "decoder_heads", "target"),
-    *("mean", "std", "averaged", "allow_unused"),
-)
+COUNT = flags.IntegerParser(lower_bound=1)
+WEIGHT_FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {  # arguments of `mae_jax.load`
+    "part": (flags.EnumParser(["all", "encoder"]), "weights to read; none = all"),
+    "image_size": (Parser(size), "images to make a model for: SIDE or HEIGHTxWIDTH"),
+    "mean": (Parser(numbers), "mean of each channel, of pixels from 0 to 1"),
+    "std": (Parser(numbers), "standard deviation of each channel, of pixels from 0 to 1"),
+    "heads": (COUNT, "heads of the encoder, where the file does not say"),
+    "decoder_heads": (COUNT, "heads of the decoder, where the file does not say"),
+    "target": (
+        flags.EnumParser(["pixels", "norm_pixels"]),
+        "what the decoder predicts, where the file does not say",
+    ),
+}
+WEIGHT_SWITCHES = {
+    "averaged": "read the averaged weights of a run with config.ema",
+    "allow_unused": "ignore tensors that the network does not have",
+}
 
 
 def define_weight_flags(values: flags.FlagValues) -> None:
-    """Define WEIGHT_FLAGS, which say how weights are read."""
-    parts, targets = ("all", "encoder"), ("pixels", "norm_pixels")
-    flags.DEFINE_enum("part", "all", parts, "weights to read", flag_values=values)
-    for name, read, text in (
-        ("image_size", size, "images to make a model for: SIDE or HEIGHTxWIDTH"),
-        ("mean", numbers, "mean of each channel, of pixels from 0 to 1"),
-        ("std", numbers, "standard deviation of each channel, of pixels from 0 to 1"),
-    ):
-        flags.DEFINE(Parser(read), name, None, text, flag_values=values)
-    for name, text in (
-        ("heads", "heads of the encoder, where the file does not say"),
-        ("decoder_heads", "heads of the decoder, where the file does not say"),
-    ):
-        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
-    text = "what the decoder predicts, where the file does not say"
-    flags.DEFINE_enum("target", None, targets, text, flag_values=values)
-    text = "read the averaged weights of a run with config.ema"
-    flags.DEFINE_bool("averaged", False, text, flag_values=values)
-    text = "ignore tensors that the network does not have"
-    flags.DEFINE_bool("allow_unused", False, text, flag_values=values)
+    """Define the flags that say how weights are read."""
+    for name, (parser, text) in WEIGHT_FLAGS.items():
+        flags.DEFINE(parser, name, None, text, flag_values=values)
+    for name, text in WEIGHT_SWITCHES.items():
+        flags.DEFINE_bool(name, False, text, flag_values=values)
 
 
 def weight_options(values: flags.FlagValues) -> dict[str, Any]:
-    """Return WEIGHT_FLAGS as keyword arguments of `mae_jax.load`."""
-    return {name: getattr(values, name) for name in WEIGHT_FLAGS}
+    """Return the flags of weights that are set, as keyword arguments of `mae_jax.load`."""
+    options = {name: values[name].value for name in (*WEIGHT_FLAGS, *WEIGHT_SWITCHES)}
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def define_image_flags(values: flags.FlagValues, split: str) -> None:
+def define_image_flags(values: flags.FlagValues) -> None:
     """Define the flags that say which images of a data source are read."""
     text = "split of a data source, or slices such as train[:90%]"
-    flags.DEFINE_string("split", split, text, flag_values=values)
+    flags.DEFINE_string("split", None, text, flag_values=values)
     flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
 
 
-def open_images(
-    paths: Sequence[str], split: str, data_dir: str, folder_split: str = "train"
-) -> list[Any]:
+def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> list[Any]:
     """Return data sources: one for files that follow each other, one for any other path.
 
-    Args:
-      paths: image files, text files (.txt) with the path of an image in every line, folders, and
-        data sources such as bundled:photos.
-      folder_split: the split of folders.
-
-    Raises:
-      UserError: a path is none of these, or there is no image.
+    A path is an image file, a text file (.txt) with the path of an image in every line, a folder,
+    or a data source such as bundled:photos, of which `split` is read unless --split is given.
     """
     from mae_jax.data import sources
     from mae_jax.data.folder import FolderSource
 
     opened: list[Any] = []
-    for files, group in itertools.groupby(paths, os.path.isfile):
-        if files:
+    for are_files, group in itertools.groupby(paths, os.path.isfile):
+        if are_files:
             names = [name for path in group for name in _listed(path)]
             unlabelled = np.full(len(names), -1, np.int32)
             opened.append(FolderSource("", names, unlabelled, None))
             continue
         for path in group:
-            folder = os.path.isdir(path)
-            name, part = (f"folder:{path}", folder_split) if folder else (path, split)
-            opened.append(sources.open_source(name, part, data_dir))
+            name, part = (f"folder:{path}", "train") if os.path.isdir(path) else (path, split)
+            opened.append(sources.open_source(name, values.split or part, values.data_dir))
     if not any(map(len, opened)):
         raise UserError(f"{', '.join(paths)}: no image is listed there")
     return opened

@@ -23,11 +23,7 @@ FORMATS = ("ours", "official", "timm", "hf")
 
 
 def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
-    """Return input, output and options.
-
-    Raises:
-      UserError: an argument is missing, unknown or of the wrong type.
-    """
+    """Return input, output and options."""
     values = flags.FlagValues()
     flags.DEFINE_enum("to", None, FORMATS, "format of the output", flag_values=values)
     cli.define_weight_flags(values)

@@ -1,4 +1,4 @@
-"""Write features row by row, so that a kill costs a batch and the result is the same.
+"""Write features batch by batch, so that a kill costs a batch and the result is the same.
 
 While they grow, OUT.part is the .npy file of all rows, OUT.csv lists the rows that are done, and
 OUT.json says what they are made from.
@@ -8,8 +8,7 @@ import csv
 import itertools
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,129 +17,109 @@ from mae_jax import files
 from mae_jax.commands import cli
 from mae_jax.errors import UserError
 
+COLUMNS = ["name", "label", "error"]  # of OUT.csv
 GROUP_BYTES = 2**26  # features of a row group of Parquet
 
 
 def beside(out: Path) -> tuple[Path, Path, Path]:
-    """Return the files of features, of the other columns, and of the plan."""
+    """Return the files of features, of the other columns, and of what they are made from."""
     return Path(f"{out}.part"), Path(f"{out}.csv"), Path(f"{out}.json")
 
 
-def begin(out: Path, plan: dict, shape: tuple[int, ...], batch_size: int) -> int:
-    """Make the files beside `out`, or find those of an interruption; return the rows done.
+def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -> list[list[str]]:
+    """Return COLUMNS of the rows that an interruption left, and make the files ready to go on.
 
     Args:
+      made_from: what changes with the inputs; the rows are kept only if it is the same.
       shape: of all features, with one row for each image.
 
     Raises:
-      UserError: `out` is there, and was made by another plan.
+      UserError: `out` is there, and was made from something else.
     """
-    part, columns, plan_file = beside(out)
-    same = plan_file.exists() and json.loads(plan_file.read_text()) == plan
+    part, table, state = beside(out)
+    same = state.exists() and json.loads(state.read_text()) == made_from
     if out.exists():
         if not same:
             raise UserError(f"{out} is there already: choose another name, or remove it")
-        return shape[0]
+        return []
     rows = []
     if part.exists() and same:
-        rows = read_columns(columns)[:-1]  # the last one may be cut short
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))[1:-1]  # the last one may be cut short
+        rows = rows[: len(rows) // batch_size * batch_size]
     elif part.exists():
         print("The images, weights or options changed since the interruption: starting again.")
-    rows = rows[: len(rows) // batch_size * batch_size]
-    write_columns(columns, rows)
     if not rows:
-        part.unlink(missing_ok=True)
-        files.write_json(plan_file, plan)
+        part.unlink(missing_ok=True)  # first: with OUT.part, the other files must be true
+    with files.replacing(table) as whole, open(whole, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    if not rows:
+        files.write_json(state, made_from)
         np.lib.format.open_memmap(part, "w+", np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # Linux
-            with part.open("r+b") as file:  # or a full disk would kill who writes to a mapped file
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    return len(rows)
+    return rows
 
 
-def read_columns(path: Path) -> list[list[str]]:
-    """Return name, label and error of each image."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
+def append(out: Path, rows: list[list[str]], batches: Iterator) -> Iterator[int]:
+    """Add a row for each example to the files beside `out` and to `rows`; yield how many, by batch.
 
-
-def write_columns(path: Path, rows: list[list[str]]) -> None:
-    """Write a CSV file with name, label and error of each image."""
-    with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["name", "label", "error"], *rows])
-
-
-def write(out: Path, done: int, batches: Iterator, advance: Callable) -> list[tuple[int, float]]:
-    """Add the rows of all batches; return how many are done, and the time, after each batch.
-
-    Args:
-      out: the file to make in the end.
-      done: rows that are there already.
-      batches: pairs of examples and their features, with padding at the end.
-      advance: is called with the number of examples of every batch.
+    `batches` are pairs of examples and their features, with padding at the end.
     """
-    part, columns, _ = beside(out)
-    features = np.lib.format.open_memmap(part, "r+")
-    times = []
-    with columns.open("a", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
+    part, table, _ = beside(out)
+    whole = np.load(part, mmap_mode="r")
+    # Written, not mapped: on a full disk, a write raises an error and a mapped page kills.
+    with part.open("r+b") as features, table.open("a", encoding="utf-8", newline="") as file:
+        features.seek(whole.offset + len(rows) * whole.strides[0])
+        writer = csv.writer(file, lineterminator="\n")
         # In pairs, so that the device computes a batch while the next one is read.
         for (batch, computed), _ in itertools.pairwise(itertools.chain(batches, [None])):
-            rows = slice(done, done := done + len(batch))
-            features[rows] = np.asarray(computed)[: len(batch)]
-            features[rows][[bool(example.error) for example in batch]] = np.nan
-            table.writerows((x.name, x.label if x.label >= 0 else "", x.error) for x in batch)
+            block = np.array(computed)[: len(batch)]
+            block[[bool(example.error) for example in batch]] = np.nan
+            features.write(block.tobytes())
+            features.flush()
+            new = [[x.name, str(x.label) if x.label >= 0 else "", x.error] for x in batch]
+            writer.writerows(new)
             file.flush()  # after the features: what is listed is done
-            times.append((done, time.monotonic()))
-            advance(len(batch))
-    return times
+            rows += new
+            yield len(batch)
 
 
-def finish(out: Path) -> list[tuple[str, str]]:
-    """Make `out` of the files beside it; return the images that cannot be read, and why.
+def finish(out: Path, rows: list[list[str]]) -> None:
+    """Make `out` of the files beside it.
 
     Raises:
       UserError: none of the images can be read.
     """
-    part, columns, _ = beside(out)
-    rows = read_columns(columns)
-    unreadable = [(name, error) for name, _, error in rows if error]
-    if len(unreadable) == len(rows):
+    part, table, _ = beside(out)
+    if all(error for *_, error in rows):
         for path in beside(out):
             path.unlink()
+        unreadable = [(name, error) for name, _, error in rows]
         raise UserError(f"none of the {len(rows)} images can be read: {cli.first_ten(unreadable)}")
     if out.suffix == ".npy":
         part.replace(out)
-    else:
-        with files.replacing(out) as whole:
-            write_parquet(whole, np.load(part, mmap_mode="r"), rows)
-        part.unlink()
-        columns.unlink()
-    return unreadable
+        return
+    with files.replacing(out) as whole:
+        write_parquet(whole, np.load(part, mmap_mode="r"), rows)
+    part.unlink()
+    table.unlink()
 
 
 def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]) -> None:
-    """Write features and the other columns as one table, a group of rows at a time."""
+    """Write features and the other columns as one table."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    kind = pa.float32()
-    for _ in features.shape[1:]:
-        kind = pa.list_(kind)
-    text = pa.string()
-    schema = pa.schema({"name": text, "label": pa.int32(), "features": kind, "error": text})
+    names, labels, errors = zip(*rows, strict=True)
+    column = pa.array(features.reshape(-1))  # not copied: a file may be larger than the memory
+    for size in features.shape[:1:-1]:
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    unreadable = pa.array([bool(error) for error in errors])
+    column = pa.FixedSizeListArray.from_arrays(column, features.shape[1], mask=unreadable)
+    columns = {
+        "name": pa.array(names, pa.string()),
+        "label": pa.array([int(label) if label else None for label in labels], pa.int32()),
+        "features": column,
+        "error": pa.array([error or None for error in errors], pa.string()),
+    }
     group = max(1, GROUP_BYTES // features[0].nbytes)
-    with parquet.ParquetWriter(os.fspath(path), schema) as writer:
-        for start in range(0, len(rows), group):
-            names, labels, errors = zip(*rows[start : start + group], strict=True)
-            good = [
-                None if error else x if x.ndim == 1 else list(x)
-                for x, error in zip(features[start : start + group], errors, strict=True)
-            ]
-            columns = {
-                "name": names,
-                "label": [int(label) if label else None for label in labels],
-                "features": good,
-                "error": [error or None for error in errors],
-            }
-            writer.write_table(pa.Table.from_pydict(columns, schema))
+    parquet.write_table(pa.table(columns), os.fspath(path), row_group_size=group)

@@ -26,16 +26,12 @@ mae-jax {command} --config=RECIPE[:ARGUMENTS] [--config.KEY=VALUE ...] [FLAG ...
 def parse(
     argv: list[str], define: Callable[[flags.FlagValues], None], command: str
 ) -> tuple[ConfigDict, flags.FlagValues, str]:
-    """Return the locked config, all flags, and the name of the recipe.
+    """Return the locked config, all flags, and the name of the recipe, from a command line.
 
-    Args:
-      argv: the command line after the command's name.
-      define: defines the command's own flags.
-      command: its name, for the help and for messages.
+    `define` defines the flags of `command` itself.
 
     Raises:
       UserError: no recipe, an unknown key or argument, a value of the wrong type.
-      SystemExit: after printing the help that was asked for.
     """
     values = flags.FlagValues()
     define(values)
@@ -43,10 +39,9 @@ def parse(
         print(USAGE.format(command=command, recipes=", ".join(names())))
         print(values.get_help(include_special_flags=False))
         raise SystemExit(0)
-    given = " ".join(arg for arg in argv if re.match(r"--?config\b", arg))
+    given = " ".join(arg for arg in argv if re.match(r"--config\b", arg))
     argv, file = _with_path(argv)
-    _refuse_old(re.findall(r"--?config\.([\w.]+)", given))
-
+    _refuse_old(re.findall(r"--config\.([\w.]+)", given))
     whole = [f"mae-jax {command}", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=whole)
     try:
@@ -59,11 +54,10 @@ def parse(
         text = text.splitlines()[-1] if "Traceback" in text else text
         raise UserError(re.sub(r"^(ValueError|mae_jax.errors.UserError): ", "", text)) from None
     except (AttributeError, KeyError) as error:
-        what = " ".join(str(error.args[0]).split())
-        raise UserError(f"{given}: no such key in the config: {what}") from None
+        key = " ".join(str(error.args[0]).split())
+        raise UserError(f"{given}: no such key in the config: {key}") from None
     except ModuleNotFoundError as error:
-        hint = "; the installed recipes are mae_jax.configs" if error.name == "configs" else ""
-        raise UserError(f"--config={file}: {error}{hint}") from error
+        raise UserError(f"--config={file}: {error}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     if not_a_number := re.search(r'"(\w+)": NaN', config.to_json()):
@@ -79,14 +73,9 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """Return the file of a recipe.
+    """Return the file of an installed recipe, such as `pretrain`, or of a path.
 
-    Args:
-      name: an installed recipe, such as `pretrain`, or the path of a Python file. Where there is no
-        file configs/NAME.py, that path stands for the installed recipe.
-
-    Raises:
-      UserError: there is neither.
+    Without a file configs/NAME.py, that path stands for the installed recipe.
     """
     path = Path(name)
     installed = INSTALLED / f"{path.stem}.py"
@@ -110,16 +99,14 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
     """
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
-        if flag in ("--config", "-config"):
+        if flag == "--config":
             after = i + 1 if equals else i + 2
             value = value if equals else "".join(argv[i + 1 : after])
             name, colon, arguments = value.partition(":")
             file = find(name)
-            folder = file.resolve().parent
-            above = [] if folder == INSTALLED.resolve() else [str(folder.parent)]
+            above = [str(file.resolve().parent.parent)] if str(file) == name else []
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
-            argv = [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]]
-            return argv, file
+            return [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]], file
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
 
 

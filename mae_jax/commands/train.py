@@ -18,15 +18,10 @@ from mae_jax.errors import UserError
 
 def define(values: flags.FlagValues) -> None:
     """Define the flags of `mae-jax train`."""
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "where the run lives; the same again goes on where it stopped; '' = workdir/RECIPE",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "distributed", False, "one of several hosts, of a TPU pod or a cluster", flag_values=values
-    )
+    text = "where the run lives; the same again goes on where it stopped; '' = workdir/RECIPE"
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+    text = "one of several hosts, of a TPU pod or a cluster"
+    flags.DEFINE_bool("distributed", False, text, flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, elsewhere", flag_values=values)
     flags.DEFINE_integer("num_hosts", None, "with --coordinator: of how many", flag_values=values)
     flags.DEFINE_integer("host", None, "with --coordinator: which one, from 0", flag_values=values)
@@ -41,13 +36,13 @@ def compilation_cache(workdir: str) -> str:
 def run(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    heartbeat: Callable[[str], None] = lambda _: None,
+    heartbeat: Callable[[], None] = lambda: None,
     devices: Sequence[Any] | None = None,
 ) -> Any:
     """Do what a config asks for in a workdir, from wherever that stands; return the state.
 
     Args:
-      heartbeat: called with what just ended, such as "step 12".
+      heartbeat: called when an update or an evaluation has ended.
       devices: of the mesh; None = all.
 
     Raises:
@@ -83,10 +78,10 @@ def run(
             f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
             " nothing is left to do; give a longer one"
         )
-    sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
     step = None
     if start < schedule.total:
-        step = train.compile_step(task, tx, mesh, shapes, seed=config.seed, **sizes)
+        sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
+        step = train.compile_step(task, tx, mesh, shapes, **sizes)
     provenance.prepare_workdir(workdir, config, num_examples)
 
     with (
@@ -98,7 +93,6 @@ def run(
             schedule,
             start=start,
             batch_size=config.batch_size,
-            describe=config.task.rpartition(".")[2],
             started=started,
             learning_rate=learning_rate,
             check=partial(train.require_finite, saver=saver),
@@ -113,11 +107,8 @@ def run(
         if step is None:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
-        lines = report.start_up(task, step, state.params, mesh, schedule, learning_rate, **sizes)
-        for line in [*lines, started]:
-            reporter.log(line)
+        reporter.start_up(step, state.params, config.grad_accum)
         batches = train.global_batches(task, mesh, start, config.batch_size)
-        reporter.restart_clock(start)
         return train.fit(state, step, batches, schedule, saver=saver, **common)
 
 
@@ -150,11 +141,10 @@ def main(argv: list[str]) -> int:
                 facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             run(config, workdir, heartbeat)
-    except train.NonFiniteError as error:  # on all hosts alike
+    except (train.NonFiniteError, WorkerLost) as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
-        return 1
-    except WorkerLost as error:
-        print(f"mae-jax train: {error}", file=sys.stderr)
+        if isinstance(error, train.NonFiniteError):  # on all hosts alike
+            return 1
         if jax.process_count() > 1:
             distributed.leave(distributed.PREEMPTED)
         return distributed.PREEMPTED
@@ -163,7 +153,7 @@ def main(argv: list[str]) -> int:
             raise
         if (status := explain("train", error)) is None:
             traceback.print_exc()
-        distributed.leave(1 if status is None else status)
+        distributed.leave(status or 1)
     if jax.process_index() == 0:
         own_images = config.data.source.startswith("folder:")
         print("\n".join(summary.lines(workdir, own_images)))

@@ -1,14 +1,13 @@
-"""Draw what a model makes of images, as sheets of rows with titles and a caption."""
+"""Draw what a model makes of images, as sheets of columns with titles and a caption."""
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
 TILE = 160  # smaller images are enlarged to at least this width or height
 MARGIN = 6
+LINE = 17  # pixels from one line of text to the next
 HIDDEN = np.array((190, 196, 206), np.uint8)  # a grey that differs from those of a grey image
-ERROR_SCALE = 64  # levels that are drawn as the brightest colour
 
 Size = tuple[int, int]  # (height, width)
 
@@ -32,102 +31,17 @@ def reconstructions(
     Returns:
       uint8 [height, width, 3].
     """
-    images, predictions = rgb(images_BHWC), rgb(predictions_BHWC)
-    columns = (
-        images,
-        paste(images, HIDDEN, masks_BL, patch_size),
-        predictions,
-        paste(images, predictions, masks_BL, patch_size),
-    )
-    titles = ("original", "masked", "reconstruction", "with visible patches")
-    return sheet(list(zip(*columns, strict=True)), titles, caption)
+    columns = [
+        ("original", images_BHWC),
+        ("masked", paste(images_BHWC, HIDDEN, masks_BL, patch_size)),
+        ("reconstruction", predictions_BHWC),
+        ("with visible patches", paste(images_BHWC, predictions_BHWC, masks_BL, patch_size)),
+    ]
+    return sheet(columns, caption)
 
 
-def errors(
-    images_BHWC: np.ndarray,
-    masks_BL: np.ndarray,
-    predictions_BHWC: np.ndarray,
-    *,
-    patch_size: Size,
-    caption: str,
-) -> np.ndarray:
-    """Draw a row for each image: original, prediction with visible patches, absolute error."""
-    error_BHW = np.abs(predictions_BHWC.astype(float) - images_BHWC).mean(-1) / ERROR_SCALE
-    error_BHWC = heat(np.clip(error_BHW, 0, 1))
-    columns = (
-        images_BHWC,
-        paste(images_BHWC, predictions_BHWC, masks_BL, patch_size),
-        paste(np.broadcast_to(HIDDEN, error_BHWC.shape), error_BHWC, masks_BL, patch_size),
-    )
-    return sheet(
-        list(zip(*columns, strict=True)),
-        ("original", "with visible patches", "absolute error"),
-        f"Error: mean over channels, black 0 to bright {ERROR_SCALE} levels or more; grey where"
-        f" patches are visible. {caption}",
-    )
-
-
-def ratios(
-    images_BHWC: np.ndarray,
-    outcomes: Sequence[tuple[np.ndarray, ...]],
-    patch_size: Size,
-    caption: str,
-) -> np.ndarray:
-    """Draw a row for each image: original, then masked and reconstructed for each outcome.
-
-    Args:
-      outcomes: pairs of masks_BL and predictions_BHWC.
-    """
-    images = rgb(images_BHWC)
-    columns, titles = [images], ["original"]
-    for masks_BL, predictions_BHWC in outcomes:
-        for under in (HIDDEN, rgb(predictions_BHWC)):
-            columns.append(paste(images, under, masks_BL, patch_size))
-        titles += [f"{masks_BL[0].mean():.0%} hidden", "reconstructed"]
-    return sheet(list(zip(*columns, strict=True)), titles, caption)
-
-
-def attention(image_HWC: np.ndarray, attention_MSL: np.ndarray, patch_size: Size) -> np.ndarray:
-    """Draw the cls token's attention to patches: a row for each of M layers, all heads in it."""
-    scaled = attention_MSL / attention_MSL.max(-1, keepdims=True)
-    maps = scaled.reshape(*scaled.shape[:2], *grid(image_HWC[None], patch_size))
-    maps_MSHW = enlarge(maps, patch_size, axis=2)
-    return sheet(
-        [[image_HWC, *maps] for maps in heat(maps_MSHW)],
-        ["original", *(f"head {i}" for i in range(scaled.shape[1]))],
-        "Attention of the cls token to the patches; a row for each layer, the first on top."
-        " Each map is scaled to its largest value.",
-    )
-
-
-def components(images_BHWC: np.ndarray, features_BLD: np.ndarray, patch_size: Size) -> np.ndarray:
-    """Draw a row for each image: the original, and the principal components of its patches.
-
-    The components are those of all features, also of images that are not drawn.
-    """
-    colours = principal_colours(features_BLD, grid(images_BHWC, patch_size))
-    colours = enlarge(colours, patch_size, axis=1)
-    return sheet(
-        list(zip(images_BHWC, colours, strict=False)),
-        ("original", "patch features"),
-        "The first three principal components of the patch features of all images, as red,"
-        " green and blue.",
-    )
-
-
-def neighbours(
-    query_HWC: np.ndarray, images_BHWC: np.ndarray, nearest: Sequence[tuple[int, float]]
-) -> np.ndarray:
-    """Draw a query and the images nearest to it, given by (index, similarity)."""
-    return sheet(
-        [[query_HWC, *(images_BHWC[i] for i, _ in nearest)]],
-        ["query", *(f"{similarity:.3f}" for _, similarity in nearest)],
-        "The nearest images, by the cosine similarity of the cls tokens.",
-    )
-
-
-def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: str) -> np.ndarray:
-    """Draw rows of images of one size, uint8 [H, W, C], under their titles, and a caption below.
+def sheet(columns: Sequence[tuple[str, np.ndarray]], caption: str) -> np.ndarray:
+    """Draw columns of images, uint8 [B, H, W, C], under their titles, and a caption below.
 
     Small images are enlarged by a whole factor, without smoothing; channels are shown as by `rgb`.
 
@@ -136,32 +50,32 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], caption: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = rows[0][0].shape[:2] if rows else (TILE, TILE)
+    count, height, width, _ = columns[0][1].shape
     factor = max(1, -(-TILE // max(height, width)))
     height, width = height * factor, width * factor
 
     font = ImageFont.load_default(13)
-    cell = max(width, *(int(font.getlength(title)) + 4 for title in titles))
-    page = MARGIN + len(titles) * (cell + MARGIN)
-    characters = int((page - 2 * MARGIN) / (font.getlength(caption) / len(caption)))
-    lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
-    while characters > 1 and max(map(font.getlength, lines)) > page - 2 * MARGIN:
-        characters -= 1  # a line of wide letters
-        lines = textwrap.wrap(caption, characters, break_on_hyphens=False)
-    line = 17  # pixels from one line of text to the next
-    top = MARGIN + line
-    bottom = top + len(rows) * (height + MARGIN)
-    canvas = Image.new("RGB", (page, bottom + len(lines) * line + MARGIN), "white")
+    cell = max(width, *(int(font.getlength(title)) + 4 for title, _ in columns))
+    page = MARGIN + len(columns) * (cell + MARGIN)
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= page - 2 * MARGIN:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    top = MARGIN + LINE
+    bottom = top + count * (height + MARGIN)
+    canvas = Image.new("RGB", (page, bottom + len(lines) * LINE + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
+    for column, (title, images_BHWC) in enumerate(columns):
         left = MARGIN + column * (cell + MARGIN)
         draw.text((left + cell / 2, MARGIN), title, "black", font, anchor="ma")
-        for row, tiles in enumerate(rows):
-            enlarged = rgb(tiles[column]).repeat(factor, 0).repeat(factor, 1)
-            corner = (left + (cell - width) // 2, top + row * (height + MARGIN))
-            canvas.paste(Image.fromarray(enlarged), corner)
+        for row, tile_HWC in enumerate(rgb(images_BHWC)):
+            enlarged = Image.fromarray(tile_HWC.repeat(factor, 0).repeat(factor, 1))
+            canvas.paste(enlarged, (left + (cell - width) // 2, top + row * (height + MARGIN)))
     for number, text in enumerate(lines):
-        draw.text((MARGIN, bottom + number * line), text, "black", font)
+        draw.text((MARGIN, bottom + number * LINE), text, "black", font)
     return np.asarray(canvas)
 
 
@@ -173,19 +87,17 @@ def rgb(images: np.ndarray) -> np.ndarray:
 def paste(
     images_BHWC: np.ndarray, under: np.ndarray, masks_BL: np.ndarray, patch_size: Size
 ) -> np.ndarray:
-    """Return images with `under`, images or a colour, in place of the patches that are hidden."""
-    hidden = (np.asarray(masks_BL) > 0).reshape(-1, *grid(images_BHWC, patch_size), 1)
-    return np.where(enlarge(hidden, patch_size, axis=1), under, images_BHWC)
+    """Return RGB images with `under`, images or a colour, in place of the hidden patches."""
+    hidden_BL1 = np.asarray(masks_BL)[..., None] > 0
+    hidden_BHW1 = enlarge(hidden_BL1, images_BHWC.shape[1:3], patch_size)
+    return np.where(hidden_BHW1, rgb(under), rgb(images_BHWC))
 
 
-def grid(images_BHWC: np.ndarray, patch_size: Size) -> Size:
-    """Return the rows and columns of patches."""
-    return images_BHWC.shape[1] // patch_size[0], images_BHWC.shape[2] // patch_size[1]
-
-
-def enlarge(maps: np.ndarray, patch_size: Size, axis: int) -> np.ndarray:
-    """Repeat what there is once per patch, rows on `axis` and columns on the next, per pixel."""
-    return maps.repeat(patch_size[0], axis).repeat(patch_size[1], axis + 1)
+def enlarge(per_patch: np.ndarray, size: Size, patch_size: Size, axis: int = 1) -> np.ndarray:
+    """Repeat what there is once per patch for each pixel: `axis`, L, becomes two, of `size`."""
+    grid = (size[0] // patch_size[0], size[1] // patch_size[1])
+    shape = (*per_patch.shape[:axis], *grid, *per_patch.shape[axis + 1 :])
+    return per_patch.reshape(shape).repeat(patch_size[0], axis).repeat(patch_size[1], axis + 1)
 
 
 def heat(levels: np.ndarray) -> np.ndarray:
@@ -195,8 +107,8 @@ def heat(levels: np.ndarray) -> np.ndarray:
     return (matplotlib.colormaps["inferno"](levels)[..., :3] * 255).astype(np.uint8)
 
 
-def principal_colours(features_BLD: np.ndarray, shape: Size) -> np.ndarray:
-    """Return the first three principal components of all patches as RGB, uint8 [B, *shape, 3]."""
+def principal_colours(features_BLD: np.ndarray) -> np.ndarray:
+    """Return the first three principal components of all patches as RGB, uint8 [B, L, 3]."""
     flat = features_BLD.reshape(-1, features_BLD.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(0)
     _, _, directions = np.linalg.svd(flat, full_matrices=False)
@@ -204,4 +116,4 @@ def principal_colours(features_BLD: np.ndarray, shape: Size) -> np.ndarray:
     parts = np.pad(parts, ((0, 0), (0, 3 - parts.shape[1])))  # for fewer than three tokens
     low, high = np.percentile(parts, [1, 99], axis=0)
     scaled = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return (scaled * 255).astype(np.uint8).reshape(len(features_BLD), *shape, 3)
+    return (scaled * 255).astype(np.uint8).reshape(*features_BLD.shape[:2], 3)

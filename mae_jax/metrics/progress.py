@@ -1,5 +1,6 @@
 """Show how far a run is: a progress bar on a terminal, plain lines elsewhere."""
 
+import datetime
 import os
 import sys
 import time
@@ -18,11 +19,10 @@ class Progress:
     Args:
       total: steps of the whole run.
       start: steps done before.
-      describe: a word or two about what is running.
     """
 
-    def __init__(self, total: int, start: int, describe: str):
-        self._total, self._start, self._describe = total, start, describe
+    def __init__(self, total: int, start: int):
+        self._total, self._start = total, start
         self._silent = jax.process_index() != 0
         self._bar: Any = None
         self._first: tuple[int, float] | None = None  # step and time of the first update
@@ -32,16 +32,16 @@ class Progress:
             from rich import progress
             from rich.table import Column
 
-            text = "{task.fields[facts]}"
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),
                 progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
-                progress.TextColumn(text, markup=False, table_column=Column(no_wrap=True)),
+                progress.TextColumn(
+                    "{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True)
+                ),
                 expand=True,
             )
             self._task = self._bar.add_task(
-                self._describe, total=self._total, completed=self._start, facts="starting"
+                "", total=self._total, completed=self._start, facts="starting"
             )
             self._bar.start()
         return self
@@ -56,9 +56,6 @@ class Progress:
     ) -> None:
         """Show the state of the run at a step.
 
-        The remaining time is extrapolated from everything since the first update: steps,
-        evaluations and saves.
-
         Args:
           data_wait: fraction of the time that the step waited for images.
         """
@@ -72,14 +69,11 @@ class Progress:
         }
         width = len(str(self._total))
         if self._bar is not None:
-            facts = {"describe": self._describe} | facts
-            room = self._bar.console.width - 2 * width - MIN_BAR - 2
-            for name in ("describe", "wait", "lr", "rate"):  # what a narrow terminal does without
+            room = self._bar.console.width - 2 * width - MIN_BAR - 3
+            for name in ("wait", "lr", "rate"):  # what a narrow terminal does without
                 if len("  ".join(facts.values())) > room:
                     del facts[name]
-            describe = facts.pop("describe", "")
-            text = "  ".join(facts.values())
-            self._bar.update(self._task, description=describe, completed=step, facts=text)
+            self._bar.update(self._task, completed=step, facts="  ".join(facts.values()))
         elif not self._silent:
             print(f"step {step:{width}}/{self._total}  {'  '.join(facts.values())}", flush=True)
 
@@ -91,21 +85,9 @@ class Progress:
             print(text, flush=True)
 
     def _remaining(self, step: int) -> str:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = step, now
-        first_step, first_time = self._first
-        if step >= self._total:
-            return _clock(0)
-        if step <= first_step:
+        """Return the time that is left if all goes on as since the first update."""
+        self._first = first_step, first_time = self._first or (step, time.monotonic())
+        if step == first_step < self._total:
             return "?"
-        return _clock((now - first_time) / (step - first_step) * (self._total - step))
-
-
-def _clock(seconds: float) -> str:
-    """Return 3723 seconds as '1:02:03'; a day and more as '2d 03h'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02d}h"
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+        seconds = (time.monotonic() - first_time) / max(step - first_step, 1)
+        return str(datetime.timedelta(seconds=round(seconds * (self._total - step))))

@@ -3,14 +3,22 @@
 import re
 import shlex
 import sys
+from typing import Any
 
 from etils import epath
 
 from mae_jax.metrics import figure, writer
 
+PERCENT = re.compile(r"top[15]|/knn|/fewshot|_mce$|_error_")  # metrics that are percentages
+ERRORS = {
+    "rmse": "this model",
+    "rmse_mean_colour": "the mean colour of the visible patches",
+    "rmse_interpolation": "linear interpolation between visible patches",
+}
+
 
 def lines(workdir: str, own_images: bool) -> list[str]:
-    """Return what a run came to, read from its own files: numbers, pictures, what to do next.
+    """Return the last numbers of a run, where its pictures are, and what to do next.
 
     Args:
       own_images: the run was on images of the user's own.
@@ -18,97 +26,49 @@ def lines(workdir: str, own_images: bool) -> list[str]:
     root = epath.Path(workdir)  # a pathlib.Path would make gs:/ of gs://
     file = root / "metrics.jsonl"
     metrics = writer.read(file) if file.exists() else []
-    losses = [line for line in metrics if "train/loss" in line]
-    text = ["", *training(losses), *accuracies(metrics), *reconstruction(metrics)]
-    text += [
-        f"results        {file}, and drawn in {file.with_suffix('.png').name}"
-        for file in sorted(root.glob("results*.json"))
-    ]
+    losses = [(line["step"], line["train/loss"]) for line in metrics if "train/loss" in line]
+    text = [""]
+    if losses:
+        text.append(
+            "training loss  "
+            + " -> ".join(f"{loss:.3f} at step {step}" for step, loss in (losses[0], losses[-1]))
+        )
+    text += evaluations({name: x for line in metrics for name, x in line.items() if x is not None})
+    for results in sorted(root.glob("results*.json")):
+        text.append(f"results        {results}, and drawn in {results.with_suffix('.png').name}")
     if not losses:
         return text
     figure.loss_figure(file, root / "loss.png")
-    pictures = f"{root / 'images'}/, " if (root / "images").exists() else ""
-    text += [
-        f"pictures       {pictures}curves in {root / 'loss.png'}",
-        f"checkpoint     {root / 'checkpoints' / str(losses[-1]['step'])}",
-        f"curves         tensorboard --logdir={shlex.quote(workdir)}  (pip install tensorboard)",
-    ]
-    command = f"{shlex.quote(sys.executable)} -m mae_jax train"
+    images = f"{root / 'images'}/, " if (root / "images").exists() else ""
+    command, quoted = f"{shlex.quote(sys.executable)} -m mae_jax train", shlex.quote(workdir)
     if own_images:
-        return [
-            *text,
-            f"next           measure it:  {command} --config=knn:init={shlex.quote(workdir)},"
-            "source=folder:LABELLED --workdir=DIR",
-        ]
+        following = f"measure it:  {command} --config=knn:init={quoted},source=folder:LABELLED"
+    else:
+        following = f"your own images:  {command} --config=folder --config.data.source=folder:PATH"
     return [
         *text,
-        f"next           your own images:  {command} --config=folder"
-        " --config.data.source=folder:PATH --workdir=DIR",
+        f"pictures       {images}curves in {root / 'loss.png'}",
+        f"checkpoint     {root / 'checkpoints' / str(losses[-1][0])}",
+        f"curves         tensorboard --logdir={quoted}  (pip install tensorboard)",
+        f"next           {following} --workdir=DIR",
     ]
 
 
-def training(losses: list[dict]) -> list[str]:
-    """Return a line with the first and the last training loss."""
-    if not losses:
-        return []
-    first, last = losses[0], losses[-1]
-    return [
-        f"training loss  {first['train/loss']:.3f} at step {first['step']}"
-        f" -> {last['train/loss']:.3f} at step {last['step']}"
-    ]
+def evaluations(last: dict[str, Any]) -> list[str]:
+    """Return a line for each of the last metrics of evaluators.
 
-
-def reconstruction(metrics: list[dict]) -> list[str]:
-    """Return the last errors of hidden pixels beside those of trivial predictors."""
-    evaluated = [line for line in metrics if "eval/rmse" in line]
-    if not evaluated:
-        return []
-    last = evaluated[-1]
-    rows = {
-        "rmse": "this model",
-        "rmse_mean_colour": "the mean colour of the visible patches",
-        "rmse_interpolation": "linear interpolation between visible patches",
-    }
-    return [
-        f"error of hidden pixels on {last['eval/images']:.0f}"
-        f" {kind_of_images(last.get('eval/trained_on', 0))} (root mean square, of 255 levels):",
-        *(f"  {words:50}{last[f'eval/{key}']:6.2f}" for key, words in rows.items()),
-    ]
-
-
-def accuracies(metrics: list[dict]) -> list[str]:
-    """Return the last top-1 accuracies of a metrics.jsonl, a line each."""
-    last = {name: value for line in metrics for name, value in line.items()}
+    Errors of hidden pixels come first, beside those of trivial predictors.
+    """
     text = []
-    for key in [name for name in last if name.endswith("/top1")]:
-        prefix = key.removesuffix("/top1")
-        row = [line for line in metrics if key in line][-1]
-        text.append(
-            f"top-1 accuracy {row[key]:.2f} %, of {row[f'{prefix}/images']:.0f} images"
-            + (f" ({prefix})" if prefix != "eval" else "")
-        )
-    if "eval/best_top1" in last:
-        text.append(
-            f"top-1 accuracy {last['eval/best_top1']:6.2f} % with blr={last['eval/best_blr']:g},"
-            " the best on held-out training images"
-        )
+    if "eval/rmse" in last:
+        images = f"{last['eval/images']:.0f} {kind_of_images(last.get('eval/trained_on', 0))}"
+        text.append(f"error of hidden pixels on {images} (root mean square, of 255 levels):")
+        for name, words in ERRORS.items():
+            text.append(f"  {words:50}{last[f'eval/{name}']:6.2f}")
     for name, value in last.items():
-        found = re.match(r"eval/(knn|fewshot)(\d+)_(cls|mean)$", name)
-        if found:
-            kind, number, feature = found.groups()
-            words = f"{number} nearest" if kind == "knn" else f"fitted to {number} of each class"
-            spread = last.get(f"{name}_std")
-            more = "" if spread is None else f" +- {spread:.2f}"
-            text.append(f"top-1 accuracy {value:6.2f} %{more}, {words}, feature {feature}")
-        if found := re.match(r"eval/(imagenet_\w+)_top1$", name):
-            images = last[f"eval/{found[1]}_images"]
-            text.append(f"top-1 accuracy {value:6.2f} % on {found[1]}, of {images:,.0f} images")
-        if name == "eval/imagenet_c_mce":
-            text.append(f"mean corruption error (mCE) {value:.2f} % of AlexNet's on imagenet_c")
-        elif name.startswith("eval/imagenet_c_error_"):
-            text.append(
-                f"  error {value:6.2f} % with {name.removeprefix('eval/imagenet_c_error_')}"
-            )
+        if name.startswith("eval") and not name.startswith("eval/rmse"):
+            number = f"{value:.2f} %" if PERCENT.search(name) else f"{value:g}"
+            text.append(f"{name:38} {number}")
     return text
 
 

@@ -1,11 +1,12 @@
 """Write what a run measures: metrics.jsonl, TensorBoard, images, result files, a log per host."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,12 +21,10 @@ REMOTE_SECONDS = 60  # an object store takes whole files only: we send them at m
 class Writer:
     """A writer into a workdir. Process 0 writes the metrics, every host its own log.
 
-    metrics.jsonl gets one line per call of `scalars`. A run that resumes from step `start` drops
-    the lines of later steps, which it will write again, and a line cut short by a crash;
-    TensorBoard drops the same steps. A line in a local file survives a kill as soon as the call
-    returns. Object stores such as gs://BUCKET/RUN cannot append: there the writer holds its files
-    in memory and sends them whole, at most once a minute and at `flush` and `close`, so that a kill
-    can lose that minute.
+    A run that resumes from step `start` drops the metrics of later steps, which it will write
+    again. A line in a local file survives a kill as soon as the call returns. Object stores such as
+    gs://BUCKET/RUN cannot append: a kill can lose what was written since the last `flush`, which
+    happens at least once a minute.
 
     Args:
       workdir: a path, or a URL that etils.epath reads.
@@ -38,9 +37,11 @@ class Writer:
         self._log = _Lines(self._workdir / "logs" / f"host_{jax.process_index()}.log")
         self._main = jax.process_index() == 0
         if self._main:
-            self._metrics = _Lines(
-                self._workdir / "metrics.jsonl", lambda line: _is_before(line, start)
-            )
+            file = self._workdir / "metrics.jsonl"
+            # A new run will write step 0 again; a resumed one wrote its step before it was saved.
+            old = read(file) if start and file.exists() else []
+            kept = [json.dumps(line) for line in old if line["step"] <= start]
+            self._metrics = _Lines(file, kept)
         self._tensorboard: Any = None
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -110,34 +111,23 @@ class Writer:
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl in order, without a line cut short by a crash."""
-    lines = map(_parse, epath.Path(path).read_text().splitlines())
-    return [line for line in lines if line is not None]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and "step" in entry else None
-
-
-def _is_before(line: str, start: int) -> bool:
-    """Return whether a line of metrics.jsonl stays when the run resumes from `start`."""
-    entry = _parse(line)
-    # A new run will write step 0 again; a resumed one wrote its step before it was saved.
-    return entry is not None and 0 < start >= entry["step"]
+    entries = []
+    for line in epath.Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 class _Lines:
     """A text file that only grows: appended to where that is possible, sent whole elsewhere."""
 
-    def __init__(self, path: epath.Path, keep: Callable[[str], bool] = lambda line: True):
+    def __init__(self, path: epath.Path, lines: list[str] | None = None):
+        """Open a file; `lines` replace what it holds."""
         self.remote = "://" in os.fspath(path)
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text() if path.exists() else ""
-        self._text = "".join(f"{line}\n" for line in old.splitlines() if keep(line))
+        self._text = old if lines is None else "".join(f"{line}\n" for line in lines)
         self._sent = time.monotonic()
         if self._text != old:
             files.write_bytes(path, self._text.encode())

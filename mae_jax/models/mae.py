@@ -16,7 +16,7 @@ from mae_jax.models.vit import Encoder, Stack, layer_norm, positions
 
 
 class Decoder(nn.Module):
-    """Encoded patches plus one shared mask token per hidden patch, to a prediction for every patch.
+    """Decode encoded patches, with one shared mask token per hidden patch, to predictions for all.
 
     Without `restore_BL` all patches were encoded, in their order, and none needs a token.
     """
@@ -69,21 +69,16 @@ class MAE(nn.Module):
         self.encoder = Encoder(self.spec, self.compute)
         self.decoder = Decoder(self.spec, self.compute)
 
-    def encode(self, patches_BLP: Array, mask: Mask | None = None) -> Array:
+    def encode(self, patches_BLP: Array, mask: Mask | None = None) -> Any:
         """Return the latent: (B, 1 + K, D), the cls token and the patches of `mask.keep_BK`.
 
-        Without a mask, and with `spec.tokens_in_encoder` (where hidden patches are mask tokens),
-        every patch in row-major order: (B, 1 + L, D).
+        Without a mask, or with `spec.tokens_in_encoder` (hidden patches are mask tokens), encode
+        all patches in row-major order: (B, 1 + L, D).
         """
-        latent: Any
-        if mask is None:
-            latent = self.encoder(patches_BLP)
-        elif self.spec.tokens_in_encoder:
-            latent = self.encoder(patches_BLP, hidden_BL=mask.mask_BL)
-        else:
-            visible_BKP = jnp.take_along_axis(patches_BLP, mask.keep_BK[..., None], axis=1)
-            latent = self.encoder(visible_BKP, mask.keep_BK)
-        return latent
+        if mask is None or self.spec.tokens_in_encoder:
+            return self.encoder(patches_BLP, hidden_BL=None if mask is None else mask.mask_BL)
+        visible_BKP = jnp.take_along_axis(patches_BLP, mask.keep_BK[..., None], axis=1)
+        return self.encoder(visible_BKP, mask.keep_BK)
 
     def decode(self, latent_BND: Array, mask: Mask) -> Array:
         """Return a prediction for every patch from what `encode` gave: (B, L, T), float32."""

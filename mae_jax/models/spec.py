@@ -87,10 +87,10 @@ class ModelSpec:
     An encoder alone, a masked autoencoder (with a `decoder`) or a classifier (with `classes`).
 
     Args:
-      mean, std: of each channel, of pixels scaled to 0..1.
+      mean, std: one number for each channel, of pixels scaled to 0..1.
       target_dim: how many numbers the decoder predicts for each patch (T); 0 = `patch_dim`.
       tokens_in_encoder: the encoder sees hidden patches too, as mask tokens (paper, Table 1c).
-      target, mask_ratio: what the decoder was trained to predict, and from how much.
+      target, mask_ratio: what the decoder predicts, and the share of hidden patches in training.
       classes, pool: of the head. "avg" reads the mean of the patches, "cls" the cls token.
 
     Raises:
@@ -159,7 +159,7 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "ModelSpec":
-        """Return what a run's config says: `config.to_dict()`, or the config.json of a workdir.
+        """Return the network of a config: `config.to_dict()`, or the config.json of a workdir.
 
         Args:
           config: nested dicts with `model`, `data.mean` and `data.std`.
@@ -192,7 +192,7 @@ class ModelSpec:
 
         Args:
           shapes: parameter path -> shape, such as "encoder/stack/blocks/attn/qkv/kernel".
-          config: what shapes cannot tell: image and patch size, channels, mean, std, target.
+          config: of the run; its sizes are replaced by those of `shapes`.
         """
 
         def vit(side: str) -> ViTSpec:
@@ -245,7 +245,7 @@ def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = F
         width,
         model[f"{prefix}depth"],
         model[f"{prefix}heads"],
-        int(width * model.get("mlp_ratio", 4.0)),
+        int(width * model.get("mlp_ratio", 4.0) + 1e-6),  # a ratio such as 60 / 44 gives 60
         drop_path=0.0 if prefix else model.get("drop_path", 0.0),
         trained_positions=trained_positions,
         name=prefix,
@@ -272,7 +272,7 @@ class ComputeConfig(NamedTuple):
     residual_dtype: Any = jnp.float32
     scan_unroll: int = 1
     remat: bool = False
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: Literal["xla", "cudnn"] = "xla"
     constrain: Callable[[Array], Array] = lambda x: x
 
     @classmethod

@@ -2,7 +2,7 @@
 
 Shape suffixes, here and in the whole package: B batch, H W image, C channels, L patches, K kept
 patches, N tokens, D width, E decoder width, P patch dim, T target dim, S heads, F head width,
-Y classes, M tokens of M - 1 blocks.
+Y classes, M = depth + 1: the tokens before the first block and after each.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def torch_conv_init(fan_in: int) -> Callable:
 
 
 def layer_norm(name: str) -> nn.Module:
-    """Return a LayerNorm in float32 with epsilon 1e-6 and the variance as mean squared difference.
+    """Return a LayerNorm in float32 with epsilon 1e-6 and a two-pass variance.
 
-    The backward pass computes it again, so that of its float32 arrays only the input is kept.
+    The backward pass computes it again, so that only its input is stored.
     """
     norm = nn.remat(nn.LayerNorm, prevent_cse=False)
     return norm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
@@ -66,8 +66,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x)); drop path drops a branch for whole samples.
 
-    Returns the tokens twice: as the carry of the loop over blocks and, if `return_blocks`, as what
-    the loop collects.
+    Returns (tokens, tokens or None): the carry of the scan, and its output if `return_blocks`.
     """
 
     heads: int
@@ -111,14 +110,14 @@ class Stack(nn.Module):
     def __call__(
         self, x_BND: Array, deterministic: bool = True, return_blocks: bool = False
     ) -> tuple[Array, Array | None]:
-        """Return the tokens after the last block, and those after each, (depth, B, N, D), or None.
+        """Return the tokens after the last block and, if asked, after each: (depth, B, N, D).
 
         Initialising always loops, whatever `scan_unroll` says: the parameters are the same, and
         unrolled it took 36 s for L/16.
         """
         spec, compute = self.spec, self.compute
         unroll = 1 if self.is_initializing() else compute.scan_unroll
-        # Without a loop between them, XLA would merge what is computed again with the first time.
+        # Without a loop between them, XLA would merge the recomputation with the forward pass.
         block = Block
         if compute.remat:
             block = nn.remat(Block, prevent_cse=unroll >= spec.depth, static_argnums=(3, 4))
@@ -159,14 +158,14 @@ class Encoder(nn.Module):
 
         Args:
           patches_BKP: patches of the normalised image, as `patchify` lays them out.
-          keep_BK: the place of each in the image, row-major; None = all of them, in order.
+          keep_BK: the row-major index of each patch; None = all of them, in order.
           deterministic: no drop path.
           hidden_BL: 1 where a mask token takes the place of a patch; None = nowhere.
           return_blocks: also return the tokens that enter the first block and leave each.
 
         Returns:
-          (B, 1 + K, D) in the residual dtype, the cls token first; with `return_blocks` a pair of
-          it and (1 + depth, B, 1 + K, D), before the final norm.
+          (B, 1 + K, D), the cls token first, float32 after the final norm. With `return_blocks` a
+          pair: the same, and (1 + depth, B, 1 + K, D) before the final norm.
         """
         spec, width = self.spec, self.spec.encoder.width
         embed = nn.Dense(

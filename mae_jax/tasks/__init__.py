@@ -21,7 +21,8 @@ def build(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x)
     """
     task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, constrain)
     if config.get("online_probe", False):
+        from mae_jax.models import probe
         from mae_jax.tasks import online
 
-        task = online.Task.around(task)
+        task = online.OnlineProbe(task, probe.LinearHead(task.examples.classes))
     return task

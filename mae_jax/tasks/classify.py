@@ -48,7 +48,7 @@ class Task(train.Task):
         spec = ModelSpec.from_config(config.to_dict(), classes=1)
         check(config)
         images = common.TrainImages.from_config(config, spec, labelled=True)
-        spec = ModelSpec.from_config(config.to_dict(), classes=images.classes)
+        spec = replace(spec, classes=images.classes)
         compute = ComputeConfig.from_config(config.model, constrain)
         return cls(classifier.Classifier(spec, compute), images, config)
 
@@ -151,7 +151,7 @@ class Task(train.Task):
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         o, batch_size = self.config.optim, self.config.batch_size
         schedule = common.learning_rate(o, batch_size, total_steps, steps_per_epoch)
-        return common.adamw(o, schedule, DECAYED, self.scales), schedule
+        return common.adamw(o, schedule, decayed=DECAYED, scales=self.scales), schedule
 
     def scales(self, params: Any) -> Any:
         """Return learning-rate multipliers; 0 freezes a parameter (and its weight decay)."""

@@ -1,7 +1,7 @@
 """What several tasks share: normalised images, batches for training, AdamW with its schedule."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,10 @@ class TrainImages:
         return inputs
 
     def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
-        """Yield (these rows of a global batch, scalars to report, lines to log) from a step on.
+        """Yield (these rows of a batch, scalars to report, lines to log) from `start_step` on.
 
-        The scalar data/bad_images counts the unreadable images that this host met since this
-        start: a resumed run begins again at 0, and of several hosts the first reports its own.
+        The scalar data/bad_images counts the unreadable images of this host since this start; of
+        several hosts, the first reports its own count.
         """
         data, channels = self.data, self.spec.channels
         unreadable = BadImageLog(self.source, data.max_bad_fraction, channels)
@@ -108,18 +108,16 @@ def learning_rate(
 def adamw(
     o: Mapping[str, Any],
     schedule: optax.Schedule,
-    decayed: tuple[str, ...] = optim.DECAYED,
-    scales: Callable[[Any], Any] | None = None,
+    **rules: Any,
 ) -> optax.GradientTransformation:
-    """Return the AdamW of config.optim; `decayed` and `scales` as in `optim.adamw`."""
+    """Return the AdamW of config.optim; `rules` are `decayed` and `scales` of `optim.adamw`."""
     return optim.adamw(
         schedule,
         b1=o["b1"],
         b2=o["b2"],
         eps=o.get("eps", 1e-8),
         weight_decay=o["weight_decay"],
-        decayed=decayed,
-        scales=scales,
+        **rules,
     )
 
 
@@ -131,7 +129,7 @@ def check_optim(o: Mapping[str, Any]) -> None:
     """
     for name in ("blr", "min_lr", "weight_decay"):
         if not 0 <= o.get(name, 0) < math.inf:
-            raise UserError(f"config.optim.{name}={o[name]} must be at least 0")
+            raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and finite")
     for name in ("b1", "b2", "momentum"):
         if not 0 <= o.get(name, 0) < 1:
             raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")

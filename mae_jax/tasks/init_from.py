@@ -50,10 +50,9 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
         )
     old = saved_spec(path)
     adapted = old is not None and old.patches != spec.patches
-    as_saved = {"norm", "mask_token"} & saved.keys() - target.keys()
-    as_saved |= {"pos_embed"} & saved.keys() & target.keys() | (
-        {"patch_embed"} if adapted else set()
-    )
+    dropped = {"norm", "mask_token"} & (saved.keys() - target.keys())
+    resized = {"pos_embed"} & saved.keys() & target.keys()
+    as_saved = dropped | resized | ({"patch_embed"} if adapted else set())
     replicated = target["cls_token"].sharding
 
     def wanted(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:

@@ -10,33 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax import Array
 
 from mae_jax import train
-from mae_jax.data.labels import open_labelled
 from mae_jax.models import probe
 from mae_jax.tasks import pretrain
 
 
 @dataclass(frozen=True)
-class Task(train.Task):
-    """A task like `pretrain.Task` with a probe: it needs `reconstruct` and `objective`."""
+class OnlineProbe(train.Task):
+    """A task with a probe; the task must have `reconstruct`, `objective` and `features`."""
 
     task: pretrain.Task
     head: probe.LinearHead
-
-    @classmethod
-    def around(cls, task: Any) -> "Task":
-        """Return `task` with a probe for the classes of its images.
-
-        Raises:
-          UserError: its images have no labels.
-        """
-        data = task.examples.data
-        source = open_labelled(data.source, data.split, data.data_dir)
-        classes = source.num_classes or 0
-        examples = replace(task.examples, source=source, classes=classes)
-        return cls(replace(task, examples=examples), probe.LinearHead(classes))
 
     @property
     def examples(self) -> Any:
@@ -45,6 +32,10 @@ class Task(train.Task):
     @property
     def flops_per_example(self) -> float:
         return self.task.flops_per_example
+
+    @property
+    def flops_multiplier(self) -> float:
+        return self.task.flops_multiplier
 
     def init(self, rng: Array) -> tuple[dict, dict]:
         params, extra = self.task.init(rng)
@@ -78,3 +69,13 @@ class Task(train.Task):
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         return self.task.optimizer(total_steps, steps_per_epoch)
+
+    def after_update(self, state: train.TrainState) -> train.TrainState:
+        return self.task.after_update(state)
+
+    def load(self, path: epath.Path, state: train.TrainState) -> train.TrainState:
+        """Return a fresh state with the task's parameters of a checkpoint and a fresh probe."""
+        params = dict(state.params)
+        head = params.pop("online")
+        state = self.task.load(path, replace(state, params=params))
+        return replace(state, params=state.params | {"online": head})

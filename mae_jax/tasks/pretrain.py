@@ -1,7 +1,9 @@
 """Masked pre-training: hide patches, predict them. Shape suffixes as in models/vit.py."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,12 +50,13 @@ class Task(train.Task):
         score_patches = resolve(config.masking.name, masking)
         make_target = resolve(config.target.name, targets)
         spec = ModelSpec.from_config(config.to_dict())
-        masking.num_kept(spec.num_patches, spec.mask_ratio)
+        masking.num_kept(spec.num_patches, spec.mask_ratio)  # refuses an impossible ratio
         check_scores(score_patches, config.masking.name, spec)
         target_dim = width_of_target(make_target, config.target.name, spec)
-        spec = ModelSpec.from_config(config.to_dict(), target_dim=target_dim)
+        spec = replace(spec, target_dim=target_dim)
         network = mae.MAE(spec, ComputeConfig.from_config(config.model, constrain))
-        images = common.TrainImages.from_config(config, spec, labelled=False)
+        labelled = config.get("online_probe", False)  # its probe reads labels
+        images = common.TrainImages.from_config(config, spec, labelled)
         return cls(network, images, config.optim, score_patches, make_target)
 
     @property
@@ -92,12 +95,9 @@ class Task(train.Task):
         images_BHWC = common.normalize(batch["image"], self.spec)
         patches_BLP = patchify(images_BHWC, self.spec.patch_size)
         mask = masking.keep_lowest(batch["score"], self.num_kept)
-
-        def run(model: mae.MAE) -> tuple[Array, Array]:
-            latent_BND = model.encode(patches_BLP, mask)
-            return latent_BND, model.decode(latent_BND, mask)
-
-        latent_BND, pred_BLT = self.network.apply({"params": params}, method=run)
+        variables = {"params": params}
+        latent_BND: Any = self.network.apply(variables, patches_BLP, mask, method="encode")
+        pred_BLT: Any = self.network.apply(variables, latent_BND, mask, method="decode")
         return {
             "latent_BND": latent_BND,
             "pred_BLT": pred_BLT,
@@ -106,7 +106,7 @@ class Task(train.Task):
         }
 
     def objective(self, outputs: dict[str, Array]) -> Array:
-        """Return the loss of what `reconstruct` gave: the squared error over hidden patches."""
+        """Return the loss: the squared error of `reconstruct` over hidden patches."""
         return mae.masked_mse(outputs["pred_BLT"], outputs["target_BLT"], outputs["mask_BL"])
 
     def loss(
@@ -140,11 +140,14 @@ def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
     Raises:
       UserError: it takes other arguments, or its scores have another shape.
     """
-
-    def scores() -> Any:
-        return score_patches(jax.random.key(0), batch=2, grid=spec.grid, ratio=spec.mask_ratio)
-
-    shape = shape_of(scores, f"masking {name!r}", "(rng, batch, grid, ratio) -> scores")
+    shape = shape_of(
+        score_patches,
+        f"masking {name!r} is no function (rng, batch, grid, ratio) -> scores",
+        jax.random.key(0),
+        batch=2,
+        grid=spec.grid,
+        ratio=spec.mask_ratio,
+    )
     if shape != (2, spec.num_patches):
         raise UserError(
             f"masking {name!r} returned scores of shape {shape} for 2 images of"
@@ -156,13 +159,14 @@ def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
     """Return T, the width of a target for each patch, without running its function.
 
     Raises:
-      UserError: it takes other arguments, or returns something else than a row for each patch.
+      UserError: it takes other arguments, or does not return one row for each patch.
     """
-
-    def target() -> Any:
-        return make_target(jnp.zeros((2, *spec.image_size, spec.channels)), spec.patch_size)
-
-    shape = shape_of(target, f"target {name!r}", "(images_BHWC, patch_size) -> target_BLT")
+    shape = shape_of(
+        make_target,
+        f"target {name!r} is no function (images_BHWC, patch_size) -> target_BLT",
+        jnp.zeros((2, *spec.image_size, spec.channels)),
+        spec.patch_size,
+    )
     if len(shape) != 3 or shape[:2] != (2, spec.num_patches):
         raise UserError(
             f"target {name!r} returned shape {shape} for 2 images of {spec.num_patches} patches:"
@@ -171,13 +175,17 @@ def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
     return shape[2]
 
 
-def shape_of(call: Callable[[], Any], what: str, signature: str) -> tuple[int, ...]:
+def shape_of(function: Callable, refusal: str, *args: Any, **kwargs: Any) -> tuple[int, ...]:
     """Return the shape of the array that a call would return, without running it.
 
     Raises:
-      UserError: the function takes other arguments.
+      UserError: the function takes other arguments, or does not return one array.
     """
     try:
-        return jax.eval_shape(call).shape
-    except TypeError as error:
-        raise UserError(f"{what} is no function {signature} ({error})") from error
+        inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{refusal} ({error})") from None
+    array = jax.eval_shape(partial(function, *args, **kwargs))
+    if not hasattr(array, "shape"):
+        raise UserError(f"{refusal} (it returned {array})")
+    return array.shape

@@ -21,15 +21,12 @@ def alone(folder):
     return folder / "alone"
 
 
-@pytest.mark.parametrize("count, devices", [(2, 4), (4, 2)])
-def test_any_number_of_hosts_makes_the_same_run_and_reads_every_example_once(
-    folder, alone, count, devices
-):
-    workdir, seen = folder / f"{count} hosts", str(folder / f"{count}-seen")
-    run = hosts.apart(folder, workdir, count, devices, seen=seen)
-    assert run.end() == [0] * count, run.text()
+def test_four_hosts_make_the_same_run_and_read_every_example_once(folder, alone):
+    workdir, seen = folder / "four", str(folder / "four-seen")
+    run = hosts.apart(folder, workdir, 4, 2, seen=seen)
+    assert run.end() == [0] * 4, run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
-    hosts.assert_read_once(hosts.examples(seen, count))
+    hosts.assert_read_once(hosts.examples(seen, 4))
 
 
 def test_lost_hosts_end_all_and_the_run_goes_on_to_the_same_losses(folder, alone):

@@ -83,5 +83,5 @@ def test_an_address_that_nobody_answers_is_named_within_a_minute(network, tmp_pa
     ip("link", "set", "maeh1out", "down")
     run = start(tmp_path, tmp_path / "run")
     assert run.end() == [2, 2], run.text()
-    assert "not all hosts came" in "\n".join(run.output[0])
-    assert "cannot reach the coordinator (host 0) at 10.213.0.1:8476" in "\n".join(run.output[1])
+    for lines in run.output:
+        assert "came to the coordinator (host 0) at 10.213.0.1:8476" in "\n".join(lines)
