@@ -99,8 +99,7 @@ def ours(path, images, noise):
     kept = masking.num_kept(noise.shape[1], model.spec.mask_ratio)
     mask = masking.keep_lowest(jnp.asarray(noise), kept)
     out = model.predict(params, images, mask)
-    make_target = {"norm_pixels": targets.norm_pixels, "pixels": targets.pixels}
-    target = make_target[model.spec.target](model.normalize(images), model.spec.patch_size)
+    target = targets.norm_pixels(model.normalize(images), model.spec.patch_size)
     return out.pred_BLT, float(masked_mse(out.pred_BLT, target, mask.mask_BL)), mask.mask_BL
 
 
