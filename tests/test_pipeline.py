@@ -397,7 +397,7 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
         ({"resizer": "fast", "crop": "center"}, "fast.*not for 'center'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < low"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale.*low <= high"),
-        ({"crop_scale": (0.5, 1.1)}, "crop_scale.*at most 1"),
+        ({"crop_scale": (0.5, 1.1)}, "crop_scale.*high <= 1"),
         ({"crop_scale": (0.5,)}, "crop_scale.*two numbers"),
         ({"crop_scale": (float("nan"), 1.0)}, "crop_scale"),
         ({"crop_ratio": (4 / 3, 3 / 4)}, "crop_ratio.*low <= high"),
@@ -413,8 +413,6 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
 def test_values_that_cannot_work_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         pipeline.check(config(**changed))
-    with pytest.raises(ValueError, match=message):
-        train(Noise(20), 1, config(**changed))
 
 
 def test_the_published_recipe_passes_the_check():

@@ -120,7 +120,7 @@ def measure(config, predict):
 
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
 def test_the_200_classes_are_those_of_the_authors(name):
-    ours = evaluation.SUBSETS[name]
+    ours = robustness.SUBSETS[name]
     assert len(set(ours)) == 200
     assert robustness.positions(ours, WORDNET_IDS, name).tolist() == SUBSETS[name]
 

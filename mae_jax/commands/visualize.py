@@ -90,7 +90,7 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
     from mae_jax.data import transforms
 
     try:
-        grey = Image.fromarray(np.asarray(transforms.decode(Path(file).read_bytes(), 1)))
+        grey = Image.fromarray(transforms.decode(Path(file).read_bytes(), 1)[..., 0])
     except (OSError, transforms.BadImage) as error:
         raise UserError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"

@@ -60,17 +60,17 @@ def make_builder(name: str, **options: Any) -> Any:
     """
     if name == "imagenet2012":
         reading: type = _ReadImagenet
-    elif any(name == known.partition("/")[0] for known in TEST_SETS):
+    elif name in {test_set.partition("/")[0] for test_set in TEST_SETS}:
         reading = ReadTestSet
     else:
         return None
     own = tfds.builder_cls(name)
     # What tfds would look for beside the file that defines the class:
-    found = dict(
+    attributes = dict(
         __module__=__name__, name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos
     )
     kind = types.new_class(
-        "Builder", (reading, own), {"skip_registration": True}, lambda body: body.update(found)
+        "Builder", (reading, own), {"skip_registration": True}, lambda body: body.update(attributes)
     )
     return kind(**options)
 
@@ -95,22 +95,17 @@ class ReadTestSet:
         infos = self.url_infos.items()
         return next((x, i.size) for x, i in infos if i.filename == self.archive.file_name)
 
-    @property
-    def by_hand(self) -> str:
-        """The way out of a missing archive."""
-        return f"get {self.archive.file_name} from {self.published[0]}"
-
     def require_archive(self, folder: Path) -> None:
         """Check that a folder holds the archive; print a warning if its size is not the published.
 
         Raises:
           UserError: the folder does not hold it.
         """
-        path, (_, size) = folder / self.archive.file_name, self.published
+        path, (url, size) = folder / self.archive.file_name, self.published
         if not path.exists():
             raise UserError(
-                f"{folder} holds no {path.name}: {self.by_hand}, or leave out --manual_dir and it"
-                " is downloaded"
+                f"{folder} holds no {path.name}: get {path.name} from {url}, or leave out"
+                " --manual_dir and it is downloaded"
             )
         if path.stat().st_size != size:
             print(
@@ -127,38 +122,50 @@ class ReadTestSet:
         return {"test": self._generate_examples(path)}
 
     def _generate_examples(self, path: Path) -> Examples:
-        labels = self.info.features["label"]
+        """Yield the key and the example of every TOP/CLASS/FILE of the archive.
+
+        Contents stay as they are, as tfds stores them: some are PNG under another name.
+        """
+        archive, empty, labels = self.archive, True, self.info.features["label"]
         numbered = self.name == "imagenet_v2"  # its folders have the labels' numbers as names
         classes = [str(i) for i in range(labels.num_classes)] if numbered else labels.names
-        for label, file, data in _classified(path, self.archive, classes):
+        # By the published name, since a download may have lost its suffix
+        read_files = _zip_files if archive.file_name.endswith(".zip") else _tar_files
+        for name, data in read_files(path):
+            top, *parts = PurePosixPath(name).parts
+            if len(parts) <= 1 and top == archive.top:  # a README
+                continue
+            if len(parts) != 2 or top != archive.top or parts[0] not in classes:
+                raise UserError(
+                    f"{path} holds {name!r}; of this archive {archive.top}/CLASS/FILE is expected,"
+                    f" with the {len(classes)} classes {classes[0]}, {classes[1]}, ..."
+                )
+            empty = False
+            label, file = parts
             yield (
-                self.archive.key.format(label=label, file=file),
+                archive.key.format(label=label, file=file),
                 {
                     "image": data,
                     "label": int(label) if numbered else label,
-                    "file_name": self.archive.name.format(label=label, file=file),
+                    "file_name": archive.name.format(label=label, file=file),
                 },
             )
+        if empty:
+            raise UserError(f"{path} holds no image")
 
 
 class _ReadImagenet:
-    """A builder that reads the ILSVRC2012_img_{train,val,test}.tar that are in the manual dir."""
+    """A builder that reads the ILSVRC2012_img_{train,val}.tar that are in the manual dir."""
 
-    def _split_generators(self, dl_manager):
-        archives = {
-            "train": (self._train_examples, "ILSVRC2012_img_train.tar"),
-            "validation": (self._validation_examples, "ILSVRC2012_img_val.tar"),
-            "test": (self._test_examples, "ILSVRC2012_img_test.tar"),
-        }
-        folder = Path(dl_manager.manual_dir)
-        splits = {
-            split: generate(folder / name)
-            for split, (generate, name) in archives.items()
-            if (folder / name).exists()
-        }
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
+        folder, splits = Path(dl_manager.manual_dir), {}
+        if (path := folder / "ILSVRC2012_img_train.tar").exists():
+            splits["train"] = self._train_examples(path)
+        if (path := folder / "ILSVRC2012_img_val.tar").exists():
+            splits["validation"] = self._validation_examples(path)
         if not splits:
             raise UserError(
-                f"{folder} holds none of {', '.join(name for _, name in archives.values())}; get"
+                f"{folder} holds none of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; get"
                 " them from image-net.org/download-images"
             )
         return splits
@@ -166,83 +173,44 @@ class _ReadImagenet:
     def _train_examples(self, path: Path) -> Examples:
         """Read an archive of one archive per class, which has its WordNet id as a name."""
         for archive, content in _tar_files(path):
-            for file, data in _tar_files(io.BytesIO(content)):
+            for file, data in _tar_files(None, io.BytesIO(content)):
                 yield _imagenet_example(file, data, PurePosixPath(archive).stem)
 
     def _validation_examples(self, path: Path) -> Examples:
         """Label images by the number in ILSVRC2012_val_00000001.JPEG."""
-        known = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
-        labels = known.read_text().split()
+        listed = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+        labels = listed.read_text().split()
         for file, data in _tar_files(path):
             number = re.fullmatch(r"(.*/)?ILSVRC2012_val_(\d{8})\.JPEG", file)
             if not number or not 1 <= int(number[2]) <= len(labels):
                 raise UserError(f"{path} holds {file!r}, which is no validation image")
             yield _imagenet_example(file, data, labels[int(number[2]) - 1])
 
-    def _test_examples(self, path: Path) -> Examples:
-        for file, data in _tar_files(path):
-            yield _imagenet_example(file, data, -1)
 
-
-def _imagenet_example(path: str, data: bytes, label: str | int) -> tuple[str, dict]:
+def _imagenet_example(path: str, data: bytes, label: str) -> tuple[str, dict]:
     name = PurePosixPath(path).name
-    return name, {"file_name": name, "image": as_jpeg(data, name), "label": label}
-
-
-def as_jpeg(data: bytes, name: str) -> bytes:
-    """Return an encoded image as it is if it is an RGB or grey JPEG, else as RGB JPEG, quality 100.
-
-    ImageNet 2012 holds 22 CMYK files and one PNG under a JPEG name; tfds mends them likewise.
-
-    Raises:
-      UserError: the file of this name is not an image.
-    """
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header only
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return data
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=100)
-            return buffer.getvalue()
+        return name, {"file_name": name, "image": _as_jpeg(data), "label": label}
     except OSError as error:
         raise UserError(f"{name} in the archive is not an image: {error}") from error
 
 
-# --- archives ---
+def _as_jpeg(data: bytes) -> bytes:
+    """Return an encoded image as it is if it is an RGB or grey JPEG, else as RGB JPEG, quality 100.
 
-
-def _classified(
-    path: Path, archive: Archive, classes: list[str]
-) -> Iterator[tuple[str, str, bytes]]:
-    """Yield class, file name and content of every TOP/CLASS/FILE of an archive.
-
-    Contents stay as they are, as tfds stores them: some are PNG under another name.
-
-    Raises:
-      UserError: the archive holds other folders or classes, or no image.
+    ImageNet 2012 holds 22 CMYK files and one PNG under a JPEG name; tfds mends them likewise.
     """
-    empty, top = True, archive.top
-    # A download may have lost the suffix of its name.
-    files = _zip_files if archive.file_name.endswith(".zip") else _tar_files
-    for name, data in files(path):
-        parts = PurePosixPath(name).parts
-        if len(parts) <= 2 and parts[0] == top:  # a README
-            continue
-        if len(parts) != 3 or parts[0] != top or parts[1] not in classes:
-            raise UserError(
-                f"{path} holds {name!r}; of this archive {top}/CLASS/FILE is expected, with the"
-                f" {len(classes)} classes {classes[0]}, {classes[1]}, ..."
-            )
-        empty = False
-        yield parts[1], parts[2], data
-    if empty:
-        raise UserError(f"{path} holds no image")
+    with Image.open(io.BytesIO(data)) as image:  # reads the header only
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return data
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=100)
+        return buffer.getvalue()
 
 
-def _tar_files(archive: Path | io.BytesIO) -> Iterator[tuple[str, bytes]]:
+def _tar_files(path: Path | None, content: io.BytesIO | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of every file of a tar archive, compressed or not."""
-    source: dict[str, Any] = {"name" if isinstance(archive, Path) else "fileobj": archive}
-    with tarfile.open(**source) as tar:
+    with tarfile.open(path, fileobj=content) as tar:
         for member in tar:
             if file := tar.extractfile(member):  # None for a folder
                 yield member.name, file.read()

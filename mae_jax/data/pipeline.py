@@ -45,8 +45,7 @@ def train_batches(
     Every epoch is a new permutation of the source, cut to whole batches.
 
     Args:
-      source: what is read.
-      data: config.data.
+      data: config.data, after `check`.
       batch_size: images in the global batch.
       image_size: (height, width).
       channels: of the images; see `transforms.decode`.
@@ -60,9 +59,8 @@ def train_batches(
       cannot be read, and was replaced by one drawn at random.
 
     Raises:
-      UserError: see `check` and `steps_per_epoch`; while iterating: no readable record was found.
+      UserError: see `steps_per_epoch`; while iterating: no readable record was found.
     """
-    check(data)
     rows = np.arange(batch_size) if rows is None else rows
     if data.get("synthetic"):
         return synthetic_batches(rows, image_size, channels)
@@ -145,16 +143,12 @@ def synthetic_batches(
 
 
 def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
-    numbers = {"label": label, "index": index, "bad": bad}
-    return {"image": image_HWC, **{name: np.int32(value) for name, value in numbers.items()}}
+    label, index, bad = map(np.int32, (label, index, bad))
+    return {"image": image_HWC, "label": label, "index": index, "bad": bad}
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Return the number of whole batches in an epoch; the incomplete one is dropped.
-
-    Raises:
-      UserError: there is not one whole batch.
-    """
+    """Return the number of whole batches in an epoch: the incomplete last one is dropped."""
     if num_examples < batch_size:
         raise UserError(
             f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
@@ -171,11 +165,9 @@ def check(data: ConfigDict) -> None:
 
     make_crop(data)
     make_augment(data)
-    for name in ("crop_scale", "crop_ratio"):
-        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
-            refuse(name, "give two numbers (low, high) with 0 < low <= high")
-    if data.crop_scale[1] > 1:
-        refuse("crop_scale", "a crop has at most the area of its image, so that high is at most 1")
+    for name, highest in (("crop_scale", 1), ("crop_ratio", 100)):
+        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] <= highest:
+            refuse(name, f"give two numbers (low, high) with 0 < low <= high <= {highest}")
     if not all(0 < value < math.inf for value in data.std):
         refuse("std", "standard deviations are positive")
     for name in ("flip", "max_bad_fraction"):
