@@ -32,12 +32,12 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         ("manual_dir", "", "where you put the archives"),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
-    for name, default, highest, text in (
+    for name, number, highest, text in (
         ("resize", None, None, "pixels of the short side; none = keep"),
         ("quality", 95, 100, "JPEG quality of images that are encoded anew"),
         ("workers", None, None, "processes; none = CPU cores"),
     ):
-        flags.DEFINE_integer(name, default, text, 1, highest, flag_values=values)
+        flags.DEFINE_integer(name, number, text, 1, highest, flag_values=values)
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     what = cli.parse("prepare", USAGE, argv, values)
     if len(what) != 1:

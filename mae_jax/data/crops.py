@@ -20,7 +20,8 @@ def random_resized(
 
     REFERENCE section 2; see `transforms.random_box`.
     """
-    box = transforms.random_box(*picture.shape[1::-1], scale, ratio, rng)
+    height, width = picture.shape[:2]
+    box = transforms.random_box(width, height, scale, ratio, rng)
     return transforms.RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 
@@ -28,7 +29,8 @@ def probe(
     picture: Picture, size_HW: Size, rng: Generator, *, scale: Range, ratio: Range, resizer: str
 ) -> np.ndarray:
     """Make the linear probe's own random resized crop (REFERENCE section 4)."""
-    box = transforms.probe_box(*picture.shape[1::-1], scale, ratio, rng)
+    height, width = picture.shape[:2]
+    box = transforms.probe_box(width, height, scale, ratio, rng)
     return transforms.RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 

@@ -143,8 +143,8 @@ def synthetic_batches(
 
 
 def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
-    label, index, bad = map(np.int32, (label, index, bad))
-    return {"image": image_HWC, "label": label, "index": index, "bad": bad}
+    numbers = {"label": label, "index": index, "bad": bad}
+    return {"image": image_HWC, **{name: np.int32(number) for name, number in numbers.items()}}
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
