@@ -32,19 +32,17 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         ("manual_dir", "", "where you put the archives"),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
-    for name, number, highest, text in (
-        ("resize", None, None, "pixels of the short side; none = keep"),
-        ("quality", 95, 100, "JPEG quality of images that are encoded anew"),
-        ("workers", None, None, "processes; none = CPU cores"),
+    for name, text in (
+        ("resize", "pixels of the short side; none = keep"),
+        ("workers", "processes; none = CPU cores"),
     ):
-        flags.DEFINE_integer(name, number, text, 1, highest, flag_values=values)
+        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     what = cli.parse("prepare", USAGE, argv, values)
     if len(what) != 1:
         problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
         raise UserError(f"{problem}; write one of:\n{USAGE}")
-    used = {"source", "name", "resize", "quality", "workers"}
-    used = used if what[0] == "folder" else {"manual_dir"}
+    used = {"source", "name", "resize", "workers"} if what[0] == "folder" else {"manual_dir"}
     for name in values:
         if values[name].present and name not in used | {"data_dir"}:
             raise UserError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
@@ -80,7 +78,6 @@ def _prepare_folder(values: flags.FlagValues) -> str:
         values.name,
         data_dir=values.data_dir,
         resize=values.resize,
-        quality=values.quality,
         workers=values.workers or len(os.sched_getaffinity(0)),
         progress=cli.progress,
     )

@@ -30,6 +30,7 @@ from mae_jax.errors import UserError
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
 MAX_SHARDS = 1024
 JPEG_SIDE = 65_500  # pixels, of libjpeg
+QUALITY = 95  # of JPEGs
 
 # (unit, how many there are) -> a context that yields what is called with every number of units done
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -41,14 +42,13 @@ def prepare_folder(
     *,
     data_dir: str,
     resize: int | None,
-    quality: int,
     workers: int,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
     """Write the images of a folder as the tfds dataset `name`, or go on with it.
 
     RGB or grey JPEG and PNG files keep their bytes if nothing is resized; other images become RGB
-    JPEGs of `quality`, upright. With `resize`, the short side gets that many pixels, by Pillow's
+    JPEGs, upright. With `resize`, the short side gets that many pixels, by Pillow's
     bicubic filter, and every image is encoded anew. Images that cannot be read are left out. The
     order is shuffled by the hashes of the names.
 
@@ -69,7 +69,7 @@ def prepare_folder(
         "files": len(images),
         "listing": hashlib.sha256(b"\0".join(map(os.fsencode, images.files))).hexdigest(),
         "resize": resize,
-        "quality": quality,
+        "quality": QUALITY,
     }
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
@@ -84,7 +84,7 @@ def prepare_folder(
     work.mkdir(parents=True, exist_ok=True)
     with _only_writer(work):
         _remove_leftovers(work, plan)
-        shards = _divide(images, work, name, resize, quality)
+        shards = _divide(images, work, name, resize)
         _write_missing(shards, workers, progress)
         lengths, summary = _summary(shards)
         features = arrayrecord.image_features(images.class_names)
@@ -133,16 +133,13 @@ class Shard:
     source: FolderSource
     path: Path
     resize: int | None
-    quality: int
 
     @property
     def report(self) -> Path:
         return self.path.with_name(self.path.name + ".json")
 
 
-def _divide(
-    images: FolderSource, work: Path, name: str, resize: int | None, quality: int
-) -> list[Shard]:
+def _divide(images: FolderSource, work: Path, name: str, resize: int | None) -> list[Shard]:
     """Divide the images, in the order of their names' hashes, into shards of `work`."""
     order = np.array(arrayrecord.shuffled(images.files))
     num_shards = min(-(-len(order) // IMAGES_PER_SHARD), MAX_SHARDS)
@@ -151,7 +148,7 @@ def _divide(
         names, labels = [images.files[row] for row in rows], images.labels[rows]
         part = dataclasses.replace(images, files=names, labels=labels)
         path = arrayrecord.shard_path(work, name, "train", i, num_shards)
-        shards.append(Shard(part, path, resize, quality))
+        shards.append(Shard(part, path, resize))
     return shards
 
 
@@ -200,7 +197,7 @@ def write_shard(shard: Shard) -> None:
             try:
                 if "unreadable" in record:
                     raise BadImage(record["unreadable"])
-                data, image = _encode(record["image"], shard.resize, shard.quality)
+                data, image = _encode(record["image"], shard.resize)
             except BadImage as error:
                 bad[record["name"]] = str(error)
                 continue
@@ -215,7 +212,7 @@ def write_shard(shard: Shard) -> None:
     files.write_json(shard.report, report)
 
 
-def _encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.Image]:
+def _encode(data: bytes, resize: int | None) -> tuple[bytes, Image.Image]:
     """Return what to store of an image file, and the RGB image that it shows."""
     image = Image.fromarray(decode(data))
     if resize is None:
@@ -233,7 +230,7 @@ def _encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image
         width, height = (max(resize, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue(), image
 
 

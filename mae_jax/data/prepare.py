@@ -32,12 +32,8 @@ def prepare_tfds(
     if not info.splits:
         if manual_dir and not Path(manual_dir).is_dir():
             raise UserError(f"--manual_dir={manual_dir}: there is no such directory")
-        options = {"data_dir": data_dir or None, "file_format": "array_record"}
-        config, version = info.config_name or None, str(builder.version)
-        ours = imagenet.make_builder(builder.name, **options, config=config, version=version)
-        if manual_dir and isinstance(ours, imagenet.ReadTestSet):
-            ours.require_archive(Path(manual_dir))
-        builder = ours or tfds.builder(name, **options)
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        imagenet.read_archives(builder, manual_dir)
         _download_and_prepare(builder, name, manual_dir)
     elif not {f.value for f in info.available_file_formats()} & {"array_record"}:
         if info.file_format.value != "tfrecord":
@@ -64,25 +60,16 @@ def _download_and_prepare(builder: Any, name: str, manual_dir: str) -> None:
             f"an archive in {manual_dir or 'the downloads'} is damaged or cut short ({error});"
             " compare its size and MD5 with those on the download page"
         ) from error
-    except Exception as error:
-        if _needs_tensorflow(error):
-            raise UserError(
-                f"tfds prepares {name!r} with TensorFlow, which mae_jax does without: where"
-                f" TensorFlow is installed, run `tfds build {name} --file_format=array_record`"
-                " and copy the directory"
-            ) from None
-        if isinstance(error, OSError):  # no network, a full disk
-            raise UserError(f"tfds could not prepare {name!r}: {error}") from error
-        raise
-
-
-def _needs_tensorflow(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, is the lack of TensorFlow."""
-    while error is not None:
-        if isinstance(error, ImportError) and (error.name or "").startswith("tensorflow"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    except ImportError as error:
+        if "tensorflow" not in str(error):
+            raise
+        raise UserError(
+            f"tfds prepares {name!r} with TensorFlow, which mae_jax does without: where TensorFlow"
+            f" is installed, run `tfds build {name} --file_format=array_record` and copy the"
+            " directory"
+        ) from None
+    except OSError as error:  # no network, a full disk
+        raise UserError(f"tfds could not prepare {name!r}: {error}") from error
 
 
 def _convert_tfrecord(builder: tfds.core.DatasetBuilder, progress: Callable[[int], None]) -> None:
