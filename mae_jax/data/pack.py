@@ -21,10 +21,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax import files
-from mae_jax.data import arrayrecord
+from mae_jax.data import arrayrecord, bad_images
 from mae_jax.data.folder import FolderSource, open_folder
 from mae_jax.data.process import follow_parent
-from mae_jax.data.transforms import ORIENTATION, BadImage, decode
+from mae_jax.data.transforms import ORIENTATION, BadImage
 from mae_jax.errors import UserError
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
@@ -193,13 +193,11 @@ def write_shard(shard: Shard) -> None:
 
     def records() -> Iterator[bytes]:
         for i in range(len(shard.source)):
-            record = shard.source[i]
             try:
-                if "unreadable" in record:
-                    raise BadImage(record["unreadable"])
-                data, image = _encode(record["image"], shard.resize)
+                record, picture = bad_images.read(shard.source, i, channels=3)
+                data, image = _encode(record["image"], Image.fromarray(picture), shard.resize)
             except BadImage as error:
-                bad[record["name"]] = str(error)
+                bad[shard.source[i]["name"]] = str(error)
                 continue
             histogram[:] += np.reshape(image.histogram(), (3, 256))
             example = {"image": data, "file_name": record["name"]}
@@ -212,9 +210,8 @@ def write_shard(shard: Shard) -> None:
     files.write_json(shard.report, report)
 
 
-def _encode(data: bytes, resize: int | None) -> tuple[bytes, Image.Image]:
-    """Return what to store of an image file, and the RGB image that it shows."""
-    image = Image.fromarray(decode(data))
+def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
+    """Return what to store of an image file that shows this RGB image, and the stored image."""
     if resize is None:
         with Image.open(io.BytesIO(data)) as original:
             plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")

@@ -7,6 +7,7 @@ run resumes at any step with nothing saved.
 """
 
 import functools
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -182,9 +183,11 @@ def make_crop(data: ConfigDict) -> Crop:
     resizer = data.get("resizer", "pillow")
     settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
     crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    if "resizer" in crop.keywords:
-        transforms.require_resizer(resizer)
-    elif resizer != "pillow":
+    if resizer not in transforms.RESIZERS:
+        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
+    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
+        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
+    if resizer != "pillow" and "resizer" not in crop.keywords:
         raise UserError(
             f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
             f" {data.crop!r}: leave it at pillow"

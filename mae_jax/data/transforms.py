@@ -5,7 +5,6 @@ published recipe resizes with it. Channels that are not three are resized one by
 """
 
 import contextlib
-import importlib.util
 import io
 import math
 from collections.abc import Callable
@@ -14,8 +13,6 @@ import numpy as np
 import simplejpeg
 from numpy.random import Generator
 from PIL import Image, UnidentifiedImageError
-
-from mae_jax.errors import UserError
 
 Picture = np.ndarray  # uint8 [H, W, C], of the size of its file
 Box = tuple[int, int, int, int]  # left, top, width, height
@@ -165,14 +162,6 @@ def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarr
 
 
 RESIZERS = {"pillow": resize_pillow, "fast": resize_fast}
-
-
-def require_resizer(name: str) -> None:
-    """Raise a UserError if there is no such resizer or its package is not installed."""
-    if name not in RESIZERS:
-        raise UserError(f"config.data.resizer={name!r}: give one of {', '.join(RESIZERS)}")
-    if name == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
-        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
 
 
 def random_box(width: int, height: int, scale: Range, ratio: Range, rng: Generator) -> Box:
