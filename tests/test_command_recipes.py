@@ -1,5 +1,6 @@
 """Recipes are found and read by name and by path, in a checkout and from an installed package."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,12 @@ def test_train_finds_the_installed_recipe_from_any_folder(places, tmp_path, plac
     refused = run(places[place], tmp_path, *command)
     assert refused.returncode == 2, refused.stderr
     assert 'Did you mean "mask_ratio"' in refused.stderr
+
+
+def test_the_extra_tpu_brings_what_buckets_need(places):
+    (metadata,) = places["wheel"].glob("*.dist-info/METADATA")
+    required = [line for line in metadata.read_text().splitlines() if "gcsfs" in line]
+    assert [re.findall(r"extra == .(\w+)", line) for line in required] == [["tpu"], ["gcs"]]
 
 
 def test_the_wheel_has_every_recipe_and_data_file(places):

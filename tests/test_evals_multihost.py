@@ -83,7 +83,7 @@ def test_evaluations_on_two_hosts_give_the_numbers_of_one(tmp_path):
     assert processes.end() == [0, 0], processes.text()
     together = [
         json.loads(line.removeprefix("FOUND "))
-        for lines in processes.said
+        for lines in processes.output
         for line in lines
         if line.startswith("FOUND ")
     ]

@@ -89,7 +89,7 @@ def test_gpu_presets_are_flags_that_this_xla_knows(preset):
 
 
 SRUN = """#!/bin/bash
-# Stands for srun: two processes with the variables that Slurm sets, which its own SIGTERM kills.
+# Stands for srun: two processes with the variables that Slurm sets. SIGTERM kills both.
 while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1
 for i in 0 1; do

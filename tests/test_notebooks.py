@@ -17,15 +17,17 @@ def load(name: str) -> nbformat.NotebookNode:
 
 
 def run(name: str, last: str, folder: Path, monkeypatch) -> str:
-    """What a notebook printed at the end, by one more cell; it works in `folder`."""
+    """Run a notebook and one more cell in `folder`, and return what that cell printed."""
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's own
     notebook = load(name)
     notebook.cells += [
         nbformat.v4.new_code_cell(f"import sys; assert sys.executable == {sys.executable!r}"),
         nbformat.v4.new_code_cell(last),
     ]
-    place = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
+    resources = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources=resources
+    )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     client.execute(env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
     pictures = [
@@ -39,9 +41,8 @@ def run(name: str, last: str, folder: Path, monkeypatch) -> str:
 
 
 def test_reconstruct(tmp_path, monkeypatch):
-    shown = "print(out.mask_BL.mean(), model.spec.encoder.depth)"
-    output = run("reconstruct", shown, tmp_path, monkeypatch)
-    assert output.split() == ["0.75", "4"]
+    last = "print(out.mask_BL.mean(), model.spec.encoder.depth)"
+    assert run("reconstruct", last, tmp_path, monkeypatch).split() == ["0.75", "4"]
 
 
 def test_finetune(tmp_path, monkeypatch):

@@ -294,8 +294,16 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path):
     for i in range(4):
         Image.fromarray(natural(16, 16, 3, i)).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    scalars, _ = evaluate(config_of(tmp_path))
-    assert scalars["eval/images"] == 4
+    scalars, pictures = evaluate(config_of(tmp_path))
+    assert scalars["eval/images"] == 4 and pictures.keys() == {"reconstruction"}
+
+
+def test_where_the_first_images_cannot_be_read_there_is_no_picture_but_the_errors(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(b"not an image")
+    Image.fromarray(natural(16, 16, 3, 0)).save(tmp_path / "9.png")
+    scalars, pictures = evaluate(config_of(tmp_path))
+    assert scalars["eval/images"] == 1 and scalars["eval/rmse"] > 0 and pictures == {}
 
 
 def test_nothing_but_unreadable_images_is_refused(tmp_path):

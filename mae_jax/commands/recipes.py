@@ -1,4 +1,4 @@
-"""Find a recipe and change it as the command line says: what `train` and `plan` share."""
+"""Find a recipe and change it as the command line says, for `train` and `plan`."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from mae_jax import configs
 from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS
 from mae_jax.errors import UserError, nearest
 
+INSTALLED = Path(configs.__path__[0])
 USAGE = """\
 mae-jax {command} --config=RECIPE[:ARGUMENTS] [--config.KEY=VALUE ...] [FLAG ...]
 
@@ -61,9 +62,7 @@ def parse(
         what = " ".join(str(error.args[0]).split())
         raise UserError(f"{given}: no such key in the config: {what}") from None
     except ModuleNotFoundError as error:
-        hint = (
-            " (the recipes can be imported as mae_jax.configs)" if error.name == "configs" else ""
-        )
+        hint = "; the installed recipes are mae_jax.configs" if error.name == "configs" else ""
         raise UserError(f"--config={file}: {error}{hint}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
@@ -76,8 +75,7 @@ def parse(
 
 def names() -> list[str]:
     """Return the names of the installed recipes."""
-    paths = Path(configs.__path__[0]).glob("*.py")
-    return sorted({path.stem for path in paths} - {"__init__", "common"})
+    return sorted({path.stem for path in INSTALLED.glob("*.py")} - {"__init__", "common"})
 
 
 def find(name: str) -> Path:
@@ -91,7 +89,7 @@ def find(name: str) -> Path:
       UserError: there is neither.
     """
     path = Path(name)
-    installed = Path(configs.__path__[0]) / f"{path.stem}.py"
+    installed = INSTALLED / f"{path.stem}.py"
     if name in names():
         return installed
     if path.is_file():
@@ -105,10 +103,10 @@ def find(name: str) -> Path:
 
 
 def _with_path(argv: list[str]) -> tuple[list[str], Path]:
-    """Return the command line with the recipe's file in it, and that file.
+    """Return the command line with the path of the recipe's file in it, and that path.
 
-    What the file imports can be found from then on: modules of the current folder, and of the
-    folder above the file's own, as in `from configs.pretrain import get_config`.
+    Also let the file import modules of the current folder, and of the folder above its own, as in
+    `from configs.pretrain import get_config`.
     """
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
@@ -117,7 +115,8 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
             value = value if equals else "".join(argv[i + 1 : after])
             name, colon, arguments = value.partition(":")
             file = find(name)
-            above = [str(file.resolve().parent.parent)] if str(file) == name else []
+            folder = file.resolve().parent
+            above = [] if folder == INSTALLED.resolve() else [str(folder.parent)]
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
             argv = [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]]
             return argv, file
@@ -133,6 +132,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _refuse_old(keys: Iterable[str]) -> None:
+    """Raise a UserError for the first key that was renamed or removed."""
     for key in keys:
         if key in RENAMED_KEYS:
             raise UserError(f"config.{key} is now config.{RENAMED_KEYS[key]}")

@@ -89,7 +89,7 @@ class Evaluator:
             if self._in_levels and self._trivial is None:
                 trivial += self._trivial_sums(local, out["mask_BL"])
             if self._in_levels and number == 0 and jax.process_index() == 0:
-                pictures["reconstruction"] = self._picture(out, counted_B, int(state.step))
+                pictures = self._pictures(out, counted_B, int(state.step))
         require_images(images, split_name(self._cfg, self._config))
         hidden, loss, squared = sums.tolist()
         scalars = {"eval/loss": loss / hidden}
@@ -165,10 +165,14 @@ class Evaluator:
         everywhere = fetch(self._batches.put({"rows": rows})["rows"])
         return everywhere.astype(np.float64).sum(0)
 
-    def _picture(self, out: dict[str, np.ndarray], counted_B: np.ndarray, step: int) -> np.ndarray:
-        """Return the figure of the first images that count."""
+    def _pictures(
+        self, out: dict[str, np.ndarray], counted_B: np.ndarray, step: int
+    ) -> dict[str, np.ndarray]:
+        """Return the figure of those of the first images that count, if there are any."""
         shown = [out["image_BHWC"], out["mask_BL"][: len(out["image_BHWC"])], out["pred_BHWC"]]
         counted = counted_B[: len(shown[0])]
+        if not counted.any():
+            return {}
         kind = kind_of_images(self._trained_on)
         caption = (
             f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind}):"
@@ -176,6 +180,6 @@ class Evaluator:
             " loss, so that their predictions (third column) mean little."
             f" {pixels.CAPTIONS[self._config.target.name]}"
         )
-        return figures.reconstructions(
-            *(x[counted] for x in shown), patch_size=self._patch_size, caption=caption
-        )
+        shown = [x[counted] for x in shown]
+        page = figures.reconstructions(*shown, patch_size=self._patch_size, caption=caption)
+        return {"reconstruction": page}
