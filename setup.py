@@ -29,6 +29,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    package_data={"mae_jax.data": ["imagenet_subsets.json"]},
     package_dir={"": "."},  # an editable install puts the checkout on the path
     cmdclass={"build_py": BuildWithRecipes},
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},

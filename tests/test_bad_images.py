@@ -10,7 +10,7 @@ from test_pipeline import BATCH, SIZE, Noise, config, indices, train
 
 from mae_jax.data import bad_images, transforms
 from mae_jax.data.bad_images import BadImageLog
-from mae_jax.data.sources import open_source
+from mae_jax.data.sources import Unreadable, open_source
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.tasks.common import TrainImages
 
@@ -36,8 +36,10 @@ def test_a_long_run_of_unreadable_images_stops_nothing():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_without_a_readable_image_is_refused(workers):
-    with pytest.raises(ValueError, match=r"100 images .* cannot be read, .* \d\.png: not an image"):
+    message = r"100 images .* cannot be read, .* \d\.png: not an image"
+    with pytest.raises(Unreadable, match=message) as raised:
         train(Noise(9, bad=tuple(range(9))), 1, config(workers=workers))
+    assert "Traceback" not in str(raised.value)
 
 
 def test_each_unreadable_image_is_counted_and_named_once():
@@ -177,8 +179,3 @@ def test_a_folder_of_odd_files_is_trained_on_and_only_the_hopeless_are_replaced(
     assert log.count == len(lines) == len(reasons)
     for name, reason in reasons.items():
         assert any(f"{name}: " in line and reason in line for line in lines)
-    with pytest.raises(ValueError, match="6 of 19 images") as error:
-        BadImageLog(source, max_bad_fraction=0.01).add(
-            np.array([source.files.index("bad/bomb.png")])
-        )
-    assert all(f"\n  {name}: " in str(error.value) for name in reasons)

@@ -165,9 +165,11 @@ def test_the_extra_tpu_brings_what_buckets_need(places):
     assert [re.findall(r"extra == .(\w+)", line) for line in required] == [["tpu"], ["gcs"]]
 
 
-def test_the_wheel_has_every_recipe(places):
-    shipped = {path.name for path in (places["wheel"] / "mae_jax/configs").glob("*.py")}
-    assert shipped == {path.name for path in (ROOT / "configs").glob("*.py")}
+def test_the_wheel_has_every_recipe_and_data_file(places):
+    for folder, files in (("configs", "*.py"), ("mae_jax/data", "*.json")):
+        inside = places["wheel"] / "mae_jax" / folder.removeprefix("mae_jax/")
+        shipped = {path.name for path in inside.glob(files)}
+        assert shipped == {path.name for path in (ROOT / folder).glob(files)} != set()
 
 
 def run(place, cwd, *arguments):

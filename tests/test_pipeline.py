@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mae_jax.config import choices
-from mae_jax.data import crops, pipeline, sources, transforms, workers
+from mae_jax.data import crops, pipeline, transforms, workers
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -85,13 +85,10 @@ def indices(batches: list[dict]) -> np.ndarray:
 
 
 def test_a_batch_holds_images_with_their_labels_and_indices():
+    number = ((BATCH,), "int32")
+    types = {"image": ((BATCH, *SIZE, 3), "uint8"), "label": number, "index": number, "bad": number}
     for batch in train(Noise(20), 4, config(crop="center", flip=0.0)):
-        assert {key: (x.shape, str(x.dtype)) for key, x in batch.items()} == {
-            "image": ((BATCH, *SIZE, 3), "uint8"),
-            "label": ((BATCH,), "int32"),
-            "index": ((BATCH,), "int32"),
-            "bad": ((BATCH,), "int32"),
-        }
+        assert {key: (x.shape, str(x.dtype)) for key, x in batch.items()} == types
         columns = (batch[key] for key in ("image", "label", "index", "bad"))
         for image, label, index, bad in zip(*columns, strict=True):
             picture = transforms.decode(Noise(20)[index]["image"])
@@ -289,21 +286,13 @@ def test_signals_to_workers_stop_nothing_and_a_killed_run_leaves_none_behind(tmp
     assert not any(map(alive, processes))
 
 
-def test_a_killed_worker_and_what_a_worker_cannot_read_are_said_in_words(tmp_path):
+def test_a_killed_worker_is_said_in_words():
     batches = stream(Noise(21), config(workers=2))
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(workers.WorkerLost, match="killed, perhaps for its memory: lower config"):
         for _ in range(100):
             next(batches)
-
-    for index in range(8):
-        (tmp_path / f"{index}.png").write_text("no image")
-    source = sources.open_source(f"folder:{tmp_path}", "train")
-    for processes in (0, 1):
-        with pytest.raises(sources.Unreadable, match="100 images .* cannot be read") as raised:
-            train(source, 1, config(workers=processes))
-        assert "Traceback" not in str(raised.value)
 
 
 def alive(pid: int) -> bool:
@@ -379,8 +368,6 @@ def test_steps_per_epoch_drops_the_incomplete_batch():
 @pytest.mark.parametrize("length", [0, 7])
 def test_a_dataset_of_less_than_one_batch_is_refused(length):
     with pytest.raises(ValueError, match=f"{length} images.*one batch of 8.*config.batch_size"):
-        pipeline.steps_per_epoch(length, 8)
-    with pytest.raises(ValueError, match=f"{length} images"):
         train(Noise(length), 1)
 
 
@@ -397,7 +384,7 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
         ({"resizer": "fast", "crop": "center"}, "fast.*not for 'center'"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < low"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale.*low <= high"),
-        ({"crop_scale": (0.5, 1.1)}, "crop_scale.*at most 1"),
+        ({"crop_scale": (0.5, 1.1)}, "crop_scale.*high <= 1"),
         ({"crop_scale": (0.5,)}, "crop_scale.*two numbers"),
         ({"crop_scale": (float("nan"), 1.0)}, "crop_scale"),
         ({"crop_ratio": (4 / 3, 3 / 4)}, "crop_ratio.*low <= high"),
@@ -413,8 +400,6 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
 def test_values_that_cannot_work_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         pipeline.check(config(**changed))
-    with pytest.raises(ValueError, match=message):
-        train(Noise(20), 1, config(**changed))
 
 
 def test_the_published_recipe_passes_the_check():

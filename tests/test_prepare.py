@@ -67,6 +67,14 @@ def images(tmp_path):
     return folder
 
 
+def folder_of(tmp_path: Path, files: dict[str, bytes]) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(pack, "IMAGES_PER_SHARD", 3)
@@ -103,20 +111,17 @@ def test_the_printed_mean_and_std_are_those_of_all_pixels(images, tmp_path):
 
 
 def test_resize_gives_the_short_side_by_pillows_bicubic(tmp_path):
-    for name, size in (("wide", (90, 60)), ("tall", (50, 200)), ("small", (10, 12))):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / f"{name}.png").write_bytes(encoded("PNG", size=size))
-    pack_folder(tmp_path / "images", tmp_path, resize=32, quality=90)
+    sizes = {"wide": (90, 60), "tall": (50, 200), "small": (10, 12)}
+    files = {name: encoded("PNG", size=size) for name, size in sizes.items()}
+    pack_folder(folder_of(tmp_path, files), tmp_path, resize=32)
     for name, size in (("wide", (48, 32)), ("tall", (32, 128)), ("small", (32, 38))):
-        expected = Image.open(tmp_path / "images" / f"{name}.png").resize(size, Image.BICUBIC)
         buffer = io.BytesIO()
-        expected.save(buffer, "JPEG", quality=90)
-        assert by_name("mine", tmp_path)[f"{name}.png"]["image"] == buffer.getvalue()
+        expected = Image.open(io.BytesIO(files[name])).resize(size, Image.BICUBIC)
+        expected.save(buffer, "JPEG", quality=95)
+        assert by_name("mine", tmp_path)[name]["image"] == buffer.getvalue()
 
 
 def test_what_not_every_reader_shows_alike_is_stored_as_upright_rgb_jpeg(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
     rotated = Image.Exif()
     rotated[0x0112] = 6  # "rotate 90 degrees clockwise to show"
     kept = {"rgb.jpg": encoded(), "grey.jpg": encoded(mode="L"), "rgb.png": encoded("PNG")}
@@ -126,9 +131,7 @@ def test_what_not_every_reader_shows_alike_is_stored_as_upright_rgb_jpeg(tmp_pat
         "palette.png": encoded("PNG", mode="P"),
         "web.webp": encoded("WEBP"),
     }
-    for name, data in (kept | mended).items():
-        (folder / name).write_bytes(data)
-    pack_folder(folder, tmp_path)
+    pack_folder(folder_of(tmp_path, kept | mended), tmp_path)
     records = by_name("mine", tmp_path)
     for name, data in kept.items():
         assert records[name]["image"] == data
@@ -156,9 +159,7 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(
 
 
 def test_a_strip_that_is_too_long_for_jpeg_is_left_out_and_named(tmp_path, capsys):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "0.jpg").write_bytes(encoded())
+    folder = folder_of(tmp_path, {"0.jpg": encoded()})
     Image.new("RGB", (600, 1)).save(folder / "long.png")
     Image.new("RGBA", (70_000, 1)).save(folder / "longer.png")
     Image.new("RGB", (70_000, 1)).save(folder / "stored.png")  # as it is, where it is not resized
@@ -171,11 +172,8 @@ def test_a_strip_that_is_too_long_for_jpeg_is_left_out_and_named(tmp_path, capsy
 
 def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "IMAGES_PER_SHARD", 1)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(6):
-        (folder / f"{i}.jpg").write_bytes(encoded() if i % 2 else b"text")
-    pack_folder(folder, tmp_path)
+    files = {f"{i}.jpg": encoded() if i % 2 else b"text" for i in range(6)}
+    pack_folder(folder_of(tmp_path, files), tmp_path)
     assert sorted(by_name("mine", tmp_path)) == ["1.jpg", "3.jpg", "5.jpg"]
 
 
@@ -273,12 +271,6 @@ def test_impossible_command_lines_are_refused_in_words(arguments, message):
 # --- ImageNet ---
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 TRAIN = {  # the forms that the real archive holds: tfds names a CMYK file and the one PNG
     "n01440764": {"n01440764_10026.JPEG": encoded(), "n01440764_10027.JPEG": encoded(mode="L")},
     "n01739381": {"n01739381_1309.JPEG": encoded(mode="CMYK", color=(200, 30, 60))},
@@ -291,16 +283,11 @@ VALIDATION = {f"ILSVRC2012_val_{i:08d}.JPEG": encoded() for i in (3, 1, 2, 50_00
 def archives(tmp_path):
     folder = tmp_path / "archives"
     folder.mkdir()
-    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
-        for wordnet_id, files in TRAIN.items():
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as tar:
-                for name, data in files.items():
-                    add(tar, name, data)
-            add(train, f"{wordnet_id}.tar", buffer.getvalue())
-    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name, data in VALIDATION.items():
-            add(tar, name, data)
+    for wordnet_id, files in TRAIN.items():
+        write_archive(tmp_path / f"{wordnet_id}.tar", files)
+    train = {f"{name}.tar": (tmp_path / f"{name}.tar").read_bytes() for name in TRAIN}
+    write_archive(folder / "ILSVRC2012_img_train.tar", train)
+    write_archive(folder / "ILSVRC2012_img_val.tar", VALIDATION)
     return folder
 
 
@@ -394,7 +381,9 @@ def write_archive(path: Path, files: dict[str, bytes]) -> None:
         return
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
         for name, data in files.items():
-            add(tar, name, data)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def examples_of_tfds(name: str, archive: Path, folder: Path, monkeypatch) -> dict[str, dict]:
@@ -421,7 +410,6 @@ def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsy
     write_archive(tmp_path / archive, files)
     assert run(name, manual_dir=tmp_path, data_dir=tmp_path) == 0
     out = capsys.readouterr().out
-    assert f"{archive} has {(tmp_path / archive).stat().st_size:,} bytes, the published one" in out
     assert f"--config=configs/robustness.py:init=WORKDIR --config.data.data_dir={tmp_path}" in out
 
     builder = tfds.builder(name, data_dir=tmp_path)
@@ -430,10 +418,7 @@ def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsy
     found = sorted((x["file_name"].decode(), x["label"], x["image"]) for x in raw)
     encode = builder.info.features["label"].encode_example
     theirs = examples_of_tfds(name, tmp_path / archive, tmp_path / "unpacked", monkeypatch)
-    ours = imagenet.make_builder(
-        builder.name, data_dir=tmp_path, config=builder.info.config_name or None
-    )
-    assert dict(ours._generate_examples(tmp_path / archive)) == theirs
+    assert dict(imagenet.test_examples(builder, tmp_path / archive)) == theirs
     assert found == sorted(
         (x["file_name"], encode(x["label"]), x["image"]) for x in theirs.values()
     )
@@ -441,12 +426,12 @@ def test_a_test_set_is_prepared_as_tfds_would(name, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("name", imagenet.TEST_SETS)
 def test_every_archive_has_the_name_that_tfds_publishes(name):
-    dataset, _, config = name.partition("/")
-    builder = imagenet.make_builder(dataset, config=config or None)
-    assert builder.published[0] in tfds.builder_cls(dataset).url_infos
+    config, builder = name.partition("/")[2], tfds.builder(name)
+    url = imagenet.url_of(builder)
+    assert url in builder.url_infos
     if config:
-        assert builder.published[0] == imagenet_v2_dataset_builder._IMAGENET_V2_URLS[config]
-        assert builder.archive.top == imagenet_v2_dataset_builder._TAR_TOPDIR[config]
+        assert url == imagenet_v2_dataset_builder._IMAGENET_V2_URLS[config]
+        assert imagenet.TEST_SETS[name].top == imagenet_v2_dataset_builder._TAR_TOPDIR[config]
 
 
 @pytest.mark.parametrize("name", TEST_SETS)

@@ -114,12 +114,12 @@ def test_the_crop_is_drawn_once_and_cut_to_the_picture():
 def test_the_pipeline_knows_the_crop_of_the_probe():
     data = get_config("init=x").data
     assert (data.crop, data.crop_scale, data.flip) == ("probe", (0.08, 1.0), 0.5)
-    picture = Image.fromarray(np.arange(3000, dtype=np.uint8).reshape(25, 40, 3))
+    picture = np.arange(3000, dtype=np.uint8).reshape(25, 40, 3)
     crop = pipeline.make_crop(data)(picture, (8, 16), np.random.default_rng(3))
     left, top, w, h = transforms.probe_box(
         40, 25, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(3)
     )
-    part = picture.crop((left, top, left + w, top + h))
+    part = Image.fromarray(picture).crop((left, top, left + w, top + h))
     np.testing.assert_array_equal(crop, part.resize((16, 8), Image.Resampling.BICUBIC))
 
 

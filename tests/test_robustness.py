@@ -120,7 +120,7 @@ def measure(config, predict):
 
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
 def test_the_200_classes_are_those_of_the_authors(name):
-    ours = evaluation.SUBSETS[name]
+    ours = robustness.SUBSETS[name]
     assert len(set(ours)) == 200
     assert robustness.positions(ours, WORDNET_IDS, name).tolist() == SUBSETS[name]
 
@@ -231,10 +231,9 @@ def test_a_model_as_good_as_alexnet_has_an_mce_of_100():
 
 def test_crops_of_the_models_size_are_taken_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    np.testing.assert_array_equal(crops.full(image, (224, 224)), pixels)
-    larger = image.resize((448, 448), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(crops.full(image, (448, 448)), np.asarray(larger))
+    np.testing.assert_array_equal(crops.full(pixels, (224, 224)), pixels)
+    larger = Image.fromarray(pixels).resize((448, 448), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(crops.full(pixels, (448, 448)), np.asarray(larger))
 
 
 def write_part(root: Path, corruption: str, severity: int, images: int = 1) -> None:

@@ -23,66 +23,61 @@ mae-jax prepare NAME[/CONFIG][:VERSION] [--data_dir=DIR] [--manual_dir=DIR]
 
 
 def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
-    """Return what to prepare, and the options.
-
-    Raises:
-      UserError: nothing to prepare, an unknown option, a value of the wrong type.
-    """
+    """Return what to prepare, and the options."""
     values = flags.FlagValues()
-    flags.DEFINE_string("source", None, "folder of images", flag_values=values)
-    flags.DEFINE_string("name", None, "name of the new dataset", flag_values=values)
-    flags.DEFINE_integer(
-        "resize", None, "pixels of the short side; none = keep", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "quality", 95, "JPEG quality of images that are encoded anew", 1, 100, flag_values=values
-    )
-    flags.DEFINE_string("data_dir", "", "where datasets live; '' = tfds's own", flag_values=values)
-    flags.DEFINE_string("manual_dir", "", "where you put the archives", flag_values=values)
-    flags.DEFINE_integer(
-        "workers", None, "processes; none = CPU cores", lower_bound=1, flag_values=values
-    )
+    for name, default, text in (
+        ("source", None, "folder of images"),
+        ("name", None, "name of the new dataset"),
+        ("data_dir", "", "where datasets live; '' = tfds's own"),
+        ("manual_dir", "", "where you put the archives"),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, text in (
+        ("resize", "pixels of the short side; none = keep"),
+        ("workers", "processes; none = CPU cores"),
+    ):
+        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     what = cli.parse("prepare", USAGE, argv, values)
     if len(what) != 1:
         problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
         raise UserError(f"{problem}; write one of:\n{USAGE}")
-    used = {"source", "name", "resize", "quality", "workers"}
-    used = used if what[0] == "folder" else {"manual_dir"}
+    used = {"source", "name", "resize", "workers"} if what[0] == "folder" else {"manual_dir"}
     for name in values:
         if values[name].present and name not in used | {"data_dir"}:
             raise UserError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
+    if "://" in values.data_dir:
+        raise UserError(
+            f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
+        )
+    if what[0] == "folder" and not (values.source and values.name):
+        raise UserError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
     return what[0], values
 
 
 def main(argv: list[str]) -> int:
     what, values = parse(argv)
-    if "://" in values.data_dir:
-        raise UserError(
-            f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
-        )
-    if what != "folder":
-        _prepare_tfds(what, values)
-        return 0
-    if not values.source or not values.name:
-        raise UserError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
+    data_dir = f" --config.data.data_dir={values.data_dir}" if values.data_dir else ""
     try:
-        _prepare_folder(values)
+        recipe = _prepare_folder(values) if what == "folder" else _prepare_tfds(what, values)
     except KeyboardInterrupt:
+        if what != "folder":
+            raise
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         return 130
+    print(f"Next: mae-jax train --config={recipe}{data_dir}")
     return 0
 
 
-def _prepare_folder(values: flags.FlagValues) -> None:
-    from mae_jax.data.prepare import prepare_folder
+def _prepare_folder(values: flags.FlagValues) -> str:
+    """Prepare a folder; return the recipe to go on with, and its flags."""
+    from mae_jax.data.pack import prepare_folder
 
     folder, summary = prepare_folder(
         values.source.removeprefix("folder:"),
         values.name,
         data_dir=values.data_dir,
         resize=values.resize,
-        quality=values.quality,
         workers=values.workers or len(os.sched_getaffinity(0)),
         progress=cli.progress,
     )
@@ -92,15 +87,12 @@ def _prepare_folder(values: flags.FlagValues) -> None:
     if bad := list(summary["bad"].items()):
         print(f"{len(bad):,} could not be read and were left out: {cli.first_ten(bad)}")
         print(f"(all of them are listed in {folder / 'prepared.json'})")
-    print(f"mean {mean}, std {std}")
-    source = f"{values.name}{_data_dir(values)}"
     statistics = f"--config.data.mean='{mean}' --config.data.std='{std}'"
-    print(
-        f"Next: mae-jax train --config=configs/folder.py --config.data.source={source} {statistics}"
-    )
+    return f"configs/folder.py {statistics} --config.data.source={values.name}"
 
 
-def _prepare_tfds(name: str, values: flags.FlagValues) -> None:
+def _prepare_tfds(name: str, values: flags.FlagValues) -> str:
+    """Prepare a tfds dataset; return the recipe to go on with, and its flags."""
     from mae_jax.data.prepare import prepare_tfds
 
     builder = prepare_tfds(
@@ -109,11 +101,5 @@ def _prepare_tfds(name: str, values: flags.FlagValues) -> None:
     splits = ", ".join(f"{s.name} {s.num_examples:,}" for s in builder.info.splits.values())
     print(f"{name}: {splits}, in {builder.data_dir}")
     if "train" in builder.info.splits:
-        next_step = f"configs/pretrain.py --config.data.source={name}"
-    else:
-        next_step = "configs/robustness.py:init=WORKDIR"
-    print(f"Next: mae-jax train --config={next_step}{_data_dir(values)}")
-
-
-def _data_dir(values: flags.FlagValues) -> str:
-    return f" --config.data.data_dir={values.data_dir}" if values.data_dir else ""
+        return f"configs/pretrain.py --config.data.source={name}"
+    return "configs/robustness.py:init=WORKDIR"

@@ -28,10 +28,6 @@ class Operation(NamedTuple):
     signed: bool = False  # whether the sign of the strength is drawn
 
 
-def _never(magnitude: float) -> float:
-    return 0.0
-
-
 def _up_to(highest: float) -> Callable[[float], float]:
     return lambda magnitude: highest * magnitude / HIGHEST
 
@@ -69,9 +65,9 @@ def _enhance(kind: Callable) -> Operation:
 
 
 OPERATIONS = {
-    "auto_contrast": Operation(lambda image, _: ImageOps.autocontrast(image), _never),
-    "equalize": Operation(lambda image, _: ImageOps.equalize(image), _never),
-    "invert": Operation(lambda image, _: ImageOps.invert(image), _never),
+    "auto_contrast": Operation(lambda image, _: ImageOps.autocontrast(image), _up_to(0)),
+    "equalize": Operation(lambda image, _: ImageOps.equalize(image), _up_to(0)),
+    "invert": Operation(lambda image, _: ImageOps.invert(image), _up_to(0)),
     "rotate": Operation(_rotate, _up_to(30), True),
     "posterize": Operation(_posterize, lambda m: 4 - math.trunc(4 * m / HIGHEST)),
     # Inverts levels from the strength on
@@ -132,16 +128,13 @@ def parse(name: str) -> RandAugment:
 
     m: magnitude, 0 to 10; mstd: its deviation; n: number of operations, 2 by default; inc: the
     strength grows with the magnitude. inc is required, since the other kind is not offered.
-
-    Raises:
-      UserError: the name is another.
     """
     part = r"-(mstd|m|n|inc)(\d+(?:\.\d+)?)"
     settings = re.findall(part, name)
     numbers = {key: float(number) for key, number in settings}
     magnitude, number = numbers.get("m", 99.0), numbers.get("n", 2.0)
-    known = re.fullmatch(f"rand({part})+", name) and len(numbers) == len(settings)
-    if not known or "inc" not in numbers or magnitude > HIGHEST or number < 1 or number % 1:
+    valid = re.fullmatch(f"rand({part})+", name) and len(numbers) == len(settings)
+    if not valid or "inc" not in numbers or magnitude > HIGHEST or number < 1 or number % 1:
         raise UserError(
             f"config.data.augment={name!r}: write rand-mM-mstdS-inc1, such as rand-m9-mstd0.5-inc1,"
             " with a magnitude M from 0 to 10, its deviation S, and -nN for N operations per image"

@@ -61,26 +61,23 @@ class BadImageLog:
             name = self.source[index]["name"]
             self._reasons[index] = reason or f"{name}: was unreadable for a moment"
         if new and self.count > self.max_bad_fraction * len(self.source):
-            self._stop()
+            raise UserError(self._too_many())
         return [f"unreadable, replaced by another image: {self._reasons[index]}" for index in new]
 
-    def _stop(self) -> None:
-        searched = len(self.source) <= SEARCHED
-        for index in range(len(self.source)) if searched else ():
-            if index not in self._reasons:
-                reason = describe(self.source, index, self.channels)
-                if reason:
+    def _too_many(self) -> str:
+        so_far = " so far"
+        if len(self.source) <= SEARCHED:
+            so_far = ""
+            for index in set(range(len(self.source))) - self._reasons.keys():
+                if reason := describe(self.source, index, self.channels):
                     self._reasons[index] = reason
         lines = [self._reasons[index] for index in sorted(self._reasons)]
         if len(lines) > LISTED:
             lines[LISTED:] = [f"... and {len(lines) - LISTED:,} more"]
-        fraction = self.count / len(self.source)
-        raise UserError(
-            f"{self.count:,} of {len(self.source):,} images"
-            + ("" if searched else " so far")
-            + f" ({fraction:.2%}) cannot be read, more than"
-            f" config.data.max_bad_fraction={self.max_bad_fraction} allows:\n  "
-            + "\n  ".join(lines)
-            + "\nRemove or replace them, or train without them:"
+        listed, fraction = "\n  ".join(lines), self.count / len(self.source)
+        return (
+            f"{self.count:,} of {len(self.source):,} images{so_far} ({fraction:.2%}) cannot be"
+            f" read, more than config.data.max_bad_fraction={self.max_bad_fraction} allows:\n"
+            f"  {listed}\nRemove or replace them, or train without them:"
             f" --config.data.max_bad_fraction={math.ceil(fraction * 100) / 100}"
         )

@@ -5,6 +5,7 @@ import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,20 +15,17 @@ from mae_jax.data import arrayrecord
 from mae_jax.errors import UserError
 
 PHOTOS = "bundled_photos"
-# Scene -> module, files inside it. Looked at one by one: colour photographs, no drawings or charts.
-SCENES = {
-    "astronaut": ("skimage", ["data/astronaut.png"]),
-    "chelsea": ("skimage", ["data/chelsea.png"]),  # a cat
-    "coffee": ("skimage", ["data/coffee.png"]),
-    "motorcycle": ("skimage", ["data/motorcycle_left.png", "data/motorcycle_right.png"]),  # stereo
-    "retina": ("skimage", ["data/retina.jpg"]),
-    "rocket": ("skimage", ["data/rocket.jpg"]),
-    "china": ("sklearn", ["datasets/images/china.jpg"]),  # a pavilion above a lake
-    "flower": ("sklearn", ["datasets/images/flower.jpg"]),
-    "grace_hopper": ("matplotlib", ["mpl-data/sample_data/grace_hopper.jpg"]),
+# Looked at one by one: colour photographs, no drawings or charts. The motorcycle is a stereo pair,
+# chelsea a cat, china a pavilion above a lake.
+PICTURES = {
+    "skimage": [
+        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/motorcycle_left.png"),
+        *("data/motorcycle_right.png", "data/retina.jpg", "data/rocket.jpg"),
+    ],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+    "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
 }
 HELD_OUT = ("chelsea", "china")
-PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def photos(data_dir: str = "") -> str:
@@ -37,52 +35,45 @@ def photos(data_dir: str = "") -> str:
     pictures, and overlapping square tiles with half the picture's short side, as JPEG of quality
     95. 'test' (24 images) holds two **other scenes**, photographs of a cat and of a pavilion above
     a lake, so that it asks for what natural images have in common: square tiles that do not
-    overlap, with a third of the short side, as PNG. Both pictures of the stereo pair are in train.
-
-    Raises:
-      UserError: scikit-image or scikit-learn, whose wheels hold the pictures, is not installed.
+    overlap, with a third of the short side, as PNG.
     """
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / PHOTOS
     final = root / arrayrecord.VERSION
     if not (final / "dataset_info.json").exists():
-        pictures = {scene: _load(*SCENES[scene]) for scene in SCENES}
+        paths = [_folder(module) / file for module in PICTURES for file in PICTURES[module]]
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=root) as temporary:
             work = Path(temporary) / arrayrecord.VERSION
             work.mkdir()
-            _write(work, pictures)
-            arrayrecord.publish(work, final)
+            _write(work, paths)
+            try:
+                work.rename(final)
+            except OSError:  # another process may have been faster
+                if not (final / "dataset_info.json").exists():
+                    raise
     return f"{PHOTOS}:{arrayrecord.VERSION}"
 
 
-def _load(module: str, files: list[str]) -> dict[str, Image.Image]:
-    spec = importlib.util.find_spec(module)  # finds the files without importing the package
+def _folder(module: str) -> Path:
+    """Return the folder of a package, without importing it."""
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"bundled data lives in the wheel of {PACKAGES[module]}, which is not installed:"
+            f"bundled data lives in the wheel of {module}, which is not installed:"
             " pip install scikit-image scikit-learn  (the extra 'quickstart')"
         )
-    folder = Path(spec.origin).parent
-    try:
-        return {Path(f).stem: Image.open(folder / f).convert("RGB") for f in files}
-    except OSError as error:
-        raise UserError(
-            f"{PACKAGES[module]} is installed without the picture {error.filename}:"
-            f" pip install --force-reinstall {PACKAGES[module]}"
-        ) from error
+    return Path(spec.origin).parent
 
 
-def _write(folder: Path, pictures: dict[str, dict[str, Image.Image]]) -> None:
+def _write(folder: Path, paths: list[Path]) -> None:
     features = arrayrecord.image_features()
-
     splits = {}
     for split in ("train", "test"):
         tiles = {
             tile: image
-            for scene, views in pictures.items()
-            if (scene in HELD_OUT) == (split == "test")
-            for name, picture in views.items()
-            for tile, image in _tiles(name, picture, split)
+            for path in paths
+            if (path.stem in HELD_OUT) == (split == "test")
+            for tile, image in _tiles(path.stem, Image.open(path).convert("RGB"), split)
         }
         names = list(tiles)
         records = (
@@ -106,60 +97,54 @@ def _tiles(name: str, picture: Image.Image, split: str) -> Iterator[tuple[str, b
         width, height = (round(side * 512 / short) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         short = 512
-    side, stride = (short // 2, short // 16) if split == "train" else (short // 3, short // 3)
-    encoding = {"format": "JPEG", "quality": 95, "subsampling": 0}
-    if split == "test":  # what errors are measured on keeps its exact pixels
-        encoding = {"format": "PNG"}
+    if split == "train":
+        side, stride, extension = short // 2, short // 16, "jpg"
+        yield f"{name}.jpg", _encode(picture, extension)
     else:
-        yield f"{name}.jpg", _encode(picture, encoding)
+        side, stride, extension = short // 3, short // 3, "png"
     for top in range(0, picture.height - side + 1, stride):
         for left in range(0, picture.width - side + 1, stride):
             tile = picture.crop((left, top, left + side, top + side))
-            extension = "jpg" if split == "train" else "png"
-            yield f"{name}_y{top}_x{left}_s{side}.{extension}", _encode(tile, encoding)
+            yield f"{name}_y{top}_x{left}_s{side}.{extension}", _encode(tile, extension)
 
 
-def _encode(image: Image.Image, encoding: dict) -> bytes:
+def _encode(image: Image.Image, extension: str) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, **encoding)
+    if extension == "png":  # what errors are measured on keeps its exact pixels
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def digits() -> dict[str, dict[str, np.ndarray]]:
-    """Return scikit-learn's 1,797 handwritten digits: split -> image, label, index.
+def digits() -> dict[str, list[dict[str, Any]]]:
+    """Return scikit-learn's 1,797 handwritten digits: split -> records of a `sources.Source`.
 
-    image: uint8 [N, 8, 8, 1]; the stored 0..16 become 0..255 (round(value * 255 / 16)).
-    label: int [N]. index: place in scikit-learn's own order. 'test' is a stratified fifth (360),
-    'train' the rest (1,437), drawn once with seed 0. Any ten neighbours hold ten classes (until the
-    smaller ones run out, at 1,390), so that slices such as train[:1%] are fair.
-
-    Raises:
-      UserError: scikit-learn is not installed.
+    Images are uint8 [8, 8, 1]; the stored 0..16 become 0..255 (round(value * 255 / 16)). Names hold
+    the place in scikit-learn's own order. 'test' is a stratified fifth (360), 'train' the rest
+    (1,437), drawn once with seed 0. Any ten neighbours hold ten classes (until the smaller ones run
+    out, at 1,390), so that slices such as train[:1%] are fair.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise UserError(
-            "bundled:digits lives in the wheel of scikit-learn, which is not installed:"
-            " pip install scikit-learn  (the extra 'quickstart')"
-        ) from None
+    _folder("sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
     train, test = train_test_split(
         np.arange(len(images)), test_size=0.2, random_state=0, stratify=data.target
     )
-    train = _in_turn(train, data.target[train], np.random.default_rng(0))
-    return {
-        split: {"image": images[rows], "label": data.target[rows], "index": rows}
-        for split, rows in (("train", train), ("test", np.sort(test)))
-    }
-
-
-def _in_turn(rows_N: np.ndarray, label_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return rows in a random order, with one of each class before a second of any."""
-    turn_N = np.empty(len(label_N), int)
-    for label in np.unique(label_N):
+    # Train rows in a random order, with one of each class before a second of any
+    rng, label_N = np.random.default_rng(0), data.target[train]
+    turn_N = np.empty(len(train), int)
+    for label in range(10):
         of_class = np.flatnonzero(label_N == label)
         turn_N[of_class] = rng.permutation(len(of_class))
-    return rows_N[np.lexsort((label_N, turn_N))]
+    train = train[np.lexsort((label_N, turn_N))]
+    return {
+        split: [
+            {"image": images[i], "label": int(data.target[i]), "name": f"digit_{i:04d}"}
+            for i in rows
+        ]
+        for split, rows in (("train", train), ("test", np.sort(test)))
+    }

@@ -5,55 +5,46 @@
 """
 
 import numpy as np
+from numpy.random import Generator
 
 from mae_jax.data import transforms
-from mae_jax.data.transforms import Picture
+from mae_jax.data.transforms import Picture, Range
+
+Size = tuple[int, int]
 
 
 def random_resized(
-    picture: Picture,
-    size_HW: tuple[int, int],
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    resizer: str = "pillow",
+    picture: Picture, size_HW: Size, rng: Generator, *, scale: Range, ratio: Range, resizer: str
 ) -> np.ndarray:
     """Cut out a random box, then resize it, so that no pixel around it takes part.
 
     REFERENCE section 2; see `transforms.random_box`.
     """
-    box = transforms.random_box(*transforms.width_height(picture), scale, ratio, rng)
+    height, width = picture.shape[:2]
+    box = transforms.random_box(width, height, scale, ratio, rng)
     return transforms.RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 
 def probe(
-    picture: Picture,
-    size_HW: tuple[int, int],
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    resizer: str = "pillow",
+    picture: Picture, size_HW: Size, rng: Generator, *, scale: Range, ratio: Range, resizer: str
 ) -> np.ndarray:
     """Make the linear probe's own random resized crop (REFERENCE section 4)."""
-    box = transforms.probe_box(*transforms.width_height(picture), scale, ratio, rng)
+    height, width = picture.shape[:2]
+    box = transforms.probe_box(width, height, scale, ratio, rng)
     return transforms.RESIZERS[resizer](picture, box, *size_HW[::-1])
 
 
-def fixed(picture: Picture, size_HW: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def fixed(picture: Picture, size_HW: Size, rng: Generator) -> np.ndarray:
     """Resize the shorter side to size * 256 / 224, crop anywhere.
 
     For "crop, fixed size" of the paper's Table 1e, which gives no numbers: the margin is ours.
     """
-
-    def anywhere(slack: int) -> int:
-        return int(rng.integers(slack + 1))
-
-    return transforms.resized_crop(picture, size_HW, 256, anywhere)
+    return transforms.resized_crop(
+        picture, size_HW, 256, lambda slack: int(rng.integers(slack + 1))
+    )
 
 
-def center(picture: Picture, size_HW: tuple[int, int], rng: object = None) -> np.ndarray:
+def center(picture: Picture, size_HW: Size, rng: object = None) -> np.ndarray:
     """Resize the shorter side, crop the centre, as in evaluation (REFERENCE section 3).
 
     The shorter side becomes size * 256 / 224, rounded down, up to size 224; beyond, size.
@@ -62,7 +53,7 @@ def center(picture: Picture, size_HW: tuple[int, int], rng: object = None) -> np
     return transforms.resized_crop(picture, size_HW, margin, lambda slack: round(slack / 2))
 
 
-def full(picture: Picture, size_HW: tuple[int, int], rng: object = None) -> np.ndarray:
+def full(picture: Picture, size_HW: Size, rng: object = None) -> np.ndarray:
     """Resize the shorter side to the size itself, crop the centre.
 
     For images that were cropped before, such as those of ImageNet-C: an image that has the size

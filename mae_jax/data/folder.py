@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,21 @@ def open_folder(path: str, split: str) -> FolderSource:
 
     The one split is 'train'. Slices of it are taken from a shuffled order that depends on the names
     alone, so that 'train[:90%]' and 'train[90%:]' hold images of every sub-folder.
-
-    Raises:
-      UserError: there is no such folder, no image in it, or no such split.
     """
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
+    root = os.path.expanduser(path)
+    if not os.path.isdir(root):
         raise UserError(f"folder:{path}: there is no folder {path!r}; write folder:PATH")
-    files, others = _list_images(os.fspath(root))
+    try:
+        paths = list(_walk(root, frozenset()))
+    except OSError as error:
+        name = printable(os.fsdecode(error.filename))
+        raise UserError(f"cannot list {name}: {error.strerror}") from error
+    files = sorted((os.path.relpath(x, root) for x in paths if _is_image(x)), key=os.fsencode)
     if not files:
-        found = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in others.most_common(5))
+        others = collections.Counter(printable(_extension(x)) for x in paths).most_common(5)
+        held = ", ".join(f"{count} {ext or 'without extension'}" for ext, count in others)
         raise UserError(
-            f"folder:{path} holds no image ({found or 'it is empty'}); images are recognised by"
+            f"folder:{path} holds no image ({held or 'it is empty'}); images are recognised by"
             f" their extension: {' '.join(IMAGE_EXTENSIONS)}"
         )
     parents = [os.path.dirname(name) for name in files]
@@ -91,37 +95,24 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _list_images(root: str) -> tuple[list[str], collections.Counter[str]]:
-    """Return image files below root, relative to it and sorted, and a count of other extensions."""
-    files: list[str] = []
-    others: collections.Counter[str] = collections.Counter()
-    # Of each folder, which folders it is in, itself included, by device and inode.
-    inside: dict[str, frozenset] = {os.path.dirname(root): frozenset()}
-
-    def refuse(error: OSError) -> None:
-        name = printable(os.fsdecode(error.filename))
-        raise UserError(f"cannot list {name}: {error.strerror}") from error
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        status, parents = os.stat(folder), inside[os.path.dirname(folder)]
-        if (status.st_dev, status.st_ino) in parents:  # a link to a folder above: a loop
-            subfolders.clear()
+def _walk(folder: str, parents: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Yield the files below a folder, whose `parents` (device, inode) end the loops of links."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:  # a link to a folder above
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
             continue
-        inside[folder] = parents | {(status.st_dev, status.st_ino)}
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = os.path.join(folder, name)
-            extension = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if extension in IMAGE_EXTENSIONS or (not extension and _opens_as_image(path)):
-                files.append(os.path.relpath(path, root))
-            else:
-                others[printable(extension)] += 1
-    return sorted(files, key=os.fsencode), others
+        if entry.is_dir():
+            yield from _walk(entry.path, parents | {identity})
+        else:
+            yield entry.path
 
 
-def _opens_as_image(path: str) -> bool:
+def _is_image(path: str) -> bool:
+    if extension := _extension(path):
+        return extension in IMAGE_EXTENSIONS
     try:
         if not os.path.isfile(path):  # opening a pipe would wait for ever
             return False
@@ -129,3 +120,7 @@ def _opens_as_image(path: str) -> bool:
             return True
     except Exception:  # Pillow raises many kinds at files that are no images
         return False
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()

@@ -1,15 +1,13 @@
 """ImageNet and its other test sets from their archives to tfds, without TensorFlow.
 
-tfds's own builders read through TensorFlow. `make_builder` gives them another reading: name,
+tfds's own builders read through TensorFlow. `read_archives` gives them another reading: name,
 version, features, labels and keys stay, so that `tfds.builder(name)` opens the result, whose order
 is the one that tfds gives it.
 """
 
-import contextlib
 import io
 import re
 import tarfile
-import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -48,201 +46,136 @@ TEST_SETS = {  # tfds's name[/config] -> what it is made of
 }
 
 
-def make_builder(name: str, **options: Any) -> Any:
-    """Return tfds's builder of ImageNet or of a test set, which reads without TensorFlow.
+def read_archives(builder: Any, manual_dir: str) -> None:
+    """Let tfds's builder of ImageNet or of a test set read its archives without TensorFlow.
+
+    Any other builder is left as it is.
 
     Args:
-      name: of tfds, without config and version.
-      options: of `tfds.builder`.
-
-    Returns:
-      None if `name` is another dataset.
-    """
-    if name == "imagenet2012":
-        reading: type = _ReadImagenet
-    elif any(name == known.partition("/")[0] for known in TEST_SETS):
-        reading = ReadTestSet
-    else:
-        return None
-    own = tfds.builder_cls(name)
-    # What tfds would look for beside the file that defines the class:
-    found = dict(
-        __module__=__name__, name=name, pkg_dir_path=own.pkg_dir_path, url_infos=own.url_infos
-    )
-    kind = types.new_class(
-        "Builder", (reading, own), {"skip_registration": True}, lambda body: body.update(found)
-    )
-    return kind(**options)
-
-
-class ReadTestSet:
-    """A builder that reads a test set: every file of its archive, in the order of the archive."""
-
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "The archives, unless they shall be downloaded."
-    name: str
-    info: Any
-    builder_config: Any
-    url_infos: dict[str, Any]
-
-    @property
-    def archive(self) -> Archive:
-        config = f"/{self.builder_config.name}" if self.builder_config else ""
-        return TEST_SETS[self.name + config]
-
-    @property
-    def published(self) -> tuple[str, int]:
-        """The URL from which tfds gets the archive, and its size in bytes."""
-        infos = self.url_infos.items()
-        return next((x, i.size) for x, i in infos if i.filename == self.archive.file_name)
-
-    @property
-    def by_hand(self) -> str:
-        """The way out of a missing archive."""
-        return f"get {self.archive.file_name} from {self.published[0]}"
-
-    def require_archive(self, folder: Path) -> None:
-        """Check that a folder holds the archive; print a warning if its size is not the published.
-
-        Raises:
-          UserError: the folder does not hold it.
-        """
-        path, (_, size) = folder / self.archive.file_name, self.published
-        if not path.exists():
-            raise UserError(
-                f"{folder} holds no {path.name}: {self.by_hand}, or leave out --manual_dir and it"
-                " is downloaded"
-            )
-        if path.stat().st_size != size:
-            print(
-                f"warning: {path} has {path.stat().st_size:,} bytes, the published one {size:,}:"
-                " it may be cut short, or another version"
-            )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        with contextlib.suppress(AssertionError):  # no manual directory, or nothing in it
-            path = Path(dl_manager.manual_dir) / self.archive.file_name
-            if path.exists():
-                return {"test": self._generate_examples(path)}
-        path = Path(dl_manager.download(self.published[0]))  # checks its checksum
-        return {"test": self._generate_examples(path)}
-
-    def _generate_examples(self, path: Path) -> Examples:
-        labels = self.info.features["label"]
-        numbered = self.name == "imagenet_v2"  # its folders have the labels' numbers as names
-        classes = [str(i) for i in range(labels.num_classes)] if numbered else labels.names
-        for label, file, data in _classified(path, self.archive, classes):
-            yield (
-                self.archive.key.format(label=label, file=file),
-                {
-                    "image": data,
-                    "label": int(label) if numbered else label,
-                    "file_name": self.archive.name.format(label=label, file=file),
-                },
-            )
-
-
-class _ReadImagenet:
-    """A builder that reads the ILSVRC2012_img_{train,val,test}.tar that are in the manual dir."""
-
-    def _split_generators(self, dl_manager):
-        archives = {
-            "train": (self._train_examples, "ILSVRC2012_img_train.tar"),
-            "validation": (self._validation_examples, "ILSVRC2012_img_val.tar"),
-            "test": (self._test_examples, "ILSVRC2012_img_test.tar"),
-        }
-        folder = Path(dl_manager.manual_dir)
-        splits = {
-            split: generate(folder / name)
-            for split, (generate, name) in archives.items()
-            if (folder / name).exists()
-        }
-        if not splits:
-            raise UserError(
-                f"{folder} holds none of {', '.join(name for _, name in archives.values())}; get"
-                " them from image-net.org/download-images"
-            )
-        return splits
-
-    def _train_examples(self, path: Path) -> Examples:
-        """Read an archive of one archive per class, which has its WordNet id as a name."""
-        for archive, content in _tar_files(path):
-            for file, data in _tar_files(io.BytesIO(content)):
-                yield _imagenet_example(file, data, PurePosixPath(archive).stem)
-
-    def _validation_examples(self, path: Path) -> Examples:
-        """Label images by the number in ILSVRC2012_val_00000001.JPEG."""
-        known = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
-        labels = known.read_text().split()
-        for file, data in _tar_files(path):
-            number = re.fullmatch(r"(.*/)?ILSVRC2012_val_(\d{8})\.JPEG", file)
-            if not number or not 1 <= int(number[2]) <= len(labels):
-                raise UserError(f"{path} holds {file!r}, which is no validation image")
-            yield _imagenet_example(file, data, labels[int(number[2]) - 1])
-
-    def _test_examples(self, path: Path) -> Examples:
-        for file, data in _tar_files(path):
-            yield _imagenet_example(file, data, -1)
-
-
-def _imagenet_example(path: str, data: bytes, label: str | int) -> tuple[str, dict]:
-    name = PurePosixPath(path).name
-    return name, {"file_name": name, "image": as_jpeg(data, name), "label": label}
-
-
-def as_jpeg(data: bytes, name: str) -> bytes:
-    """Return an encoded image as it is if it is an RGB or grey JPEG, else as RGB JPEG, quality 100.
-
-    ImageNet 2012 holds 22 CMYK files and one PNG under a JPEG name; tfds mends them likewise.
+      manual_dir: where the archives are; '' = the archive of a test set is downloaded.
 
     Raises:
-      UserError: the file of this name is not an image.
+      UserError: the archive of a test set is not there.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header only
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return data
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=100)
-            return buffer.getvalue()
-    except OSError as error:
-        raise UserError(f"{name} in the archive is not an image: {error}") from error
+    if builder.name == "imagenet2012":
+        builder._split_generators = _split_imagenet
+    elif full_name(builder) in TEST_SETS:
+        file_name, url = TEST_SETS[full_name(builder)].file_name, url_of(builder)
+        path = Path(manual_dir, file_name) if manual_dir else None
+        if path and not path.exists():
+            raise UserError(
+                f"{manual_dir} holds no {file_name}: get {file_name} from {url}, or leave out"
+                " --manual_dir and it is downloaded"
+            )
+
+        def split_test_set(dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
+            # A download has its checksum compared.
+            return {"test": test_examples(builder, path or Path(dl_manager.download(url)))}
+
+        builder._split_generators = split_test_set
 
 
-# --- archives ---
+def full_name(builder: Any) -> str:
+    """Return the name of a builder with its config."""
+    return builder.name + (f"/{builder.builder_config.name}" if builder.builder_config else "")
 
 
-def _classified(
-    path: Path, archive: Archive, classes: list[str]
-) -> Iterator[tuple[str, str, bytes]]:
-    """Yield class, file name and content of every TOP/CLASS/FILE of an archive.
+def url_of(builder: Any) -> str:
+    """Return the address from which tfds gets the archive of a test set."""
+    file_name = TEST_SETS[full_name(builder)].file_name
+    return next(url for url, info in builder.url_infos.items() if info.filename == file_name)
+
+
+def test_examples(builder: Any, path: Path) -> Examples:
+    """Yield the key and the example of every TOP/CLASS/FILE of the archive of a test set.
 
     Contents stay as they are, as tfds stores them: some are PNG under another name.
-
-    Raises:
-      UserError: the archive holds other folders or classes, or no image.
     """
-    empty, top = True, archive.top
-    # A download may have lost the suffix of its name.
-    files = _zip_files if archive.file_name.endswith(".zip") else _tar_files
-    for name, data in files(path):
-        parts = PurePosixPath(name).parts
-        if len(parts) <= 2 and parts[0] == top:  # a README
+    archive, empty = TEST_SETS[full_name(builder)], True
+    labels = builder.info.features["label"]
+    numbered = builder.name == "imagenet_v2"  # its folders have the labels' numbers as names
+    classes = [str(i) for i in range(labels.num_classes)] if numbered else labels.names
+    # By the published name, since a download may have lost its suffix
+    read_files = _zip_files if archive.file_name.endswith(".zip") else _tar_files
+    for name, data in read_files(path):
+        top, *parts = PurePosixPath(name).parts
+        if len(parts) <= 1 and top == archive.top:  # a README
             continue
-        if len(parts) != 3 or parts[0] != top or parts[1] not in classes:
+        if len(parts) != 2 or top != archive.top or parts[0] not in classes:
             raise UserError(
-                f"{path} holds {name!r}; of this archive {top}/CLASS/FILE is expected, with the"
-                f" {len(classes)} classes {classes[0]}, {classes[1]}, ..."
+                f"{path} holds {name!r}; of this archive {archive.top}/CLASS/FILE is expected,"
+                f" with the {len(classes)} classes {classes[0]}, {classes[1]}, ..."
             )
         empty = False
-        yield parts[1], parts[2], data
+        label, file = parts
+        yield (
+            archive.key.format(label=label, file=file),
+            {
+                "image": data,
+                "label": int(label) if numbered else label,
+                "file_name": archive.name.format(label=label, file=file),
+            },
+        )
     if empty:
         raise UserError(f"{path} holds no image")
 
 
-def _tar_files(archive: Path | io.BytesIO) -> Iterator[tuple[str, bytes]]:
+def _split_imagenet(dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
+    folder, splits = Path(dl_manager.manual_dir), {}
+    if (path := folder / "ILSVRC2012_img_train.tar").exists():
+        splits["train"] = _train_examples(path)
+    if (path := folder / "ILSVRC2012_img_val.tar").exists():
+        splits["validation"] = _validation_examples(path)
+    if not splits:
+        raise UserError(
+            f"{folder} holds none of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; get"
+            " them from image-net.org/download-images"
+        )
+    return splits
+
+
+def _train_examples(path: Path) -> Examples:
+    """Read an archive of one archive per class, which has its WordNet id as a name."""
+    for archive, content in _tar_files(path):
+        for file, data in _tar_files(None, io.BytesIO(content)):
+            yield _imagenet_example(file, data, PurePosixPath(archive).stem)
+
+
+def _validation_examples(path: Path) -> Examples:
+    """Label images by the number in ILSVRC2012_val_00000001.JPEG."""
+    listed = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    labels = listed.read_text().split()
+    for file, data in _tar_files(path):
+        number = re.fullmatch(r"(.*/)?ILSVRC2012_val_(\d{8})\.JPEG", file)
+        if not number or not 1 <= int(number[2]) <= len(labels):
+            raise UserError(f"{path} holds {file!r}, which is no validation image")
+        yield _imagenet_example(file, data, labels[int(number[2]) - 1])
+
+
+def _imagenet_example(path: str, data: bytes, label: str) -> tuple[str, dict]:
+    name = PurePosixPath(path).name
+    try:
+        return name, {"file_name": name, "image": _as_jpeg(data), "label": label}
+    except OSError as error:
+        raise UserError(f"{name} in the archive is not an image: {error}") from error
+
+
+def _as_jpeg(data: bytes) -> bytes:
+    """Return an encoded image as it is if it is an RGB or grey JPEG, else as RGB JPEG, quality 100.
+
+    ImageNet 2012 holds 22 CMYK files and one PNG under a JPEG name; tfds mends them likewise.
+    """
+    with Image.open(io.BytesIO(data)) as image:  # reads the header only
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return data
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=100)
+        return buffer.getvalue()
+
+
+def _tar_files(path: Path | None, content: io.BytesIO | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of every file of a tar archive, compressed or not."""
-    source: dict[str, Any] = {"name" if isinstance(archive, Path) else "fileobj": archive}
-    with tarfile.open(**source) as tar:
+    with tarfile.open(path, fileobj=content) as tar:
         for member in tar:
             if file := tar.extractfile(member):  # None for a folder
                 yield member.name, file.read()

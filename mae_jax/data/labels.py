@@ -7,11 +7,7 @@ from mae_jax.errors import UserError
 
 
 def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
-    """Open a source as `sources.open_source` does.
-
-    Raises:
-      UserError: its images have no labels.
-    """
+    """Open a source as `sources.open_source` does; its images must have labels."""
     source = sources.open_source(name, split, data_dir)
     if not source.num_classes:
         raise UserError(

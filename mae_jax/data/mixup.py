@@ -26,14 +26,11 @@ class Boxes(NamedTuple):
     right: Array
 
 
-def inside(boxes: Boxes, height: int, width: int) -> Array:
+def _inside(boxes: Boxes, height: int, width: int) -> Array:
     """Return which pixels are within each box, bool [..., H, W]."""
     rows, cols = jnp.arange(height)[:, None], jnp.arange(width)
     top, bottom, left, right = (x[..., None, None] for x in boxes)
     return (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
-
-
-# --- random erasing ---
 
 
 def draw_erasing(
@@ -66,11 +63,8 @@ def erase(images_BHWC: Array, rng: Array, probability: float) -> Array:
     draw, fill = jax.random.split(rng)
     erased, boxes = draw_erasing(draw, batch, height, width, probability)
     noise_BHWC = jax.random.normal(fill, images_BHWC.shape, images_BHWC.dtype)
-    hidden_BHW = inside(boxes, height, width) & erased[:, None, None]
+    hidden_BHW = _inside(boxes, height, width) & erased[:, None, None]
     return jnp.where(hidden_BHW[..., None], noise_BHWC, images_BHWC)
-
-
-# --- mixup and cutmix ---
 
 
 class Mix(NamedTuple):
@@ -96,33 +90,24 @@ def draw_mix(
         jax.random.beta(key, alpha, alpha, (groups,)) if alpha > 0 else jnp.ones(groups)
         for key, alpha in ((mix, mixup), (cut, cutmix))
     )
-    center_y = jax.random.randint(row, (groups,), 0, height)
-    center_x = jax.random.randint(col, (groups,), 0, width)
-    return make_mix(mixup_G, cutmix_G, cut_G, center_y, center_x, height, width)
+    y_G = jax.random.randint(row, (groups,), 0, height)
+    x_G = jax.random.randint(col, (groups,), 0, width)
+    return make_mix(mixup_G, cutmix_G, cut_G, y_G, x_G, height, width)
 
 
 def make_mix(
-    mixup_G: Array,
-    cutmix_G: Array,
-    cut_G: Array,
-    center_y: Array,
-    center_x: Array,
-    height: int,
-    width: int,
+    mixup_G: Array, cutmix_G: Array, cut_G: Array, y_G: Array, x_G: Array, height: int, width: int
 ) -> Mix:
-    """Return a Mix whose boxes have sqrt(1 - lambda) of each side, around a centre.
+    """Return a Mix whose boxes have sqrt(1 - lambda) of each side, around a centre (y, x).
 
     Boxes are clipped to the image; the lambda of cutmix is then the share outside the clipped box.
     """
     side_G = jnp.sqrt(1 - cutmix_G)
     box_h, box_w = ((n * side_G).astype(jnp.int32) for n in (height, width))
-    boxes = Boxes(
-        jnp.clip(center_y - box_h // 2, 0, height),
-        jnp.clip(center_y + box_h // 2, 0, height),
-        jnp.clip(center_x - box_w // 2, 0, width),
-        jnp.clip(center_x + box_w // 2, 0, width),
-    )
-    area_G = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
+    top, bottom = (jnp.clip(y_G + half, 0, height) for half in (-(box_h // 2), box_h // 2))
+    left, right = (jnp.clip(x_G + half, 0, width) for half in (-(box_w // 2), box_w // 2))
+    boxes = Boxes(top, bottom, left, right)
+    area_G = (bottom - top) * (right - left)
     return Mix(jnp.where(cut_G, 1 - area_G / (height * width), mixup_G), cut_G, boxes)
 
 
@@ -131,7 +116,7 @@ def mix_images(images_BHWC: Array, mix: Mix) -> Array:
     own = rearrange(images_BHWC, "(g n) h w c -> g n h w c", g=len(mix.lam_G))
     partner = own[:, ::-1]
     lam, cut = (x[:, None, None, None, None] for x in (mix.lam_G, mix.cut_G))
-    box = inside(mix.boxes, *images_BHWC.shape[1:3])[:, None, :, :, None]
+    box = _inside(mix.boxes, *images_BHWC.shape[1:3])[:, None, :, :, None]
     mixed = jnp.where(cut, jnp.where(box, partner, own), lam * own + (1 - lam) * partner)
     return rearrange(mixed, "g n h w c -> (g n) h w c")
 

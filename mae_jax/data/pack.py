@@ -1,21 +1,129 @@
-"""Pack images of a folder into shards of a tfds dataset: what one process does for `prepare`."""
+"""Pack the images of a folder, once, into a tfds dataset in ArrayRecord."""
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import io
-from collections.abc import Iterator
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax import files
-from mae_jax.data import arrayrecord
-from mae_jax.data.folder import FolderSource
-from mae_jax.data.transforms import ORIENTATION, BadImage, decode
+from mae_jax.data import arrayrecord, bad_images
+from mae_jax.data.folder import FolderSource, open_folder
+from mae_jax.data.process import follow_parent
+from mae_jax.data.transforms import ORIENTATION, BadImage
+from mae_jax.errors import UserError
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
 MAX_SHARDS = 1024
 JPEG_SIDE = 65_500  # pixels, of libjpeg
+QUALITY = 95  # of JPEGs
+
+# (unit, how many there are) -> a context that yields what is called with every number of units done
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def prepare_folder(
+    source: str,
+    name: str,
+    *,
+    data_dir: str,
+    resize: int | None,
+    workers: int,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """Write the images of a folder as the tfds dataset `name`, or go on with it.
+
+    RGB or grey JPEG and PNG files keep their bytes if nothing is resized; other images become RGB
+    JPEGs, upright. With `resize`, the short side gets that many pixels, by Pillow's
+    bicubic filter, and every image is encoded anew. Images that cannot be read are left out. The
+    order is shuffled by the hashes of the names.
+
+    Returns:
+      The directory of the dataset, and what its prepared.json says: images, bytes, mean, std, and
+      bad, {name: why it cannot be read}.
+
+    Raises:
+      UserError: no images; a bad or taken name; another `prepare` is writing the same dataset.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"--name={name}: use small letters, digits and _, such as my_images")
+    if name in tfds.list_builders(with_community_datasets=False):
+        raise UserError(f"--name={name} is a dataset that tfds knows; choose another name")
+    images = open_folder(source, "train")
+    plan = {
+        "source": images.root,
+        "files": len(images),
+        "listing": hashlib.sha256(b"\0".join(map(os.fsencode, images.files))).hexdigest(),
+        "resize": resize,
+        "quality": QUALITY,
+    }
+    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
+    final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
+    if final.exists():
+        summary = _read_json(final / "prepared.json")
+        if summary.get("plan") != plan:
+            raise UserError(
+                f"--name={name}: {final} already exists, made from other images or options; choose"
+                " another name, or delete that directory"
+            )
+        return final, summary
+    work.mkdir(parents=True, exist_ok=True)
+    with _only_writer(work):
+        _remove_leftovers(work, plan)
+        shards = _divide(images, work, name, resize)
+        _write_missing(shards, workers, progress)
+        lengths, summary = _summary(shards)
+        features = arrayrecord.image_features(images.class_names)
+        splits = {"train": (lengths, summary["bytes"])}
+        arrayrecord.write_metadata(work, features, splits, f"Images of the folder {source!a}.")
+        files.write_json(work / "prepared.json", {"plan": plan, **summary})
+        for file in [*(shard.report for shard in shards), work / "plan.json", work / "lock"]:
+            file.unlink()
+        work.rename(final)
+    return final, summary
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `mae-jax prepare` is writing {folder}") from None
+        yield
+
+
+def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
+    """Remove what an interrupted run cannot go on with, and remember the plan of this run."""
+    if (old := _read_json(work / "plan.json")) != plan:
+        if old:
+            print("The images or options changed since the interruption: starting again.")
+        for file in set(work.iterdir()) - {work / "lock"}:
+            file.unlink()
+        files.write_json(work / "plan.json", plan)
+    for file in work.glob("*.part-*"):  # of a process that was killed
+        file.unlink()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# --- shards ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,30 +133,56 @@ class Shard:
     source: FolderSource
     path: Path
     resize: int | None
-    quality: int
 
     @property
     def report(self) -> Path:
         return self.path.with_name(self.path.name + ".json")
 
 
-def make_shards(
-    images: FolderSource, work: Path, name: str, resize: int | None, quality: int
-) -> list[Shard]:
+def _divide(images: FolderSource, work: Path, name: str, resize: int | None) -> list[Shard]:
     """Divide the images, in the order of their names' hashes, into shards of `work`."""
-    order = arrayrecord.shuffled(images.files)
+    order = np.array(arrayrecord.shuffled(images.files))
     num_shards = min(-(-len(order) // IMAGES_PER_SHARD), MAX_SHARDS)
-    return [
-        Shard(
-            dataclasses.replace(
-                images, files=[images.files[i] for i in rows], labels=images.labels[rows]
-            ),
-            arrayrecord.shard_path(work, name, "train", i, num_shards),
-            resize,
-            quality,
-        )
-        for i, rows in enumerate(np.array_split(np.array(order), num_shards))
-    ]
+    shards = []
+    for i, rows in enumerate(np.array_split(order, num_shards)):
+        names, labels = [images.files[row] for row in rows], images.labels[rows]
+        part = dataclasses.replace(images, files=names, labels=labels)
+        path = arrayrecord.shard_path(work, name, "train", i, num_shards)
+        shards.append(Shard(part, path, resize))
+    return shards
+
+
+def _write_missing(shards: list[Shard], workers: int, progress: Progress) -> None:
+    """Write the shards that are not there yet, in `workers` processes."""
+    missing = [shard for shard in shards if not shard.report.exists()]
+    total, rest = (sum(len(shard.source) for shard in x) for x in (shards, missing))
+    with progress("images", total) as advance, _mapping(min(workers, len(missing))) as run:
+        advance(total - rest)
+        for shard, _ in zip(missing, run(write_shard, missing), strict=True):
+            advance(len(shard.source))
+
+
+@contextlib.contextmanager
+def _mapping(workers: int) -> Iterator[Callable]:
+    """Yield a `map` that works in so many processes, or in this one if one is enough."""
+    if workers <= 1:
+        yield map
+        return
+    pool = futures.ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),  # a fork would copy running threads
+        initializer=follow_parent,
+        initargs=(signal.SIGINT,),  # the pool ends its processes by SIGTERM
+    )
+    try:
+        yield pool.map
+    except futures.process.BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for its memory: the same command goes on where"
+            " it stopped; try it with a smaller --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_shard(shard: Shard) -> None:
@@ -59,13 +193,11 @@ def write_shard(shard: Shard) -> None:
 
     def records() -> Iterator[bytes]:
         for i in range(len(shard.source)):
-            record = shard.source[i]
             try:
-                if "unreadable" in record:
-                    raise BadImage(record["unreadable"])
-                data, image = encode(record["image"], shard.resize, shard.quality)
+                record, picture = bad_images.read(shard.source, i, channels=3)
+                data, image = _encode(record["image"], Image.fromarray(picture), shard.resize)
             except BadImage as error:
-                bad[record["name"]] = str(error)
+                bad[shard.source[i]["name"]] = str(error)
                 continue
             histogram[:] += np.reshape(image.histogram(), (3, 256))
             example = {"image": data, "file_name": record["name"]}
@@ -78,14 +210,8 @@ def write_shard(shard: Shard) -> None:
     files.write_json(shard.report, report)
 
 
-def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.Image]:
-    """Return what to store of an image file, and the RGB image that it shows.
-
-    Raises:
-      BadImage: it cannot be read.
-    """
-    decoded = decode(data, 3)
-    image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
+    """Return what to store of an image file that shows this RGB image, and the stored image."""
     if resize is None:
         with Image.open(io.BytesIO(data)) as original:
             plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")
@@ -101,17 +227,23 @@ def encode(data: bytes, resize: int | None, quality: int) -> tuple[bytes, Image.
         width, height = (max(resize, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue(), image
 
 
-def mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, of pixels from 0 to 1.
-
-    Args:
-      histogram: [3, 256], how many pixels have each value.
-    """
-    levels = np.arange(256) / 255
+def _summary(shards: list[Shard]) -> tuple[list[int], dict[str, Any]]:
+    """Return how many images each shard holds, and what prepared.json says of all of them."""
+    reports = [_read_json(shard.report) for shard in shards]
+    bad = dict(sorted(item for report in reports for item in report["bad"].items()))
+    lengths = [report["images"] for report in reports]
+    if not sum(lengths):
+        name, reason = next(iter(bad.items()))
+        raise UserError(f"none of the {len(bad)} files can be read, such as {name} ({reason})")
+    # Mean and standard deviation per channel, of pixels from 0 to 1
+    histogram, levels = np.sum([report["histogram"] for report in reports], 0), np.arange(256) / 255
     weights = histogram / histogram.sum(1, keepdims=True)
     mean = weights @ levels
-    return mean.tolist(), np.sqrt(weights @ levels**2 - mean**2).tolist()
+    std = np.sqrt(weights @ levels**2 - mean**2)
+    size = sum(report["bytes"] for report in reports)
+    statistics = {"mean": mean.tolist(), "std": std.tolist()}
+    return lengths, {"images": sum(lengths), "bytes": size, **statistics, "bad": bad}

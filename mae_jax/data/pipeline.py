@@ -7,6 +7,7 @@ run resumes at any step with nothing saved.
 """
 
 import functools
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -45,8 +46,7 @@ def train_batches(
     Every epoch is a new permutation of the source, cut to whole batches.
 
     Args:
-      source: what is read.
-      data: config.data.
+      data: config.data, after `check`.
       batch_size: images in the global batch.
       image_size: (height, width).
       channels: of the images; see `transforms.decode`.
@@ -60,9 +60,8 @@ def train_batches(
       cannot be read, and was replaced by one drawn at random.
 
     Raises:
-      UserError: see `check` and `steps_per_epoch`; while iterating: no readable record was found.
+      UserError: see `steps_per_epoch`; while iterating: no readable record was found.
     """
-    check(data)
     rows = np.arange(batch_size) if rows is None else rows
     if data.get("synthetic"):
         return synthetic_batches(rows, image_size, channels)
@@ -146,15 +145,11 @@ def synthetic_batches(
 
 def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
     numbers = {"label": label, "index": index, "bad": bad}
-    return {"image": image_HWC, **{name: np.int32(value) for name, value in numbers.items()}}
+    return {"image": image_HWC, **{name: np.int32(number) for name, number in numbers.items()}}
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Return the number of whole batches in an epoch; the incomplete one is dropped.
-
-    Raises:
-      UserError: there is not one whole batch.
-    """
+    """Return the number of whole batches in an epoch: the incomplete last one is dropped."""
     if num_examples < batch_size:
         raise UserError(
             f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"
@@ -171,11 +166,9 @@ def check(data: ConfigDict) -> None:
 
     make_crop(data)
     make_augment(data)
-    for name in ("crop_scale", "crop_ratio"):
-        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] < math.inf:
-            refuse(name, "give two numbers (low, high) with 0 < low <= high")
-    if data.crop_scale[1] > 1:
-        refuse("crop_scale", "a crop has at most the area of its image, so that high is at most 1")
+    for name, highest in (("crop_scale", 1), ("crop_ratio", 100)):
+        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] <= highest:
+            refuse(name, f"give two numbers (low, high) with 0 < low <= high <= {highest}")
     if not all(0 < value < math.inf for value in data.std):
         refuse("std", "standard deviations are positive")
     for name in ("flip", "max_bad_fraction"):
@@ -190,9 +183,11 @@ def make_crop(data: ConfigDict) -> Crop:
     resizer = data.get("resizer", "pillow")
     settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
     crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    if "resizer" in crop.keywords:
-        transforms.require_resizer(resizer)
-    elif resizer != "pillow":
+    if resizer not in transforms.RESIZERS:
+        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
+    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
+        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
+    if resizer != "pillow" and "resizer" not in crop.keywords:
         raise UserError(
             f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
             f" {data.crop!r}: leave it at pillow"

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from mae_jax.data import bundled, splits
@@ -68,12 +67,9 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
     if counted := re.fullmatch(r"counted:(\d+):(\d+)", source):
         return CountedSource(int(counted[1]), int(counted[2]) or None)
     if not re.fullmatch(r"\w+(/[^:]+)?(:([\d*]+(\.[\d*]+){2}|experimental_latest))?", source):
-        near = difflib.get_close_matches(source, ["bundled:photos", "bundled:digits"], 2, 0.5)
-        if source and Path(source).expanduser().is_dir():
-            near = [f"folder:{source}"]
         raise UserError(
             f"data source {source!r} is none of: a tfds dataset name[/config][:version],"
-            " folder:PATH, bundled:photos, bundled:digits" + _did_you_mean(near)
+            " folder:PATH, bundled:photos, bundled:digits" + _did_you_mean(source, [])
         )
     return _open_tfds(source, split, data_dir)
 
@@ -151,8 +147,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     if not builder.info.splits:
         manual = " --manual-dir=DIR" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
         raise NotPrepared(
-            f"{name!r} is not prepared in {builder.data_dir}{_other_versions(builder)};"
-            f" prepare it: {prepare}{manual}"
+            f"{name!r} is not prepared in {builder.data_dir}; prepare it: {prepare}{manual}"
         )
     if "array_record" not in {str(f.value) for f in builder.info.available_file_formats()}:
         raise UserError(
@@ -162,9 +157,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     features = dict(builder.info.features)
     if not isinstance(features.get("image"), tfds.features.Image):
         raise UserError(f"{name!r} has no image under 'image'; it has {', '.join(features)}")
-    ranges = splits.parse(
-        split, {s.name: s.num_examples for s in builder.info.splits.values()}, name
-    )
+    lengths = {s.name: s.num_examples for s in builder.info.splits.values()}
+    ranges = splits.parse(split, lengths, name)
     records = builder.as_data_source(
         split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
     )
@@ -196,42 +190,32 @@ def find_tfds(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-        stored = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-        known = [*tfds.list_builders(with_community_datasets=False), *stored]
-        short = re.split("[/:]", name)[0]
-        near = difflib.get_close_matches(short, known, 3)
-        if Path(name).expanduser().is_dir():
-            near = [f"folder:{name}"]
+        stored = [path.name for path in root.glob("*/")]
+        names = [*tfds.list_builders(with_community_datasets=False), *stored]
         raise UserError(
             f"there is no tfds dataset {name!r}, and none of that name in {root}"
-            + _did_you_mean(near)
+            + _did_you_mean(name, names)
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).partition('}": ')[2] or str(error)
-        raise UserError(f"tfds cannot open {name!r}: {reason}") from None
+        raise UserError(f"tfds cannot open {name!r}: {' '.join(str(error).split())}") from None
 
 
-def _other_versions(builder: tfds.core.DatasetBuilder) -> str:
-    parent = builder.data_path.parent
-    names = sorted(path.name for path in parent.iterdir()) if parent.exists() else []
-    versions = ", ".join(filter(tfds.core.Version.is_valid, names))
-    return f" (there is version {versions}: add ':VERSION')" if versions else ""
+def _did_you_mean(source: str, names: list[str]) -> str:
+    """Return the end of an error message: the folder, or the nearest names, that were meant."""
+    near = difflib.get_close_matches(re.split("[/:]", source)[0], names, 3)
+    if source and Path(source).expanduser().is_dir():
+        near = [f"folder:{source}"]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _did_you_mean(names: list[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""
-
-
-# --- arrays in memory ---
+# --- digits ---
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images already in memory, uint8 [N, H, W, C]."""
+class MemorySource:
+    """Records that are in memory already."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    names: list[str]
+    records: list[dict[str, Any]]
     class_names: list[str] | None
     ranges: Ranges = ()
 
@@ -240,24 +224,14 @@ class ArraySource:
         return len(self.class_names) if self.class_names else None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = int(self.labels[index])
-        return {"image": self.images[index], "label": label, "name": self.names[index]}
+        return self.records[index]
 
 
-def _open_digits(split: str) -> ArraySource:
+def _open_digits(split: str) -> MemorySource:
     digits, source = bundled.digits(), "bundled:digits"
-    ranges = splits.parse(split, {name: len(x["label"]) for name, x in digits.items()}, source)
-    image, label, index = (
-        np.concatenate([digits[name][key][start:end] for name, start, end in ranges])
-        for key in ("image", "label", "index")
-    )
-    return ArraySource(
-        image,
-        label.astype(np.int32),
-        [f"digit_{i:04d}" for i in index],
-        [str(digit) for digit in range(10)],
-        splits.locate(ranges, source),
-    )
+    ranges = splits.parse(split, {name: len(records) for name, records in digits.items()}, source)
+    records = [record for name, start, end in ranges for record in digits[name][start:end]]
+    return MemorySource(records, [str(i) for i in range(10)], splits.locate(ranges, source))

@@ -1,8 +1,5 @@
 """Which images of a source a slice of its splits means, such as train[:90%]."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import tensorflow_datasets as tfds
 
 from mae_jax.errors import UserError
@@ -17,9 +14,6 @@ def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
       split: names and slices of splits by tfds's own rules.
       lengths: how many images each split of the source has.
       source: the name of the source, for error messages.
-
-    Raises:
-      UserError: there is no such split, or it is empty.
     """
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
@@ -42,6 +36,6 @@ def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
     return ranges
 
 
-def locate(ranges: Iterable[tuple[str, int, int]], source: Any) -> Ranges:
+def locate(ranges: Ranges, source: object) -> Ranges:
     """Return ranges whose splits say of which source they are."""
     return tuple((f"{source} {split}", start, end) for split, start, end in ranges)

@@ -1,8 +1,7 @@
 """Decode, resize and flip images on the host: files in, uint8 arrays out.
 
 Pillow's bicubic filter (antialiased, rounded to uint8) is the reference for pixels, since the
-published recipe resizes with it. A picture is an image between decoding and cropping: a PIL image,
-or a uint8 array [H, W, C]. If C is neither 1 nor 3, the channels are resized one by one.
+published recipe resizes with it. Channels that are not three are resized one by one.
 """
 
 import contextlib
@@ -12,12 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
+from numpy.random import Generator
 from PIL import Image, UnidentifiedImageError
 
-from mae_jax.errors import UserError, nearest
-
-Picture = Image.Image | np.ndarray
+Picture = np.ndarray  # uint8 [H, W, C], of the size of its file
 Box = tuple[int, int, int, int]  # left, top, width, height
+Range = tuple[float, float]  # low, high
 
 # Pillow opens more formats: some run other programs (EPS), and none holds photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
@@ -57,15 +56,12 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
       channels: 1 makes grey, 3 RGB. An image must have any other number itself: nothing is
         converted.
 
-    Returns:
-      A PIL image of mode L or RGB, or a uint8 array [H, W, C].
-
     Raises:
       BadImage: it cannot be read, has no pixels, or more than MAX_PIXELS.
     """
     try:
         if isinstance(image, np.ndarray):
-            return _convert(_from_array(image), channels)
+            return _convert(_from_array(image, channels), channels)
         return _convert(_from_file(image, channels), channels)
     except (BadImage, MemoryError):  # lack of memory is no property of the image
         raise
@@ -77,7 +73,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _from_file(data: bytes, channels: int) -> Picture:
+def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     if not data:
         raise BadImage("empty")
     picture: Image.Image = Image.open(io.BytesIO(data), formats=_readable_formats())
@@ -110,27 +106,27 @@ def _readable_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _from_array(array: np.ndarray) -> Picture:
+def _from_array(array: np.ndarray, channels: int) -> Image.Image | np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
         raise BadImage(f"{array.dtype} of shape {array.shape} is no uint8 image [H, W, C]")
-    if array.shape[-1] > 4:
+    if array.shape[-1] == channels or array.shape[-1] > 4:
         return array
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def _convert(picture: Picture, channels: int) -> Picture:
-    if isinstance(picture, np.ndarray) or channels not in (1, 3):
-        array = np.asarray(picture)
-        if array.ndim != 3 or array.shape[-1] != channels or array.dtype != np.uint8:
-            count = array.shape[-1] if array.ndim == 3 else 1
-            raise BadImage(f"{count} channels where {channels} are wanted")
-        return array
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("L" if channels == 1 else "RGB")
+def _convert(picture: Image.Image | np.ndarray, channels: int) -> Picture:
+    if isinstance(picture, Image.Image) and channels in (1, 3):
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    array = np.asarray(picture)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.shape[-1] != channels:
+        raise BadImage(f"{array.shape[-1]} channels where {channels} are wanted")
+    return array
 
 
 # --- resizing a part of a picture to uint8 [height, width, C] ---
@@ -139,7 +135,7 @@ def _convert(picture: Picture, channels: int) -> Picture:
 def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
     """Resize a part of a picture by Pillow's bicubic filter, the reference."""
     size = (width, height)
-    return _edit(picture, box, lambda part: part.resize(size, Image.Resampling.BICUBIC))
+    return _edit(_cut(picture, box), lambda part: part.resize(size, Image.Resampling.BICUBIC))
 
 
 def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
@@ -148,67 +144,38 @@ def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarr
     Its coefficients are rounded otherwise: photographs differ from Pillow's by 0.02 of 255 levels
     on average. The width is resized first, as Pillow mostly does; by itself the library begins
     with the height.
-
-    Raises:
-      ImportError: cykooz-resizer is not installed.
     """
     import cykooz_resizer as fast
 
     resizer = fast.Resizer()
     options = fast.ResizeOptions(fast.ResizeAlg.convolution(fast.FilterType.catmull_rom))
-    part_HWC = np.atleast_3d(_cut(np.asarray(picture), box))
-    colour = part_HWC.shape[-1] == 3
-    kind = fast.PixelType.U8x3 if colour else fast.PixelType.U8
-    resized = []
-    for part in [part_HWC] if colour else np.moveaxis(part_HWC, -1, 0):
+
+    def resize(part: np.ndarray) -> np.ndarray:
+        kind = fast.PixelType.U8x3 if part.ndim == 3 else fast.PixelType.U8
         image = fast.ImageData(*box[2:], kind, part.tobytes())
         for size in ((width, box[3]), (width, height)):
             source, image = image, fast.ImageData(*size, kind)
             resizer.resize(source, image, options)
-        resized.append(np.frombuffer(image.get_buffer(), np.uint8).reshape(height, width, -1))
-    return resized[0] if colour else np.concatenate(resized, -1)
+        return np.frombuffer(image.get_buffer(), np.uint8).reshape(height, width, *part.shape[2:])
+
+    return _by_planes(_cut(picture, box), resize)
 
 
 RESIZERS = {"pillow": resize_pillow, "fast": resize_fast}
 
 
-def require_resizer(name: str) -> None:
-    """Raise a UserError if there is no such resizer or its package is not installed."""
-    if name not in RESIZERS:
-        raise UserError(
-            f"config.data.resizer={name!r}{nearest(name, RESIZERS)}: give one of"
-            f" {', '.join(RESIZERS)}"
-        )
-    try:
-        RESIZERS[name](Image.new("L", (1, 1)), (0, 0, 1, 1), 1, 1)
-    except ImportError as error:
-        raise UserError(
-            f"config.data.resizer={name!r}: pip install cykooz-resizer, or leave it at pillow"
-            f" ({error})"
-        ) from error
-
-
-def random_box(
-    width: int,
-    height: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Box:
+def random_box(width: int, height: int, scale: Range, ratio: Range, rng: Generator) -> Box:
     """Draw a part of a picture: (left, top, width, height).
 
     The area is uniform in `scale` (fractions of the picture's), the aspect (width over height)
     log-uniform in `ratio`, the place uniform. If none of ten draws fits, return the largest centred
     box whose aspect is the picture's, clamped to `ratio`.
     """
-    low, high = ratio
     for _ in range(TRIES):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w, h = _draw_sides(width * height, scale, ratio, rng)
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return int(left), int(top), w, h
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    low, high = ratio
     w, h = width, height
     if width / height < low:
         h = max(round(width / low), 1)
@@ -217,22 +184,20 @@ def random_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def probe_box(
-    width: int,
-    height: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Box:
+def probe_box(width: int, height: int, scale: Range, ratio: Range, rng: Generator) -> Box:
     """Draw a part of a picture like `random_box`, but once: cut sides that do not fit.
 
     The aspect of a box that was cut may lie outside `ratio`.
     """
-    area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    w = min(max(round(math.sqrt(area * aspect)), 1), width)
-    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    w, h = _draw_sides(width * height, scale, ratio, rng)
+    w, h = min(max(w, 1), width), min(max(h, 1), height)
     return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+
+
+def _draw_sides(pixels: int, scale: Range, ratio: Range, rng: Generator) -> tuple[int, int]:
+    area = pixels * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
 def resized_crop(
@@ -245,11 +210,11 @@ def resized_crop(
     """
     crop_h, crop_w = size_HW
     least_w, least_h = crop_w * margin // 224, crop_h * margin // 224
-    width, height = width_height(picture)
+    height, width = picture.shape[:2]
     # Only the middle of a very long strip is resized: all of it might not fit into memory.
     cut_w = min(width, -(-MAX_STRETCH * least_w * height // least_h))
     cut_h = min(height, -(-MAX_STRETCH * least_h * width // least_w))
-    left, top = (width - cut_w) // 2, (height - cut_h) // 2
+    middle = _cut(picture, ((width - cut_w) // 2, (height - cut_h) // 2, cut_w, cut_h))
     if cut_w * least_h <= cut_h * least_w:
         new_w, new_h = least_w, least_w * cut_h // cut_w
     else:
@@ -260,40 +225,29 @@ def resized_crop(
         part = part.resize((new_w, new_h), Image.Resampling.BICUBIC)
         return part.crop((x, y, x + crop_w, y + crop_h))
 
-    return _edit(picture, (left, top, cut_w, cut_h), edit)
+    return _edit(middle, edit)
 
 
-def random_flip(image_HWC: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+def random_flip(image_HWC: np.ndarray, probability: float, rng: Generator) -> np.ndarray:
     """Mirror an image left and right, with this probability."""
     if rng.random() >= probability:
         return image_HWC
-    height, width = image_HWC.shape[:2]
-    flip = Image.Transpose.FLIP_LEFT_RIGHT
     # NumPy would need twice the time, and keep other threads waiting.
-    return _edit(image_HWC, (0, 0, width, height), lambda whole: whole.transpose(flip))
+    return _edit(image_HWC, lambda whole: whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
-def width_height(picture: Picture) -> tuple[int, int]:
-    """Return the size of a picture in Pillow's order."""
-    return picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
-
-
-def _cut(array_HWC: np.ndarray, box: Box) -> np.ndarray:
+def _cut(image_HWC: np.ndarray, box: Box) -> np.ndarray:
     left, top, width, height = box
-    return array_HWC[top : top + height, left : left + width]
+    return image_HWC[top : top + height, left : left + width]
 
 
-def _edit(picture: Picture, box: Box, edit: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Return a part of a picture after an edit by Pillow, uint8 [H, W, C]."""
-    left, top, width, height = box
-    if isinstance(picture, Image.Image):
-        part = picture
-        if picture.size != (width, height):
-            part = picture.crop((left, top, left + width, top + height))
-        array = np.asarray(edit(part))
-    elif picture.shape[-1] == 3:
-        array = np.asarray(edit(Image.fromarray(_cut(picture, box))))
-    else:
-        planes = [Image.fromarray(plane) for plane in np.moveaxis(_cut(picture, box), -1, 0)]
-        return np.stack([np.asarray(edit(plane)) for plane in planes], -1)
-    return array[..., None] if array.ndim == 2 else array
+def _edit(image_HWC: np.ndarray, edit: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """Return an image after an edit by Pillow."""
+    return _by_planes(image_HWC, lambda part: np.asarray(edit(Image.fromarray(part))))
+
+
+def _by_planes(image_HWC: np.ndarray, edit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return an image after an edit of it if it is RGB, else of each plane [H, W]."""
+    if image_HWC.shape[-1] == 3:
+        return edit(image_HWC)
+    return np.stack([edit(plane) for plane in np.moveaxis(image_HWC, -1, 0)], -1)

@@ -16,8 +16,6 @@ from mae_jax.evals import Report
 from mae_jax.evals.features import Crop, Extractor, require_images
 
 SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
-# Sets with images of few classes, which alone are told apart, as their papers do
-SUBSETS = {"imagenet_a": robustness.IMAGENET_A, "imagenet_r": robustness.IMAGENET_R}
 
 
 def correct(logits_BY: np.ndarray, label_B: np.ndarray, classes_K: np.ndarray) -> np.ndarray:
@@ -162,8 +160,8 @@ class Evaluator:
         """Return how many images of a source are classified right, and how many can be read."""
         positions = self._positions(source.class_names, name)
         competing = np.arange(len(self._classes))
-        if name in SUBSETS:
-            competing = np.sort(self._positions(SUBSETS[name], name))
+        if name in robustness.SUBSETS:
+            competing = np.sort(self._positions(robustness.SUBSETS[name], name))
         right = images = 0
         for logits_BY, label_B in self._extractor.rows(state, source, crop):
             right += int(correct(logits_BY, positions[label_B], competing).sum())
