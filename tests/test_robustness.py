@@ -263,7 +263,7 @@ def test_without_all_corruptions_there_is_no_mean_and_what_lacks_is_named(
 def test_a_part_of_another_size_than_the_others_is_refused(tmp_path, data_dir):
     for severity in range(1, 6):
         write_part(tmp_path, "snow", severity, images=1 + (severity == 4))
-    with pytest.raises(ValueError, match="snow/4 has 2 images .* snow/1 1: unpack it again"):
+    with pytest.raises(ValueError, match="snow/4 has 2 images .* before it 1: unpack it again"):
         measure(tiny_config(data_dir, f",v2=,a=,r=,sketch=,c=folder:{tmp_path}"), as_told)
 
 
