@@ -18,7 +18,7 @@ PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times the largest sq
 
 
 class Ridge(NamedTuple):
-    """A linear classifier: scores = (x - mean) / std @ weight + bias, of each class."""
+    """A linear classifier: the score of each class is (x - mean) / std @ weight + bias."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -27,7 +27,6 @@ class Ridge(NamedTuple):
     penalty: float
 
     def predict(self, x_ND: np.ndarray) -> np.ndarray:
-        """Return the classes (N,) with the highest scores."""
         scores_NY = (x_ND.astype(np.float64) - self.mean) / self.std @ self.weight + self.bias
         return scores_NY.argmax(1)
 
@@ -109,7 +108,6 @@ class Evaluator:
     Args:
       cfg: `bank_split` (where the few are drawn from), `shots` (images per class, one or several
         numbers), `draws` (how often they are drawn: with seeds 0, 1, ...), `feature` (cls or mean).
-      predict: its "features" is used.
     """
 
     def __init__(

@@ -43,10 +43,7 @@ def measure(logits: np.ndarray, label: np.ndarray) -> Predictions:
     """Return the predictions of logits (..., Y), computed in float64.
 
     Of equal logits the first class wins. An image with a logit that is not a number counts as
-    wrong, and its confidence and loss are not numbers.
-
-    Args:
-      label: the true classes; broadcast to (...).
+    wrong, and its confidence and loss are not numbers. `label` is broadcast to (...).
     """
     logits = logits.astype(np.float64)
     classes, label = logits.shape[-1], np.broadcast_to(label, logits.shape[:-1])
@@ -65,10 +62,9 @@ def measure(logits: np.ndarray, label: np.ndarray) -> Predictions:
 
 
 def classify(extractor: Extractor, state: Any, source: Source) -> Predictions:
-    """Return the predictions of the readable images of a source, in their order, on every host.
+    """Return the predictions of a source's readable images, in their order, on every host.
 
-    Args:
-      extractor: computes logits, (B, Y) or (B, R, Y).
+    The extractor computes logits, (B, Y) or (B, R, Y).
     """
     batches = [
         measure(logits, label if logits.ndim == 2 else label[:, None])
@@ -103,9 +99,7 @@ def report(prefix: str, scalars: Mapping[str, float], results: Mapping[str, Any]
 
     Another prefix than eval becomes part of the files' names: results_averaged.json of
     eval_averaged. The tables come first: a figure that cannot be drawn does not keep them back.
-
-    Args:
-      results: where the images come from, and their `tables`.
+    `results` says where the images come from, and holds their `tables`.
     """
     kind = re.sub(r"\W+", "_", prefix.removeprefix("eval")).strip("_")
     stem = f"results_{kind}" if kind else "results"
@@ -118,11 +112,10 @@ def report(prefix: str, scalars: Mapping[str, float], results: Mapping[str, Any]
 def tables(predictions: Predictions, names: list[str]) -> dict[str, Any]:
     """Return the tables of a results.json; accuracies and calibration error in percent.
 
-    top1, top5 (with more than five classes), loss, images, expected_calibration_error (the mean
-    over images of the distance between the confidence and the accuracy of their bin), reliability
-    (of each bin of confidence), confusions (the most frequent pairs), per_class (None: no image).
+    The expected calibration error is the mean over images of the distance between the confidence
+    and the accuracy of their bin.
     """
-    label_N, right_N = predictions.label_N, predictions.label_N == predictions.predicted_N
+    label_N, right_N = predictions.label_N, predictions.rank_N == 0
     numbers = summary(predictions, len(names))
     bins = reliability(predictions.confidence_N, right_N)
     gap = sum(bin["images"] * abs(bin["confidence"] - bin["accuracy"]) for bin in bins)

@@ -1,6 +1,6 @@
 """Robustness of an ImageNet classifier: its accuracy on ImageNet-V2, -A, -R, -Sketch and -C."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,38 +24,21 @@ def correct(logits_BY: np.ndarray, label_B: np.ndarray, classes_K: np.ndarray) -
     """Return whether the true class has the largest of the logits of some classes; bool (B,).
 
     Of equal ones the first wins. An image with a logit that is not a number counts as wrong.
-
-    Args:
-      label_B: classes, from 0 to Y - 1.
-      classes_K: those that compete, rising.
     """
     chosen_BK = logits_BY[:, classes_K]
-    known_B = ~np.isnan(chosen_BK).any(1)
-    return known_B & (classes_K[chosen_BK.argmax(1)] == label_B)
-
-
-def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
-    """Return the mCE in percent: the mean over corruptions of the error over AlexNet's error.
-
-    Args:
-      errors: corruption -> error rates of the five severities, 0 to 1.
-    """
-    ratios = [np.mean(errors[name]) / alexnet for name, alexnet in robustness.ALEXNET.items()]
-    return 100 * float(np.mean(ratios))
+    return (classes_K[chosen_BK.argmax(1)] == label_B) & ~np.isnan(chosen_BK).any(1)
 
 
 class Evaluator:
     """Classifies the images of every set that is there; of one that is not, says what to do.
 
-    ImageNet-V2, -A, -R and -Sketch are resized and cropped as in evaluation elsewhere. Images of
-    ImageNet-C are crops of 224 pixels already: they are taken as they are, or resized for a model
-    of another image size. On ImageNet-A and -R the logits of their 200 classes compete, on the
-    others those of all classes.
+    Images of ImageNet-C are crops of 224 pixels already: they are taken as they are, or resized for
+    a model of another image size. On ImageNet-A and -R the logits of their 200 classes compete, on
+    the others those of all classes.
 
     Args:
-      cfg: `imagenet_v2`, `imagenet_a`, `imagenet_r`, `imagenet_sketch`: a tfds dataset or
-        "folder:PATH" with class folders; `imagenet_c`: see `robustness.find_corruptions`; '' = is
-        not measured. There is neither `source` nor `split`.
+      cfg: in place of `source` and `split` those of SETS, each a tfds dataset or "folder:PATH" with
+        class folders, and `imagenet_c`, see `robustness.find_corruptions`; '' = is not measured.
       predict: its "logits" is used.
     """
 
@@ -103,9 +86,9 @@ class Evaluator:
         """Return the accuracies of a TrainState on every set.
 
         eval/SET_top1, eval/SET_images: percent, and how many images were classified.
-        eval/imagenet_c_error_CORRUPTION: mean over the severities, percent. eval/imagenet_c_mce,
-        eval/imagenet_c_top1 (the mean accuracy), eval/imagenet_c_images: of the 15 corruptions of
-        the benchmark, if all are there.
+        eval/imagenet_c_error_CORRUPTION: mean over the severities, percent. If all 15 corruptions
+        of the benchmark are there also eval/imagenet_c_mce (the mean of the errors over those of
+        AlexNet, percent), eval/imagenet_c_top1 (the mean accuracy) and eval/imagenet_c_images.
         """
         scalars: dict[str, float] = {}
         for name, source in self._sets.items():
@@ -116,25 +99,28 @@ class Evaluator:
 
     def _measure_corruptions(self, state: Any) -> dict[str, float]:
         """Return the scalars of ImageNet-C."""
-        errors: dict[str, list[float]] = {name: [] for name in self._corruptions}
+        errors: dict[str, float] = {}
         images = 0
         for name in self._corruptions:
+            each = []
             for severity in robustness.SEVERITIES:
-                part, source = f"{name}/{severity}", self._open(name, severity)
-                right_N = self._classify(state, source, f"imagenet_c {part}", crops.full)
-                errors[name].append(1 - float(right_N.mean()))
+                part, source = f"imagenet_c {name}/{severity}", self._open(name, severity)
+                right_N = self._classify(state, source, part, crops.full)
+                each.append(1 - right_N.mean())
                 images = images or len(right_N)
                 if len(right_N) != images:
                     raise UserError(
-                        f"imagenet_c {part} has {len(right_N):,} images that can be read, and the"
-                        f" parts before it {images:,}: unpack it again"
+                        f"{part} has {len(right_N):,} images that can be read, and the parts before"
+                        f" it {images:,}: unpack it again"
                     )
-        scalars = {f"eval/imagenet_c_error_{k}": 100 * float(np.mean(e)) for k, e in errors.items()}
-        if errors.keys() >= set(robustness.CORRUPTIONS):
-            benchmark = [errors[name] for name in robustness.CORRUPTIONS]
-            scalars["eval/imagenet_c_mce"] = mean_corruption_error(errors)
-            scalars["eval/imagenet_c_top1"] = 100 * (1 - float(np.mean(benchmark)))
-            scalars["eval/imagenet_c_images"] = images * np.size(benchmark)
+            errors[name] = float(np.mean(each))
+        scalars = {f"eval/imagenet_c_error_{name}": 100 * error for name, error in errors.items()}
+        if errors.keys() >= robustness.ALEXNET.keys():
+            benchmark = np.array([errors[name] for name in robustness.ALEXNET])
+            ratios = benchmark / np.array(list(robustness.ALEXNET.values()))
+            scalars["eval/imagenet_c_mce"] = 100 * float(ratios.mean())
+            scalars["eval/imagenet_c_top1"] = 100 * float(1 - benchmark.mean())
+            scalars["eval/imagenet_c_images"] = images * ratios.size * len(robustness.SEVERITIES)
         return scalars
 
     def _classify(
