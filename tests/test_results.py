@@ -17,12 +17,15 @@ from mae_jax.metrics import summary
 STATE = SimpleNamespace(params={}, extra={})
 
 
-def tables_of(label, predicted, confidence=0.5, names="abcde"):
+def predictions_of(label, predicted, confidence=0.5):
     label, predicted = np.array(label), np.array(predicted)
     wrong = (label != predicted).astype(int)
     confidence = np.broadcast_to(confidence, label.shape)
-    predictions = results.Predictions(label, predicted, wrong, confidence, wrong * 1.0)
-    return results.tables(predictions, list(names))
+    return results.Predictions(label, predicted, wrong, confidence, wrong * 1.0)
+
+
+def tables_of(*prediction, names="abcde"):
+    return results.tables(predictions_of(*prediction), list(names))
 
 
 def write(workdir, report, **facts):
@@ -104,8 +107,8 @@ def test_a_figure_is_drawn_for_any_number_of_classes(tmp_path, classes):
     logits[np.arange(3000), label] += 2
     logits[0] = np.nan
     names = [f"a class $1_$2 with quite a long name, number {y}" for y in range(classes)]
-    found = results.tables(results.measure(logits, label), names)
-    write(tmp_path, results.report("eval_averaged", {}, found), step=7)
+    found = results.measure(logits, label)
+    write(tmp_path, results.report("eval_averaged", {}, {}, found, names), step=7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "results_averaged.json", "results_averaged.png",
     ]  # fmt: skip
@@ -123,7 +126,7 @@ def test_names_in_the_figure_are_no_formulas(monkeypatch):
     monkeypatch.setattr(mathtext.MathTextParser, "parse", lambda *a: pytest.fail("a formula"))
     names = [f"$1_$5 {y}" for y in range(3)]
     found = {"source": "$a_$b", **tables_of([0, 1, 2], [1, 2, 0], names=names)}
-    assert results.figure(found, {"step": 7}).startswith(b"\x89PNG")
+    assert results.figure(found).startswith(b"\x89PNG")
 
 
 def test_the_tables_are_there_even_if_the_figure_cannot_be_drawn(tmp_path, monkeypatch):
@@ -132,12 +135,12 @@ def test_the_tables_are_there_even_if_the_figure_cannot_be_drawn(tmp_path, monke
 
     monkeypatch.setattr(results, "figure", fail)
     with pytest.raises(RuntimeError, match="no font"):
-        write(tmp_path, results.report("eval", {}, tables_of([0], [1])), step=7)
+        write(tmp_path, results.report("eval", {}, {}, predictions_of([0], [1]), "ab"), step=7)
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 7
 
 
 def test_the_summary_of_a_run_names_the_tables(tmp_path):
-    write(tmp_path, results.report("eval", {}, tables_of([0, 1], [0, 0])), step=0)
+    write(tmp_path, results.report("eval", {}, {}, predictions_of([0, 1], [0, 0]), "ab"), step=0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/top1": 50.0, "eval/images": 2}\n')
     text = "\n".join(summary.lines(str(tmp_path), own_images=False))
     assert f"{tmp_path}/results.json, and drawn in results.png" in text

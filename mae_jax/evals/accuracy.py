@@ -49,6 +49,4 @@ class Evaluator:
         names = self._source.class_names or []
         predictions = results.classify(self._extractor, state, self._source)
         scalars = results.summary(predictions, len(names))
-        return results.report(
-            self._prefix, scalars, self._about | results.tables(predictions, names)
-        )
+        return results.report(self._prefix, scalars, self._about, predictions, names)

@@ -73,8 +73,7 @@ class Evaluator:
             accuracies = {f"best_{x}": of_best[x] for x in ("top1", "top5") if x in of_best}
             scalars |= choice | {"best_blr": self._rates[best]} | accuracies
         about = self._about | {"blr": self._rates[best]}
-        tables = results.tables(predictions.head(best), names)
-        return results.report(self._prefix, scalars, about | tables)
+        return results.report(self._prefix, scalars, about, predictions.head(best), names)
 
     def _choose(self, state: Any, select: Source) -> tuple[dict[str, float], int]:
         """Return select_top1_blr{RATE} of each rate, and which is best."""

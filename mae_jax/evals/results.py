@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,18 +93,31 @@ def summary(predictions: Predictions, classes: int) -> dict[str, float]:
     return {**accuracies, "loss": loss, "images": len(predictions.label_N)}
 
 
-def report(prefix: str, scalars: Mapping[str, float], results: Mapping[str, Any]) -> Report:
+def report(
+    prefix: str,
+    scalars: Mapping[str, float],
+    about: Mapping[str, Any],
+    predictions: Predictions,
+    names: list[str],
+) -> Report:
     """Return scalars with the prefix before their names, results.json and results.png.
 
     Another prefix than eval becomes part of the files' names: results_averaged.json of
     eval_averaged. The tables come first: a figure that cannot be drawn does not keep them back.
-    `results` says where the images come from, and holds their `tables`.
+    Both begin with `about`, which says where the images come from.
     """
+
+    def results(facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {**facts, **about, **tables(predictions, names)}
+
     kind = re.sub(r"\W+", "_", prefix.removeprefix("eval")).strip("_")
     stem = f"results_{kind}" if kind else "results"
     return Report(
         {f"{prefix}/{name}": value for name, value in scalars.items()},
-        files={f"{stem}.json": partial(to_json, results), f"{stem}.png": partial(figure, results)},
+        files={
+            f"{stem}.json": lambda facts: to_json(results(facts)),
+            f"{stem}.png": lambda facts: figure(results(facts)),
+        },
     )
 
 
@@ -182,10 +194,10 @@ def worst(per_class: list[dict[str, Any]], count: int = WORST) -> list[dict[str,
     return sorted(present, key=lambda row: (row["accuracy"], -row["images"]))[:count]
 
 
-def to_json(results: Mapping[str, Any], facts: Mapping[str, Any]) -> bytes:
+def to_json(results: Mapping[str, Any]) -> bytes:
     """Return a results.json: a line for each key, and for each entry of a table."""
     lines = []
-    for key, value in {**facts, **results}.items():
+    for key, value in results.items():
         text = json.dumps(value)
         if isinstance(value, list):
             text = "[" + ",".join(f"\n  {json.dumps(entry)}" for entry in value) + "\n ]"
@@ -193,12 +205,11 @@ def to_json(results: Mapping[str, Any], facts: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def figure(results: Mapping[str, Any], facts: Mapping[str, Any]) -> bytes:
+def figure(results: Mapping[str, Any]) -> bytes:
     """Return a PNG of the classes of lowest accuracy."""
     from matplotlib.figure import Figure
 
-    shown = {**facts, **results}
-    rows = worst(shown["per_class"])
+    rows = worst(results["per_class"])
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(rows)), layout="constrained", dpi=110)
     axis = figure.subplots()
     axis.barh(range(len(rows)), [row["accuracy"] for row in rows])
@@ -208,8 +219,8 @@ def figure(results: Mapping[str, Any], facts: Mapping[str, Any]) -> bytes:
     axis.set_yticks(range(len(rows)), names, parse_math=False)
     axis.set(xlim=(0, 100), xlabel="accuracy of the worst classes (images of each), %")
     axis.set_title(
-        f"{shown.get('source')}, {shown.get('split')}, step {shown.get('step')}:"
-        f" top-1 {shown['top1']:.2f} % of {shown['images']:,} images",
+        f"{results.get('source')}, {results.get('split')}, step {results.get('step')}:"
+        f" top-1 {results['top1']:.2f} % of {results['images']:,} images",
         parse_math=False,
     )
     encoded = io.BytesIO()
