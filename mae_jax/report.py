@@ -197,8 +197,8 @@ def start_up(
         f"batch: {batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps per epoch"
         f" of {len(task.examples):,} examples; {schedule.total:,} steps"
     )
-    rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total)))
-    lines.append(f"learning rate: peak {rates.max():.3g}")
-    if 1 < schedule.total == rates.argmax() + 1:
+    rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total + 1)))
+    lines.append(f"learning rate: peak {rates[:-1].max():.3g}")
+    if rates[-1] > rates[-2]:
         lines[-1] += ", still rising at the end: config.optim.warmup is longer than the run"
     return lines

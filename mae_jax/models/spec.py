@@ -245,7 +245,7 @@ def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = F
         width,
         model[f"{prefix}depth"],
         model[f"{prefix}heads"],
-        int(width * model.get("mlp_ratio", 4.0)),
+        int(width * model.get("mlp_ratio", 4.0) + 1e-6),  # a ratio such as 60 / 44 gives 60
         drop_path=0.0 if prefix else model.get("drop_path", 0.0),
         trained_positions=trained_positions,
         name=prefix,
