@@ -215,10 +215,9 @@ def test_the_mean_corruption_error_is_relative_to_alexnets(corruptions, data_dir
 
 def test_crops_of_the_models_size_are_taken_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    np.testing.assert_array_equal(crops.full(image, (224, 224)), pixels)
-    larger = image.resize((448, 448), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(crops.full(image, (448, 448)), np.asarray(larger))
+    np.testing.assert_array_equal(crops.full(pixels, (224, 224)), pixels)
+    larger = Image.fromarray(pixels).resize((448, 448), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(crops.full(pixels, (448, 448)), np.asarray(larger))
 
 
 def write_part(root: Path, corruption: str, severity: int, images: int = 1) -> None:
