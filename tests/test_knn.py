@@ -288,15 +288,3 @@ def test_a_source_without_labels_is_refused(state, folder):
     config = config_of(source=f"folder:{folder}", split="train[:30%]", bank_split="train[30%:]")
     with pytest.raises(ValueError, match="has no labels.*PATH/CLASS/FILE"):
         evaluate(state, config)
-
-
-def test_queries_of_a_class_that_the_bank_lacks_are_refused(state, folder):
-    for i in range(11):
-        (folder / "dog" / f"{i:02d}.png").unlink()
-    source = f"folder:{folder}"
-    (dog,) = [i for i in range(13) if open_source(source, f"train[{i}:{i + 1}]")[0]["label"] == 1]
-    splits = dict(split=f"train[{dog}:{dog + 1}]", bank_split=f"train[:{dog}]+train[{dog + 1}:]")
-    config = config_of(source=source, ks=(1,), **splits)
-    del config.evals.fewshot
-    with pytest.raises(ValueError, match="no image of class 'dog' is in the bank"):
-        evaluate(state, config)

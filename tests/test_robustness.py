@@ -3,8 +3,7 @@
 import io
 import json
 import re
-import tarfile
-import zipfile
+import shutil
 from pathlib import Path
 
 import jax
@@ -48,34 +47,26 @@ def picture(code: int, corner_only: bool = False, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, mode: str, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """All four sets in their archives' real layout, one image of every class, prepared."""
     folder, target = tmp_path_factory.mktemp("archives"), tmp_path_factory.mktemp("tfds")
-    top = "imagenetv2-matched-frequency-format-val"
-    write_tar(
-        folder / "imagenetv2-matched-frequency.tar.gz",
-        "w:gz",
-        {f"{top}/{label}/{label:04x}f00d.jpeg": picture(label) for label in range(1000)},
-    )
-    for letter, name in (("a", "0.0001_x _ y_0.9.jpg"), ("r", "art_0.jpg")):
-        files = {f"imagenet-{letter}/README.txt": b"about"}
-        for label in SUBSETS[f"imagenet_{letter}"]:
-            unique = f"{label}_{name}" if letter == "a" else name
-            files[f"imagenet-{letter}/{WORDNET_IDS[label]}/{unique}"] = picture(label)
-        write_tar(folder / f"imagenet-{letter}.tar", "w", files)
-    with zipfile.ZipFile(folder / "ImageNet-Sketch.zip", "w") as zip:
-        zip.mkdir("sketch")
-        for label, name in enumerate(WORDNET_IDS):
-            zip.writestr(f"sketch/{name}/sketch_{label}.JPEG", picture(label))
+    ids, v2 = WORDNET_IDS, "imagenetv2-matched-frequency-format-val"
+    files = {
+        **{f"{v2}/{y}/{y:04x}f00d.jpeg": y for y in range(1000)},
+        **{f"imagenet-a/{ids[y]}/{y}_0.0001_x _ y_0.9.jpg": y for y in SUBSETS["imagenet_a"]},
+        **{f"imagenet-r/{ids[y]}/art_0.jpg": y for y in SUBSETS["imagenet_r"]},
+        **{f"sketch/{ids[y]}/sketch_{y}.JPEG": y for y in range(1000)},
+    }
+    for name, label in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(label))
+    for archive, format, top in [
+        ("imagenetv2-matched-frequency", "gztar", v2), ("ImageNet-Sketch", "zip", "sketch"),
+        ("imagenet-a", "tar", "imagenet-a"), ("imagenet-r", "tar", "imagenet-r"),
+    ]:  # fmt: skip
+        shutil.make_archive(str(folder / archive), format, folder, top)
     for name in SETS:
         prepare.main([name, f"--manual-dir={folder}", f"--data-dir={target}"])
     return str(target)
@@ -222,13 +213,6 @@ def test_the_mean_corruption_error_is_relative_to_alexnets(corruptions, data_dir
     assert found["eval/imagenet_c_error_spatter"] == pytest.approx(100 * total / 5)
 
 
-def test_a_model_as_good_as_alexnet_has_an_mce_of_100():
-    errors = {
-        name: [error - 0.1, error, error, error, error + 0.1] for name, error in ALEXNET.items()
-    }
-    assert evaluation.mean_corruption_error(errors) == pytest.approx(100)
-
-
 def test_crops_of_the_models_size_are_taken_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     np.testing.assert_array_equal(crops.full(pixels, (224, 224)), pixels)
@@ -262,7 +246,7 @@ def test_without_all_corruptions_there_is_no_mean_and_what_lacks_is_named(
 def test_a_part_of_another_size_than_the_others_is_refused(tmp_path, data_dir):
     for severity in range(1, 6):
         write_part(tmp_path, "snow", severity, images=1 + (severity == 4))
-    with pytest.raises(ValueError, match="snow/4 has 2 images .* snow/1 1: unpack it again"):
+    with pytest.raises(ValueError, match="snow/4 has 2 images .* before it 1: unpack it again"):
         measure(tiny_config(data_dir, f",v2=,a=,r=,sketch=,c=folder:{tmp_path}"), as_told)
 
 

@@ -33,7 +33,7 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
       UserError: `file` is no picture, or hides no patch or all of them.
     """
     try:
-        grey = Image.fromarray(np.asarray(transforms.decode(Path(file).read_bytes(), 1)))
+        grey = Image.fromarray(transforms.decode(Path(file).read_bytes(), 1)[..., 0])
     except (OSError, transforms.BadImage) as error:
         raise UserError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"

@@ -37,7 +37,9 @@ class Evaluator(Protocol):
     """What measures a state: made once, before the first update, and run whenever it is due.
 
     Args:
-      cfg: config.evals.NAME; the keys `type` and `every` are not the evaluator's.
+      cfg: config.evals.NAME. All evaluators here have `source` ('' = that of the training images),
+        `split` and `batch_size`, and all but robustness and reconstruct may have `prefix`, which
+        their metric names begin with ("eval"). `type` and `every` are not the evaluator's.
       config: the whole config: images, model, sources.
       predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
         gives `cls` and `mean` (B, D); "logits" (B, Y); "reconstruction", of a batch with mask
@@ -58,11 +60,7 @@ class Evaluator(Protocol):
 
 
 def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> dict[str, Evaluator]:
-    """Return the evaluators of `config.evals` by name.
-
-    Raises:
-      UserError: there is no such type, two evaluators report the same names, or see `Evaluator`.
-    """
+    """Return the evaluators of `config.evals` by name."""
     require_distinct(config.evals)
     return {
         name: resolve(cfg.type, sys.modules[__name__], "Evaluator")(cfg, config, predict, mesh)
@@ -71,10 +69,7 @@ def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> di
 
 
 def reported(cfg: Mapping[str, Any]) -> set[str]:
-    """Return those metric names of an evaluator of this package that another could report too.
-
-    They start with config.evals.NAME.prefix, which all but robustness and reconstruct have.
-    """
+    """Return those metric names of an evaluator of this package that another could report too."""
     prefix = "eval" if cfg["type"] == "reconstruct" else cfg.get("prefix", "eval")
     if cfg["type"] in ("accuracy", "probe", "reconstruct"):
         return {f"{prefix}/loss", f"{prefix}/images"}
@@ -87,10 +82,8 @@ def require_distinct(evaluations: Mapping[str, Any]) -> None:
     for (one, first), (other, second) in combinations(evaluations.items(), 2):
         if same := reported(first) & reported(second):
             name = one if second["type"] == "reconstruct" else other
-            way_out = f"give one another prefix, such as config.evals.{name}.prefix='eval_{name}'"
-            if first["type"] == second["type"] == "reconstruct":
-                way_out = "leave one to a run of its own"
             raise UserError(
                 f"config.evals.{one} and config.evals.{other} would both report"
-                f" {' and '.join(sorted(same))}: {way_out}"
+                f" {' and '.join(sorted(same))}: give one another prefix, such as"
+                f" config.evals.{name}.prefix='eval_{name}', or leave one to another run"
             )

@@ -9,20 +9,15 @@ from ml_collections import ConfigDict
 from mae_jax.data.labels import require_disjoint
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals import Report, results
-from mae_jax.evals.features import Extractor, split_name
+from mae_jax.evals.features import Extractor
 
 
 class Evaluator:
     """Classifies every image of a split once.
 
     Args:
-      cfg: `source` ('' = that of the training images), `split`, `batch_size`; optional `predict`,
-        the name of the function that gives logits (B, Y); `prefix` of the metric names; and
+      cfg: optional `predict`, the name of the function that gives logits (B, Y), and
         `of_training_images`, without which training images are refused.
-
-    Raises:
-      UserError: the source has no labels, other classes than the training images, or some of
-        them.
     """
 
     def __init__(
@@ -42,7 +37,7 @@ class Evaluator:
                 " give the evaluation of_training_images=True",
             )
         self._extractor = Extractor(config, predict[kind], mesh, cfg.batch_size)
-        self._name, self._prefix = split_name(cfg, config), cfg.get("prefix", "eval")
+        self._prefix = cfg.get("prefix", "eval")
         self._about = {"source": cfg.source or data.source, "split": cfg.split, "predict": kind}
 
     def run(self, state: Any) -> Report:
@@ -50,13 +45,8 @@ class Evaluator:
 
         eval/top1, eval/top5: percent; top5 with more than five classes. eval/loss: cross-entropy
         with the label, without smoothing. eval/images: how many were classified.
-
-        Raises:
-          UserError: no image can be read; a label is out of range.
         """
         names = self._source.class_names or []
-        predictions = results.classify(self._extractor, state, self._source, self._name)
+        predictions = results.classify(self._extractor, state, self._source)
         scalars = results.summary(predictions, len(names))
-        return results.report(
-            results.Results(self._prefix, self._about, names, predictions), scalars
-        )
+        return results.report(self._prefix, scalars, self._about, predictions, names)

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.data import crops, pipeline
-from mae_jax.data.labels import open_labelled, require_labels
+from mae_jax.data import bad_images, crops, pipeline
+from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
 
+Compute = Callable[[Any, Any, dict], Array]  # (params, extra, batch) -> (B, ...)
 Crop = Callable[[Picture, tuple[int, int]], np.ndarray]
 
 
@@ -31,15 +32,17 @@ def open_split(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> Sourc
     return open_labelled(cfg.source or config.data.source, cfg[key], config.data.data_dir)
 
 
-def split_name(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> str:
-    """Return what messages call the images of `open_split`."""
-    return f"{cfg.source or config.data.source}, {cfg[key]}"
-
-
-def require_images(count: int, name: str) -> None:
-    """Raise UserError if no image of a source could be read."""
-    if not count:
-        raise UserError(f"no image of {name} can be read: there is nothing to measure")
+def open_bank(cfg: ConfigDict, config: ConfigDict) -> tuple[Source, Source]:
+    """Open the images of cfg.split and those of cfg.bank_split; none may be in both."""
+    queries, bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
+    require_disjoint(
+        f"{cfg.type}: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
+        queries,
+        bank,
+        "images would be compared with themselves. Give other splits, such as 'train[80%:]' and"
+        " 'train[:80%]'",
+    )
+    return queries, bank
 
 
 def fetch(tree: Any) -> Any:
@@ -52,9 +55,6 @@ class Batches:
 
     Args:
       batch_size: of the global batch, rounded up to what the mesh divides.
-
-    Raises:
-      UserError: batch_size is not positive.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int):
@@ -63,7 +63,8 @@ class Batches:
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         self.size = -(-batch_size // ways) * ways
         self.rows = sharding.host_rows(mesh, self.size)
-        self._model, self._mesh = config.model, mesh
+        self._mesh, self._channels = mesh, config.model.channels
+        self._image_size = tuple(config.model.image_size)
 
     def read(
         self, source: Source, crop: Crop = crops.center, limit: int | None = None
@@ -71,23 +72,28 @@ class Batches:
         """Yield each batch of a source twice: this host's rows, and all rows as global arrays.
 
         Both hold image, label, index and counted, which is False for padding and for an image that
-        cannot be read.
+        cannot be read. `crop` and `limit` are those of `pipeline.eval_batches`.
 
-        Args:
-          crop, limit: see `pipeline.eval_batches`.
+        Raises:
+          UserError: no image can be read; after the last batch, on every host.
         """
+        readable = 0
         for batch in pipeline.eval_batches(
             source,
             batch_size=self.size,
-            image_size=tuple(self._model.image_size),
-            channels=self._model.channels,
+            image_size=self._image_size,
+            channels=self._channels,
             rows=self.rows,
             limit=limit,
             crop=crop,
         ):
             local = {name: batch[name] for name in ("image", "label", "index")}
             local["counted"] = batch["valid"] & (batch["bad"] < 0)
+            readable += int(local["counted"].sum())
             yield local, self.put(local)
+        if not multihost_utils.process_allgather(np.int32(readable)).sum():
+            first = bad_images.describe(source, 0, self._channels)
+            raise UserError(f"no image can be read, nothing can be measured; the first is {first}")
 
     def put(self, local: dict[str, np.ndarray]) -> dict[str, Array]:
         """Return this host's rows as global arrays."""
@@ -95,14 +101,14 @@ class Batches:
 
 
 class Features(NamedTuple):
-    """Features of one batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
+    """Features of a batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
 
     x: Array  # (..., B, D) float32, or whatever is computed of each image
     label: Array  # (..., B) int32
     counted: Array  # (..., B) bool; False: padding, or an image that cannot be read
 
 
-def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any, dict], Array]:
+def feature_of(predict: Mapping[str, Callable], name: str) -> Compute:
     """Return the function that computes one of a task's features, cls or mean, as (B, D)."""
 
     def compute(params: Any, extra: Any, batch: dict) -> Array:
@@ -115,20 +121,9 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Callable[[Any, Any
 
 
 class Extractor:
-    """Computes features of labelled sources.
+    """What computes features, or anything else of each image, for labelled sources."""
 
-    Args:
-      compute: (params, extra, batch) -> (B, ...), such as `feature_of` returns.
-      batch_size: see `Batches`.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        compute: Callable[[Any, Any, dict], Array],
-        mesh: Mesh,
-        batch_size: int,
-    ):
+    def __init__(self, config: ConfigDict, compute: Compute, mesh: Mesh, batch_size: int):
         self._batches = Batches(config, mesh, batch_size)
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
         self._stack = jax.jit(
@@ -137,11 +132,7 @@ class Extractor:
         )
 
     def batches(self, state: Any, source: Source, crop: Crop = crops.center) -> Iterator[Features]:
-        """Yield the features of each batch of a source, in its order.
-
-        Raises:
-          UserError: a label is out of range.
-        """
+        """Yield the features of each batch of a source, in its order."""
         for local, arrays in self._batches.read(source, crop):
             require_labels(local["label"][local["counted"]], source.num_classes or 0)
             x_BD = self._compute(state.params, state.extra, {"image": arrays["image"]})

@@ -8,24 +8,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data import transforms
-from mae_jax.data.labels import require_disjoint
+from mae_jax.data import bad_images
 from mae_jax.data.sources import Ranges, Source
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.features import (
-    Extractor,
-    feature_of,
-    open_split,
-    require_images,
-    split_name,
-)
+from mae_jax.evals.features import Extractor, feature_of, open_bank
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # times the largest squared singular value
 
 
 class Ridge(NamedTuple):
-    """A linear classifier: scores = (x - mean) / std @ weight + bias, of each class."""
+    """A linear classifier: the score of each class is (x - mean) / std @ weight + bias."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -34,7 +27,6 @@ class Ridge(NamedTuple):
     penalty: float
 
     def predict(self, x_ND: np.ndarray) -> np.ndarray:
-        """Return the classes (N,) with the highest scores."""
         scores_NY = (x_ND.astype(np.float64) - self.mean) / self.std @ self.weight + self.bias
         return scores_NY.argmax(1)
 
@@ -66,13 +58,13 @@ def fit_ridge(x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some records of a source."""
+    """Some records of a source, as a source."""
 
     source: Source
     indices: list[int]
     num_classes: int | None
     class_names: list[str] | None
-    ranges: Ranges
+    ranges: Ranges = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,78 +84,47 @@ def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subs
     names = source.class_names or []
     drawn: list[list[int]] = [[] for _ in names]
     missing = len(names) * count
-    for index in map(int, np.random.default_rng(seed).permutation(len(source))):
+    for index in np.random.default_rng(seed).permutation(len(source)).tolist():
         if not missing:
             break
-        record = source[index]
-        label = record["label"]
-        if 0 <= label < len(names) and len(drawn[label]) < count and _readable(record, channels):
+        label = source[index]["label"]
+        wanted = 0 <= label < len(names) and len(drawn[label]) < count
+        if wanted and bad_images.describe(source, index, channels) is None:
             drawn[label].append(index)
             missing -= 1
-    short = [
-        f"{name!r} has {len(indices)}"
-        for name, indices in zip(names, drawn, strict=True)
-        if len(indices) < count
-    ]
-    if short:
+    if missing:
+        name, has = next((n, len(x)) for n, x in zip(names, drawn, strict=True) if len(x) < count)
         raise UserError(
-            f"{count} images of each class are wanted, and class {', '.join(short[:5])}"
-            f"{', ...' if len(short) > 5 else ''} ({len(short)} of {len(names)} classes have too"
-            " few): ask for fewer, or use a larger split"
+            f"{count} images of each class are wanted, and class {name!r} has {has} that can be"
+            " read: ask for fewer, or use a larger split"
         )
     indices = [index for of_class in drawn for index in of_class]
-    return Subset(source, indices, source.num_classes, source.class_names, source.ranges)
-
-
-def _readable(record: dict[str, Any], channels: int) -> bool:
-    """Return whether the image of a record can be decoded."""
-    try:
-        transforms.decode(record["image"], channels)
-    except transforms.BadImage:
-        return False
-    return True
+    return Subset(source, indices, source.num_classes, source.class_names)
 
 
 class Evaluator:
     """Classifies the images of one split after a few of each class of another.
 
     Args:
-      cfg: `source` ('' = that of the training images), `split`, `bank_split` (where the few are
-        drawn from), `shots` (images per class, one or several numbers), `draws` (how often they are
-        drawn: with seeds 0, 1, ...), `feature` (cls or mean), `batch_size`; optional `prefix` of
-        the metric names.
-      predict: its "features" is used.
-
-    Raises:
-      UserError: the source has no labels, a class has too few images, no shot or draw is asked
-        for, or the few would be drawn from what is classified.
+      cfg: `bank_split` (where the few are drawn from), `shots` (images per class, one or several
+        numbers), `draws` (how often they are drawn: with seeds 0, 1, ...), `feature` (cls or mean).
     """
 
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        self._queries, bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
-        require_disjoint(
-            f"few-shot: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
-            self._queries,
-            bank,
-            "it would be tested on what it was fitted to. Give others, such as 'train[80%:]' and"
-            " 'train[:80%]'",
-        )
-        if cfg.draws < 1 or not cfg.shots or min(cfg.shots) < 1:
+        self._queries, bank = open_bank(cfg, config)
+        if not cfg.shots or min(cfg.draws, *cfg.shots) < 1:
             raise UserError(
                 f"few-shot with shots={tuple(cfg.shots)} and draws={cfg.draws}: give at least one"
-                " number of images per class, and at least one draw"
+                " image per class, and at least one draw"
             )
+        channels = config.model.channels
         self._few = {
-            shots: [
-                draw_per_class(bank, shots, config.model.channels, seed)
-                for seed in range(cfg.draws)
-            ]
+            shots: [draw_per_class(bank, shots, channels, seed) for seed in range(cfg.draws)]
             for shots in cfg.shots
         }
-        self._name = split_name(cfg, config)
-        self._prefix, self._feature = cfg.get("prefix", "eval"), cfg.feature
+        self._name = f"{cfg.get('prefix', 'eval')}/fewshot{{}}_{cfg.feature}"
         compute = feature_of(predict, cfg.feature)
         self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
 
@@ -171,20 +132,13 @@ class Evaluator:
         """Return eval/fewshot{N}_{FEATURE}: top-1 in percent, the mean over the draws.
 
         With several draws also ..._std, the standard deviation (n - 1) between them.
-
-        Raises:
-          UserError: no image can be read.
         """
         x_ND, label_N = self._extractor.table(state, self._queries)
-        require_images(len(x_ND), self._name)
-        scalars = {}
+        classes, scalars = self._queries.num_classes or 0, {}
         for shots, draws in self._few.items():
-            fits = [
-                fit_ridge(*self._extractor.table(state, few), self._queries.num_classes or 0)
-                for few in draws
-            ]
+            fits = [fit_ridge(*self._extractor.table(state, few), classes) for few in draws]
             accuracies = [100 * float((fit.predict(x_ND) == label_N).mean()) for fit in fits]
-            name = f"{self._prefix}/fewshot{shots}_{self._feature}"
+            name = self._name.format(shots)
             scalars[name] = float(np.mean(accuracies))
             if len(draws) > 1:
                 scalars[f"{name}_std"] = float(np.std(accuracies, ddof=1))

@@ -19,18 +19,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax.data.labels import require_disjoint
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.features import (
-    Extractor,
-    Features,
-    feature_of,
-    fetch,
-    open_split,
-    require_images,
-    split_name,
-)
+from mae_jax.evals.features import Extractor, Features, feature_of, fetch, open_bank
 from mae_jax.sharding import BATCH
 
 
@@ -45,9 +36,7 @@ def neighbours(query_BD: Array, bank: Features, k: int, mesh: Mesh) -> tuple[Arr
     Every device searches its own share of the bank, one batch of it after another, and only the k
     best of each device are exchanged.
 
-    Args:
-      query_BD: of any lengths.
-      bank: of T batches; `k` is at most the number of images that count.
+    `k` is at most the number of images of the bank that count.
     """
 
     def search(query_BD: Array, bank: Features) -> tuple[Array, Array]:
@@ -106,83 +95,48 @@ class Evaluator:
     """Classifies the images of one split by the nearest ones of another.
 
     Args:
-      cfg: `source` ('' = that of the training images), `split` (the queries), `bank_split`, `ks`
-        (numbers of neighbours), `temperature` (0.07), `feature` (cls or mean), `batch_size`;
-        optional `prefix` of the metric names.
-      predict: its "features" is used.
-
-    Raises:
-      UserError: the source has no labels, `ks` is empty or larger than the bank, queries and bank
-        have images in common, or a temperature that is not positive.
+      cfg: `bank_split`, `ks` (numbers of neighbours), `temperature`, `feature` (cls or mean).
     """
 
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        self._queries, self._bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
-        self._name = split_name(cfg, config)
-        self._bank_name = split_name(cfg, config, "bank_split")
-        require_disjoint(
-            f"k-NN: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
-            self._queries,
-            self._bank,
-            "they would find themselves. Give others, such as 'train[80%:]' and 'train[:80%]'",
-        )
+        self._queries, self._bank = open_bank(cfg, config)
         if cfg.temperature <= 0:
             raise UserError(f"k-NN with temperature={cfg.temperature}: it must be positive")
         self._cfg = cfg
-        self._require_bank(len(self._bank))
+        self._require_enough(len(self._bank))
         compute = feature_of(predict, cfg.feature)
         self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
         self._finite = jax.jit(lambda bank: bank.counted & jnp.isfinite(bank.x).all(-1))
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 
     def run(self, state: Any) -> Report:
-        """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent.
-
-        Raises:
-          UserError: more of the bank is asked for than can be read; queries have a class that the
-            bank lacks.
-        """
-        bank, classes = self._read_bank(state)
-        right, images = dict.fromkeys(self._cfg.ks, 0), 0
+        """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent."""
+        cfg, bank = self._cfg, self._extractor.bank(state, self._bank)
+        finite = self._finite(bank)
+        counted, voting = fetch((bank.counted, finite))
+        self._require_enough(int(voting.sum()), int((counted & ~voting).sum()))
+        bank = bank._replace(counted=finite)
+        right, images = dict.fromkeys(cfg.ks, 0), 0
         for batch in self._extractor.batches(state, self._queries):
             similarity_Bk, label_Bk, label_B, counted_B = fetch(
                 (*self._search(batch.x, bank), batch.label, batch.counted)
             )
-            self._require_known(label_B[counted_B], classes)
             images += int(counted_B.sum())
             for k in right:
                 nearest = similarity_Bk[:, :k], label_Bk[:, :k]
-                voted_B = vote(*nearest, self._queries.num_classes or 0, self._cfg.temperature)
+                voted_B = vote(*nearest, self._queries.num_classes or 0, cfg.temperature)
                 right[k] += int((voted_B == label_B)[counted_B].sum())
-        require_images(images, self._name)
-        name = f"{self._cfg.get('prefix', 'eval')}/knn{{}}_{self._cfg.feature}"
+        name = f"{cfg.get('prefix', 'eval')}/knn{{}}_{cfg.feature}"
         return Report({name.format(k): 100 * right[k] / images for k in right})
 
-    def _read_bank(self, state: Any) -> tuple[Features, np.ndarray]:
-        """Return the bank, in which images with finite features count, and the classes in it."""
-        bank = self._extractor.bank(state, self._bank)
-        finite = self._finite(bank)
-        label, counted, voting = fetch((bank.label, bank.counted, finite))
-        self._require_bank(int(voting.sum()), int((counted & ~voting).sum()))
-        return bank._replace(counted=finite), np.unique(label[counted])
-
-    def _require_bank(self, size: int, not_finite: int = 0) -> None:
+    def _require_enough(self, size: int, not_finite: int = 0) -> None:
         """Raise UserError if more neighbours are asked for than the bank has."""
-        ks = self._cfg.ks
-        if not ks or min(ks) < 1 or max(ks) > size:
+        cfg = self._cfg
+        if not cfg.ks or min(cfg.ks) < 1 or max(cfg.ks) > size:
+            more = f"; the features of {not_finite:,} more are not finite" if not_finite else ""
             raise UserError(
-                f"k-NN with ks={tuple(ks)}: give numbers from 1 to the size of the bank, which has"
-                f" {size:,} images ({self._bank_name})"
-                + (f"; the features of {not_finite:,} more are not finite" if not_finite else "")
-            )
-
-    def _require_known(self, label_B: np.ndarray, classes: np.ndarray) -> None:
-        """Raise UserError if a query has a class of which the bank has no image."""
-        if len(unknown := np.setdiff1d(label_B, classes)):
-            names = self._queries.class_names or []
-            raise UserError(
-                f"k-NN: no image of class {names[unknown[0]]!r} is in the bank ({self._bank_name}),"
-                f" and some are among the queries ({self._cfg.split}): take a larger bank_split"
+                f"k-NN with ks={tuple(cfg.ks)}: give numbers from 1 to the size of the bank, which"
+                f" has {size:,} images ({cfg.bank_split}){more}"
             )

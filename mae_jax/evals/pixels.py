@@ -3,8 +3,6 @@
 "Levels" are pixel values from 0 to 255.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -34,37 +32,25 @@ def patch_statistics(
         4 and 6, Gaussians, and linear interpolation, the power 3 had the smallest error on crops of
         the bundled photographs, at 8 x 8 and at 14 x 14 patches. "true" takes the patches' own
         statistics, which the model never saw.
-
-    Raises:
-      UserError: another source.
     """
     mean_BL1, std_BL1 = targets.patch_statistics(patches_BLP)
     if source == "true":
         return mean_BL1, std_BL1
     if source != "visible":
         raise UserError(f"patch statistics from {source!r}: there are 'visible' and 'true'")
-    position_L2 = _positions(np.arange(math.prod(grid)), grid)
+    position_L2 = np.argwhere(np.ones(grid))  # row and column of each patch
     distance_LL = np.sqrt(np.square(position_L2[:, None] - position_L2).sum(-1))
     weight_LL = np.where(distance_LL > 0, distance_LL, np.inf).astype(np.float32) ** -3
-    visible_BL1 = 1 - mask_BL[..., None]
-    sums_BL3 = jnp.einsum(
-        "lm,bmk->blk",
-        weight_LL,
-        visible_BL1 * jnp.concatenate([mean_BL1, std_BL1, jnp.ones_like(mean_BL1)], -1),
-        precision="highest",
-    )
-    # A patch that is the only visible one has weights of 0, and its own statistics are taken.
-    estimate_BL2 = sums_BL3[..., :2] / jnp.maximum(sums_BL3[..., 2:], 1e-20)
     hidden_BL1 = mask_BL[..., None] > 0
-    return (
-        jnp.where(hidden_BL1, estimate_BL2[..., :1], mean_BL1),
-        jnp.where(hidden_BL1, estimate_BL2[..., 1:], std_BL1),
-    )
 
+    def estimate(x_BL1: Array) -> Array:
+        visible_BL2 = jnp.where(hidden_BL1, 0, jnp.concatenate([x_BL1, jnp.ones_like(x_BL1)], -1))
+        sums_BL2 = jnp.einsum("lm,bmk->blk", weight_LL, visible_BL2, precision="highest")
+        # A patch that is the only visible one has weights of 0; it keeps its own statistics.
+        mean_BL1 = sums_BL2[..., :1] / jnp.maximum(sums_BL2[..., 1:], 1e-20)
+        return jnp.where(hidden_BL1, mean_BL1, x_BL1)
 
-def _positions(patch_N: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return (N, 2): row and column of patches given by their row-major index."""
-    return np.stack([patch_N // grid[1], patch_N % grid[1]], -1)
+    return estimate(mean_BL1), estimate(std_BL1)
 
 
 def to_levels(patches_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -127,11 +113,9 @@ def interpolation(
     from scipy.interpolate import LinearNDInterpolator
     from scipy.spatial import QhullError, cKDTree
 
-    (rows, cols), (height, width) = grid, patch
-    visible = np.flatnonzero(mask_L == 0)
-    size = np.array([height, width])
-    centre_K2 = _positions(visible, grid) * size + (size - 1) / 2
-    colour_KC = rearrange(levels_LP[visible], "k (n c) -> k n c", n=height * width).mean(1)
+    (rows, cols), (height, width), size = grid, patch, np.array(patch)
+    centre_K2 = np.argwhere(mask_L.reshape(grid) == 0) * size + (size - 1) / 2
+    colour_KC = rearrange(levels_LP[mask_L == 0], "k (n c) -> k n c", n=height * width).mean(1)
     pixel_2HW = np.mgrid[: rows * height, : cols * width]
     pixel_N2 = rearrange(pixel_2HW, "k (h r) (w c) -> (h w r c) k", r=height, c=width)
     try:

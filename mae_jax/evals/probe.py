@@ -12,7 +12,7 @@ from mae_jax.data.labels import open_labelled, require_disjoint
 from mae_jax.data.sources import Source
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, results
-from mae_jax.evals.features import Extractor, split_name
+from mae_jax.evals.features import Extractor
 
 WAYS = (
     "train on some images, choose the best rate on others and measure on yet others, such as"
@@ -29,45 +29,31 @@ class Evaluator:
     and never on `split`.
 
     Args:
-      cfg: `source` ('' = that of the training images), `split`, `select_split` ('' without a
-        sweep), `batch_size`; optional `prefix` of the metric names.
+      cfg: `select_split`, which may be '' without a sweep.
       predict: its "logits" gives (B, R, Y) for R rates.
-
-    Raises:
-      UserError: the source has no labels, or other classes than the training images; there is
-        nothing to choose the best rate on, or two of the splits have images in common.
     """
 
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        self._rates = (config.optim.blr, *config.optim.sweep)
+        data, self._rates = config.data, (config.optim.blr, *config.optim.sweep)
         self._source, trained = results.open_both(cfg, config)
-        self._select = self._open_select(cfg, config)
-        used = {
-            "config.data.split": (config.data.split, trained),
-            "split": (cfg.split, self._source),
+        self._about = {"source": cfg.source or data.source, "split": cfg.split}
+        splits = {
+            f"config.data.split={data.split!r}": trained,
+            f"split={cfg.split!r}": self._source,
         }
-        if self._select:
-            used["select_split"] = (cfg.select_split, self._select)
-        for (one, (split, source)), (other, (other_split, other_source)) in combinations(
-            used.items(), 2
-        ):
-            what = f"evaluation: {one}={split!r} and {other}={other_split!r}"
-            require_disjoint(what, source, other_source, WAYS)
+        self._select: Source | None = None
+        if len(self._rates) > 1:
+            if not cfg.select_split:
+                raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
+            self._select = open_labelled(data.source, cfg.select_split, data.data_dir)
+            splits[f"select_split={cfg.select_split!r}"] = self._select
+            self._about["chosen_on"] = cfg.select_split
+        for (one, source), (other, other_source) in combinations(splits.items(), 2):
+            require_disjoint(f"evaluation: {one} and {other}", source, other_source, WAYS)
         self._extractor = Extractor(config, predict["logits"], mesh, cfg.batch_size)
-        self._name, self._prefix = split_name(cfg, config), cfg.get("prefix", "eval")
-        self._about = {"source": cfg.source or config.data.source, "split": cfg.split}
-        self._select_name = f"{config.data.source}, {cfg.select_split}"
-        self._chosen_on = {"chosen_on": cfg.select_split} if self._select else {}
-
-    def _open_select(self, cfg: ConfigDict, config: ConfigDict) -> Source | None:
-        """Open the images that choose the best rate; None without a sweep."""
-        if len(self._rates) == 1:
-            return None
-        if not cfg.select_split:
-            raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
-        return open_labelled(config.data.source, cfg.select_split, config.data.data_dir)
+        self._prefix = cfg.get("prefix", "eval")
 
     def run(self, state: Any) -> Report:
         """Return the accuracies of a TrainState in percent; `results.report` of the best rate.
@@ -77,29 +63,27 @@ class Evaluator:
         which that is highest (equal ones: whose loss is lower), and eval/best_top1,
         eval/best_top5: its accuracies. top5 with more than five classes. eval/images: how many were
         classified.
-
-        Raises:
-          UserError: no image can be read.
         """
-        names = self._source.class_names or []
-        predictions = results.classify(self._extractor, state, self._source, self._name)
-        scalars, best = results.summary(predictions.head(0), len(names)), 0
+        names, best = self._source.class_names or [], 0
+        predictions = results.classify(self._extractor, state, self._source)
+        scalars = results.summary(predictions.head(0), len(names))
         if self._select:
             choice, best = self._choose(state, self._select)
             of_best = results.summary(predictions.head(best), len(names))
             accuracies = {f"best_{x}": of_best[x] for x in ("top1", "top5") if x in of_best}
             scalars |= choice | {"best_blr": self._rates[best]} | accuracies
-        about = self._about | {"blr": self._rates[best]} | self._chosen_on
-        return results.report(
-            results.Results(self._prefix, about, names, predictions.head(best)), scalars
-        )
+        about = self._about | {"blr": self._rates[best]}
+        return results.report(self._prefix, scalars, about, predictions.head(best), names)
 
     def _choose(self, state: Any, select: Source) -> tuple[dict[str, float], int]:
         """Return select_top1_blr{RATE} of each rate, and which is best."""
-        predictions = results.classify(self._extractor, state, select, self._select_name)
+        predictions = results.classify(self._extractor, state, select)
         each = [results.summary(predictions.head(i), 0) for i in range(len(self._rates))]
-        top1, loss = (np.array([scalars[name] for scalars in each]) for name in ("top1", "loss"))
-        # A loss that is not a number is never the lowest.
-        best = int(np.lexsort((np.nan_to_num(loss, nan=np.inf), -top1))[0])
+
+        def key(head: int) -> tuple[float, float]:
+            # A loss that is not a number is never the lowest.
+            return -each[head]["top1"], np.nan_to_num(each[head]["loss"], nan=np.inf)
+
         names = (f"select_top1_blr{rate:g}" for rate in self._rates)
-        return dict(zip(names, top1.tolist(), strict=True)), best
+        top1 = (scalars["top1"] for scalars in each)
+        return dict(zip(names, top1, strict=True)), min(range(len(each)), key=key)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -21,7 +20,7 @@ from mae_jax.config import resolve
 from mae_jax.data import sources
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, figures, pixels
-from mae_jax.evals.features import Batches, fetch, require_images, split_name
+from mae_jax.evals.features import Batches, fetch
 from mae_jax.metrics.summary import kind_of_images
 from mae_jax.models import masking
 from mae_jax.models.patchify import patchify, unpatchify
@@ -34,37 +33,33 @@ PICTURES = 6  # rows of the figure
 class Evaluator:
     """Reconstructs the first `cfg.images` images of a source.
 
-    Exact: every readable image counts once, whatever the batch size, devices and hosts. Sums over
-    images are made in float64.
+    Every readable image counts once; sums over images are made in float64.
 
     Args:
-      cfg: `source` ('' = that of the training images), `split`, `images`, `batch_size`.
+      cfg: `images`.
       predict: its "reconstruction" gets a batch of image and score_BL, and returns pred_BLT,
         target_BLT and mask_BL. Only of a target in `pixels.CAPTIONS` are there errors in levels
         and pictures: of others, T is any width, and the loss is all that is measured.
-
-    Raises:
-      UserError: the source cannot be opened, or no image is asked for.
     """
 
     def __init__(
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
-        for name in ("images", "batch_size"):
-            if cfg[name] < 1:
-                raise UserError(f"evaluation with {name}={cfg[name]}: it must be at least 1")
+        if cfg.images < 1:
+            raise UserError(f"evaluation with images={cfg.images}: it must be at least 1")
         model, data = config.model, config.data
         self._cfg, self._config, self._predict = cfg, config, predict["reconstruction"]
         self._patch_size = tuple(model.patch_size)
         self._grid = patch_grid(tuple(model.image_size), self._patch_size)
-        self._score = resolve(config.masking.name, masking)
+        score = resolve(config.masking.name, masking)
+        self._score = partial(score, batch=1, grid=self._grid, ratio=config.mask_ratio)
         self._in_levels = config.target.name in pixels.CAPTIONS
         self._source = sources.open_source(cfg.source or data.source, cfg.split, data.data_dir)
         trained = sources.open_source(data.source, data.split, data.data_dir)
         self._trained_on = sources.shared(self._source, trained) / len(self._source)
         self._batches = Batches(config, mesh, min(cfg.batch_size, cfg.images, len(self._source)))
         self._measure = jax.jit(self._reconstruct, out_shardings=NamedSharding(mesh, P()))
-        self._trivial: dict[str, float] | None = None  # errors that no state changes
+        self._trivial: list[np.ndarray] = []  # of each batch: no state changes these sums
 
     def run(self, state: Any) -> Report:
         """Return the errors of a TrainState, and a picture.
@@ -73,35 +68,29 @@ class Evaluator:
         of all hidden pixels and channels of all images together; eval/rmse_mean_colour and
         eval/rmse_interpolation: the same of the predictors of evals/pixels.py. eval/images: their
         number. eval/trained_on: the share of their split that is trained on.
-
-        Raises:
-          UserError: none of the images can be read.
         """
-        images, sums, trivial = 0, np.zeros(3), np.zeros(3)
+        images, sums = 0, np.zeros(3)
         pictures: dict[str, np.ndarray] = {}
-        for number, (local, arrays) in enumerate(
-            self._batches.read(self._source, limit=self._cfg.images)
-        ):
+        batches = self._batches.read(self._source, limit=self._cfg.images)
+        for number, (local, arrays) in enumerate(batches):
             counted_B = fetch(arrays["counted"])
             out = jax.device_get(self._measure(state.params, state.extra, arrays))
             images += int(counted_B.sum())
             sums += out["sums_B3"][counted_B].astype(np.float64).sum(0)
-            if self._in_levels and self._trivial is None:
-                trivial += self._trivial_sums(local, out["mask_BL"])
-            if self._in_levels and number == 0 and jax.process_index() == 0:
-                pictures = self._pictures(out, counted_B, int(state.step))
-        require_images(images, split_name(self._cfg, self._config))
+            if not self._in_levels:
+                continue
+            if number == len(self._trivial):
+                self._trivial.append(self._trivial_sums(local, out["mask_BL"]))
+            shown = counted_B[:PICTURES]
+            if number == 0 and shown.any() and jax.process_index() == 0:
+                pictures["reconstruction"] = self._picture(out, shown, int(state.step))
         hidden, loss, squared = sums.tolist()
         scalars = {"eval/loss": loss / hidden}
         if self._in_levels:
-            if self._trivial is None:
-                mean_colour, interpolation = np.sqrt(trivial[1:] / trivial[0]).tolist()
-                self._trivial = {
-                    "eval/rmse_mean_colour": mean_colour,
-                    "eval/rmse_interpolation": interpolation,
-                }
-            levels = hidden * math.prod(self._patch_size) * self._config.model.channels
-            scalars |= {"eval/rmse": math.sqrt(squared / levels), **self._trivial}
+            levels, mean_colour, interpolation = np.sum(self._trivial, 0).tolist()
+            scalars["eval/rmse"] = math.sqrt(squared / levels)
+            scalars["eval/rmse_mean_colour"] = math.sqrt(mean_colour / levels)
+            scalars["eval/rmse_interpolation"] = math.sqrt(interpolation / levels)
         scalars |= {"eval/images": float(images), "eval/trained_on": self._trained_on}
         return Report(scalars, pictures)
 
@@ -110,40 +99,30 @@ class Evaluator:
 
         sums_B3: hidden patches, the sum of their losses, and of their squared errors in levels.
         """
-        score_BL = self._draw_scores(arrays["index"])
+        # Each image is masked by a key of its own.
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(MASK_SEED)))(arrays["index"])
+        score_BL = jax.vmap(lambda key: self._score(key)[0])(keys)
         out = self._predict(params, extra, {"image": arrays["image"], "score": score_BL})
         mask_BL = out["mask_BL"]
         loss_BL = jnp.square(out["pred_BLT"] - out["target_BLT"]).mean(-1)
         squared_BL, pictures = jnp.zeros_like(loss_BL), {}
         if self._in_levels:
             levels_BLP = patchify(arrays["image"].astype(jnp.float32), self._patch_size)
-            pred_BLP = self._to_levels(out["pred_BLT"], levels_BLP, mask_BL)
+            pred_BLP = pixels.predicted_levels(
+                out["pred_BLT"],
+                levels_BLP,
+                mask_BL,
+                grid=self._grid,
+                target=self._config.target.name,
+                mean=tuple(self._config.data.mean),
+                std=tuple(self._config.data.std),
+            )
             squared_BL = jnp.square(pred_BLP - levels_BLP).sum(-1)
-            first = slice(min(PICTURES, self._cfg.images))
-            rounded_BLP = jnp.round(pred_BLP[first]).astype(jnp.uint8)
+            rounded_BLP = jnp.round(pred_BLP[:PICTURES]).astype(jnp.uint8)
             pred_BHWC = unpatchify(rounded_BLP, self._patch_size, self._grid)
-            pictures = {"image_BHWC": arrays["image"][first], "pred_BHWC": pred_BHWC}
+            pictures = {"image_BHWC": arrays["image"][:PICTURES], "pred_BHWC": pred_BHWC}
         sums = [(x * mask_BL).sum(-1) for x in (jnp.ones_like(mask_BL), loss_BL, squared_BL)]
         return {"sums_B3": jnp.stack(sums, -1), "mask_BL": mask_BL, **pictures}
-
-    def _draw_scores(self, index_B: Array) -> Array:
-        """Return the scores of images, each drawn with a key of its own."""
-        ratio = self._config.mask_ratio
-        one = partial(self._score, batch=1, grid=self._grid, ratio=ratio)
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(MASK_SEED)))(index_B)
-        return jax.vmap(lambda key: one(key)[0])(keys)
-
-    def _to_levels(self, pred_BLP: Array, levels_BLP: Array, mask_BL: Array) -> Array:
-        config = self._config
-        return pixels.predicted_levels(
-            pred_BLP,
-            levels_BLP,
-            mask_BL,
-            grid=self._grid,
-            target=config.target.name,
-            mean=tuple(config.data.mean),
-            std=tuple(config.data.std),
-        )
 
     def _trivial_sums(self, local: dict[str, np.ndarray], mask_BL: np.ndarray) -> np.ndarray:
         """Return the hidden levels of a batch, and the squared errors of two trivial predictors.
@@ -165,21 +144,16 @@ class Evaluator:
         everywhere = fetch(self._batches.put({"rows": rows})["rows"])
         return everywhere.astype(np.float64).sum(0)
 
-    def _pictures(
-        self, out: dict[str, np.ndarray], counted_B: np.ndarray, step: int
-    ) -> dict[str, np.ndarray]:
-        """Return the figure of those of the first images that count, if there are any."""
-        shown = [out["image_BHWC"], out["mask_BL"][: len(out["image_BHWC"])], out["pred_BHWC"]]
-        counted = counted_B[: len(shown[0])]
-        if not counted.any():
-            return {}
-        kind = kind_of_images(self._trained_on)
+    def _picture(self, out: dict[str, np.ndarray], shown: np.ndarray, step: int) -> np.ndarray:
+        """Return the figure of those of the first images that are shown."""
+        cfg, config = self._cfg, self._config
+        images = [
+            x[:PICTURES][shown] for x in (out["image_BHWC"], out["mask_BL"], out["pred_BHWC"])
+        ]
         caption = (
-            f"Step {step:,}. {split_name(self._cfg, self._config)} ({kind}):"
-            f" {self._config.mask_ratio:.0%} of the patches are hidden. The visible ones carry no"
-            " loss, so that their predictions (third column) mean little."
-            f" {pixels.CAPTIONS[self._config.target.name]}"
+            f"Step {step:,}. {cfg.source or config.data.source}, {cfg.split}"
+            f" ({kind_of_images(self._trained_on)}): {config.mask_ratio:.0%} of the patches are"
+            " hidden. The visible ones carry no loss, so that their predictions (third column) mean"
+            f" little. {pixels.CAPTIONS[config.target.name]}"
         )
-        shown = [x[counted] for x in shown]
-        page = figures.reconstructions(*shown, patch_size=self._patch_size, caption=caption)
-        return {"reconstruction": page}
+        return figures.reconstructions(*images, patch_size=self._patch_size, caption=caption)
