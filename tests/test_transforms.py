@@ -85,7 +85,9 @@ def palette() -> Image.Image:
     return Image.fromarray(gradient()).quantize(32)
 
 
-@pytest.mark.parametrize("image", [bits(), palette(), Image.new("RGB", (1, 1), (9, 8, 7))], ids=str)
+@pytest.mark.parametrize(
+    "image", [bits(), palette(), Image.new("RGB", (1, 1), (9, 8, 7))], ids=["1", "P", "RGB"]
+)
 def test_bits_palettes_and_single_pixels_show_their_colours(image):
     np.testing.assert_array_equal(decoded(encoded(image)), image.convert("RGB"))
 
