@@ -190,10 +190,11 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
     else:
         candidates = _numbered(base / "checkpoints") or _numbered(base)
     if not candidates:
+        foreign = base.is_file() or (base / "config.json").exists()
+        hint = f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
         raise UserError(
             f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
-            f" {base}/STEP and {base}/state. Weights of PyTorch are converted first:"
-            f" mae-jax convert {path} DIR --to=ours"
+            f" {base}/STEP and {base}/state" + hint * foreign
         )
     return candidates[integrity.newest_intact(candidates)]
 
