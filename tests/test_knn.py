@@ -288,3 +288,25 @@ def test_a_source_without_labels_is_refused(state, folder):
     config = config_of(source=f"folder:{folder}", split="train[:30%]", bank_split="train[30%:]")
     with pytest.raises(ValueError, match="has no labels.*PATH/CLASS/FILE"):
         evaluate(state, config)
+
+
+def test_queries_of_a_class_that_the_bank_lacks_are_refused(state, folder):
+    for i in range(11):
+        (folder / "dog" / f"{i:02d}.png").unlink()
+    order = open_source(f"folder:{folder}", "train")
+    assert len(order) == 13
+    splits = [("train[:1]", "train[1:]")] + [
+        (f"train[{i}:{i + 1}]", f"train[:{i}]+train[{i + 1}:]") for i in range(1, 13)
+    ]
+    refused = 0
+    for split, bank_split in splits:
+        query = open_source(f"folder:{folder}", split)
+        if query.class_names[query[0]["label"]] == "dog":
+            config = config_of(
+                source=f"folder:{folder}", split=split, bank_split=bank_split, ks=(1,)
+            )
+            with pytest.raises(ValueError, match="no image of class 'dog' is in the bank"):
+                del config.evals.fewshot
+                evaluate(state, config)
+            refused += 1
+    assert refused == 1

@@ -115,7 +115,7 @@ class Evaluator:
         """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent."""
         cfg, bank = self._cfg, self._extractor.bank(state, self._bank)
         finite = self._finite(bank)
-        counted, voting = fetch((bank.counted, finite))
+        bank_label, counted, voting = fetch((bank.label, bank.counted, finite))
         self._require_enough(int(voting.sum()), int((counted & ~voting).sum()))
         bank = bank._replace(counted=finite)
         right, images = dict.fromkeys(cfg.ks, 0), 0
@@ -123,6 +123,7 @@ class Evaluator:
             similarity_Bk, label_Bk, label_B, counted_B = fetch(
                 (*self._search(batch.x, bank), batch.label, batch.counted)
             )
+            self._require_classes(label_B[counted_B], bank_label[counted])
             images += int(counted_B.sum())
             for k in right:
                 nearest = similarity_Bk[:, :k], label_Bk[:, :k]
@@ -130,6 +131,15 @@ class Evaluator:
                 right[k] += int((voted_B == label_B)[counted_B].sum())
         name = f"{cfg.get('prefix', 'eval')}/knn{{}}_{cfg.feature}"
         return Report({name.format(k): 100 * right[k] / images for k in right})
+
+    def _require_classes(self, label_B: np.ndarray, bank_label: np.ndarray) -> None:
+        """Raise UserError if a query has a class of which the bank has no image."""
+        if len(unknown := np.setdiff1d(label_B, bank_label)):
+            raise UserError(
+                f"k-NN: no image of class {(self._queries.class_names or [])[unknown[0]]!r} is in"
+                f" the bank ({self._cfg.bank_split}), and some are among the queries"
+                f" ({self._cfg.split}): take a larger bank_split"
+            )
 
     def _require_enough(self, size: int, not_finite: int = 0) -> None:
         """Raise UserError if more neighbours are asked for than the bank has."""
