@@ -59,14 +59,16 @@ def evaluations(last: dict[str, Any]) -> list[str]:
 
     Errors of hidden pixels come first, beside those of trivial predictors.
     """
-    text = []
+    text, last = [], dict(last)
     if "eval/rmse" in last:
         images = f"{last['eval/images']:.0f} {kind_of_images(last.get('eval/trained_on', 0))}"
         text.append(f"error of hidden pixels on {images} (root mean square, of 255 levels):")
         for name, words in ERRORS.items():
-            text.append(f"  {words:50}{last[f'eval/{name}']:6.2f}")
+            text.append(f"  {words:50}{last.pop(f'eval/{name}'):6.2f}")
+        for name in ("loss", "images", "trained_on"):
+            last.pop(f"eval/{name}", None)
     for name, value in last.items():
-        if name.startswith("eval") and not name.startswith("eval/rmse"):
+        if name.startswith("eval"):
             number = f"{value:.2f} %" if PERCENT.search(name) else f"{value:g}"
             text.append(f"{name:38} {number}")
     return text
