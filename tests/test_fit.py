@@ -220,6 +220,12 @@ def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
     assert not (tmp_path / "b/config.json").exists()
 
 
+def test_intervals_in_epochs_and_in_steps_are_compared_in_steps(tmp_path, config):
+    config.train_for = "1 steps"  # of 89 in an epoch
+    config.checkpoint.update(every="89 steps", keep_every="2 epochs")
+    assert int(run(config, tmp_path).step) == 1
+
+
 @pytest.mark.parametrize(("steps", "rising"), [(10, True), (50, False)])
 def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys, steps, rising):
     config = tiny_config()

@@ -51,6 +51,7 @@ def run(
       distributed.Preempted: a stop was requested; the state was saved.
     """
     from mae_jax import checkpoint, distributed, evals, provenance, report, sharding, tasks, train
+    from mae_jax.config import steps
     from mae_jax.data.pipeline import steps_per_epoch
 
     with distributed.agreement("data") as facts:
@@ -58,7 +59,7 @@ def run(
         task = tasks.build(config, sharding.constrain_batch(mesh))
         num_examples = facts["the number of examples"] = len(task.examples)
     per_epoch = 1
-    if train.Schedule.from_config(config, 1).total:  # else no batch is read
+    if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
         sharding.check_batch(mesh, config.batch_size, config.grad_accum)
         per_epoch = steps_per_epoch(num_examples, config.batch_size)
     schedule = train.Schedule.from_config(config, per_epoch)

@@ -117,13 +117,13 @@ class Evaluator:
         finite = self._finite(bank)
         bank_label, counted, voting = fetch((bank.label, bank.counted, finite))
         self._require_enough(int(voting.sum()), int((counted & ~voting).sum()))
-        bank = bank._replace(counted=finite)
+        bank, classes = bank._replace(counted=finite), np.unique(bank_label[counted])
         right, images = dict.fromkeys(cfg.ks, 0), 0
         for batch in self._extractor.batches(state, self._queries):
             similarity_Bk, label_Bk, label_B, counted_B = fetch(
                 (*self._search(batch.x, bank), batch.label, batch.counted)
             )
-            self._require_classes(label_B[counted_B], bank_label[counted])
+            self._require_known(label_B[counted_B], classes)
             images += int(counted_B.sum())
             for k in right:
                 nearest = similarity_Bk[:, :k], label_Bk[:, :k]
@@ -132,9 +132,9 @@ class Evaluator:
         name = f"{cfg.get('prefix', 'eval')}/knn{{}}_{cfg.feature}"
         return Report({name.format(k): 100 * right[k] / images for k in right})
 
-    def _require_classes(self, label_B: np.ndarray, bank_label: np.ndarray) -> None:
+    def _require_known(self, label_B: np.ndarray, classes: np.ndarray) -> None:
         """Raise UserError if a query has a class of which the bank has no image."""
-        if len(unknown := np.setdiff1d(label_B, bank_label)):
+        if len(unknown := np.setdiff1d(label_B, classes)):
             raise UserError(
                 f"k-NN: no image of class {(self._queries.class_names or [])[unknown[0]]!r} is in"
                 f" the bank ({self._cfg.bank_split}), and some are among the queries"
