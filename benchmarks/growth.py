@@ -1,4 +1,4 @@
-"""How do time and memory of the pre-training step grow with batch, image and model?
+"""Measure how time and memory of the pre-training step grow with batch, image and model.
 
     bash benchmarks/run.sh growth [--variant=B/16] [--dtype=float32] ...
 

@@ -1,4 +1,4 @@
-"""What does masking cost, and what does it save?
+"""Measure what masking costs, and what it saves.
 
     bash benchmarks/run.sh masking [--variant=B/16,L/16,H/14] [--batches=16,4,4] [--rounds=1] ...
 

@@ -1,4 +1,4 @@
-"""How long does one wait for a command's help, for the first step, for a save and a restore?
+"""Measure the wait for a command's help, for the first step, for a save and a restore.
 
     bash benchmarks/run.sh start [--variant=B/16] [--batch=16] [--rounds=3]
 

@@ -1,4 +1,4 @@
-"""What recipes share: typed arguments, sizes of models, and settings that are rarely changed."""
+"""Pieces that recipes share: typed arguments, sizes of models, settings that are rarely changed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong, told from what is a bug of ours."""
+"""Errors of the user, told apart from bugs of ours."""
 
 import difflib
 from collections.abc import Iterable

@@ -15,13 +15,13 @@ from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
 from mae_jax.models import mae, masking
 from mae_jax.models.classifier import Classifier, Output
-from mae_jax.models.patchify import patchify, unpatchify
+from mae_jax.models.patchify import normalize, patchify, unpatchify
 from mae_jax.models.spec import ComputeConfig, ModelSpec
 from mae_jax.models.vit import Encoder, layer_norm
 
 
 class Reconstruction(NamedTuple):
-    """What a masked autoencoder makes of images."""
+    """The prediction of a masked autoencoder for images."""
 
     images_BHWC: Array  # predicted for every patch, levels 0..255, float32
     mask_BL: Array  # 1 = hidden
@@ -127,8 +127,7 @@ class Model:
                 f"images of shape {images.shape}: this model takes (batch, *{shape}); one image is"
                 " images[None], and load(path, image_size=...) makes a model of another size"
             )
-        scaled_BHWC = jnp.asarray(images, jnp.float32) / 255
-        return (scaled_BHWC - jnp.asarray(self.spec.mean)) / jnp.asarray(self.spec.std)
+        return normalize(images, self.spec)
 
 
 def _cls_attention(block: Mapping, x_BND: Array) -> Array:

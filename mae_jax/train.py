@@ -40,7 +40,7 @@ class TrainState:
 
 
 class Examples(Protocol):
-    """What is trained on; `len` is the number of examples of an epoch."""
+    """The training examples; `len` is the number of examples of an epoch."""
 
     @property
     def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -66,7 +66,7 @@ class Task(Protocol):
 
     @property
     def flops_multiplier(self) -> float:
-        """What an update costs, in forward passes: 3 with the whole backward pass."""
+        """The cost of an update in forward passes: 3 with the whole backward pass."""
         return 3.0
 
     def init(self, rng: Array) -> tuple[dict, dict]:

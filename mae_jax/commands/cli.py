@@ -1,4 +1,4 @@
-"""What commands share: flags, the weights and images that flags name, and a progress bar."""
+"""Pieces that commands share: flags, the weights and images that flags name, and a progress bar."""
 
 import contextlib
 import itertools

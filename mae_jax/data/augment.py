@@ -21,7 +21,7 @@ HIGHEST = 10.0  # magnitude
 
 
 class Operation(NamedTuple):
-    """What is done to an image, and how strongly."""
+    """An operation of RandAugment: its function and its range of strengths."""
 
     edit: Callable[[Image.Image, float], Image.Image]  # (image, strength)
     strength: Callable[[float], float]  # of a magnitude from 0 to 10

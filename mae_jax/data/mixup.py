@@ -68,7 +68,7 @@ def erase(images_BHWC: Array, rng: Array, probability: float) -> Array:
 
 
 class Mix(NamedTuple):
-    """What was drawn for each group of images."""
+    """The mixing that is drawn for each group of images."""
 
     lam_G: Array  # share of an image's own label, and in mixup of its own pixels
     cut_G: Array  # bool: cutmix, else mixup

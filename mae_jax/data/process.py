@@ -1,4 +1,4 @@
-"""What worker processes have in common: which signals they ignore, and when they end."""
+"""Set up worker processes: the signals that they ignore, and when they end."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Where images come from: tfds datasets, folders, and what is bundled in wheels."""
+"""Sources of images: tfds datasets, folders, and what is bundled in wheels."""
 
 import dataclasses
 import difflib

@@ -34,7 +34,7 @@ class Report(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """What measures a state: made once, before the first update, and run whenever it is due.
+    """A measure of a state: made once, before the first update, and run whenever it is due.
 
     Args:
       cfg: config.evals.NAME. All evaluators here have `source` ('' = that of the training images),

@@ -121,7 +121,7 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Compute:
 
 
 class Extractor:
-    """What computes features, or anything else of each image, for labelled sources."""
+    """The computation of features, or of anything else, for each image of a labelled source."""
 
     def __init__(self, config: ConfigDict, compute: Compute, mesh: Mesh, batch_size: int):
         self._batches = Batches(config, mesh, batch_size)

@@ -1,4 +1,4 @@
-"""What a classifier got right and wrong: numbers of each image, results.json and results.png."""
+"""Results of a classifier: numbers of each image, results.json and results.png."""
 
 import io
 import json
@@ -25,7 +25,7 @@ NAME_LENGTH = 30  # characters of a class name in the figure
 
 
 class Predictions(NamedTuple):
-    """What a classifier predicts for N images; a second axis, of heads side by side, may follow."""
+    """Predictions of a classifier for N images; a second axis, of several heads, may follow."""
 
     label_N: np.ndarray  # the true class
     predicted_N: np.ndarray  # the class of the largest logit, the first of equal ones; -1 = none

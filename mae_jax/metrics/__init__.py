@@ -1,1 +1,1 @@
-"""What a run reports: numbers and images (writer), a progress bar (progress), curves (figure)."""
+"""Reports of a run: numbers and images (writer), a progress bar (progress), curves (figure)."""

@@ -1,4 +1,4 @@
-"""What a run came to, in words, read from the files of its workdir."""
+"""Sum up a run in words, from the files of its workdir."""
 
 import re
 import shlex

@@ -3,8 +3,6 @@
 Kernels are (P, D), the numbers of a patch in the order of `patchify`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,29 +30,19 @@ def adapt(kernel_PD: Array, bias_D: Array, old: ModelSpec, new: ModelSpec) -> tu
                 f"a patch embedding of {before} channels cannot be adapted to {after}: only from 1"
                 " channel to any number, or from any number to 1"
             )
-        if before == 1:
-            kernel_PD = recolour(kernel_PD, 1, after)
+        if before == 1:  # each channel gets an equal share of the response
+            kernel_PD = jnp.repeat(kernel_PD, after, 0) * np.float32(1 / after)
         mean, std = (jnp.asarray(old.mean), jnp.asarray(old.std))  # (1,) or (C,)
         shift_C, scale_C = (jnp.asarray(new.mean) - mean) / std, jnp.asarray(new.std) / std
         kernel_NCD = rearrange(kernel_PD, "(n ch) d -> n ch d", ch=max(before, after))
         bias_D = bias_D + (kernel_NCD * shift_C[:, None]).sum((0, 1))
-        kernel_PD = rearrange(kernel_NCD * scale_C[:, None], "n ch d -> (n ch) d")
-        if after == 1:
-            kernel_PD = recolour(kernel_PD, before, 1)
+        kernel_NCD = kernel_NCD * scale_C[:, None]
+        if after == 1:  # exact for a grey image that was given in every channel
+            kernel_NCD = kernel_NCD.sum(1, keepdims=True)
+        kernel_PD = rearrange(kernel_NCD, "n ch d -> (n ch) d")
     if old.patch_size != new.patch_size:
         kernel_PD = resize(kernel_PD, old.patch_size, new.patch_size)
     return kernel_PD, bias_D
-
-
-def recolour(kernel_PD: Any, old: int, new: int) -> Any:
-    """Return a kernel for `new` channels: weights are repeated, and scaled to keep the response.
-
-    For one channel that is their sum: exact for a grey image that was given in every channel.
-    """
-    kernel = rearrange(kernel_PD, "(n ch) d -> n ch d", ch=old)
-    kernel = kernel.sum(1, keepdims=True) if new == 1 else kernel[:, np.arange(new) % old]
-    scale = 1.0 if new == 1 else old / new
-    return rearrange(kernel * np.float32(scale), "n ch d -> (n ch) d")
 
 
 def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:

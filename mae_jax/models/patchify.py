@@ -1,7 +1,16 @@
-"""Images to patches and back."""
+"""Images to what a network reads: normalised, cut into patches, and back."""
 
+import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+
+from mae_jax.models.spec import ModelSpec
+
+
+def normalize(images_BHWC: Array, spec: ModelSpec) -> Array:
+    """Return levels 0..255 as float32: scaled to 0..1, minus the mean, over the deviation."""
+    scaled_BHWC = jnp.asarray(images_BHWC, jnp.float32) / 255
+    return (scaled_BHWC - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
 
 
 def patchify(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:

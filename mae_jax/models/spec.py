@@ -143,12 +143,12 @@ class ModelSpec:
 
     @property
     def final_norm(self) -> bool:
-        """Whether the encoder ends in a LayerNorm; a classifier that averages has its own."""
+        """True if the encoder ends in a LayerNorm; a classifier that averages has its own."""
         return not self.classes or self.pool == "cls"
 
     @property
     def patches(self) -> str:
-        """What a patch is made of, in words."""
+        """The make of a patch, in words."""
         return f"{self.patch_size[0]} x {self.patch_size[1]} pixels of {self.channels} channel(s)"
 
     def encoder_only(self) -> "ModelSpec":
@@ -257,7 +257,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ComputeConfig(NamedTuple):
-    """How a network is run: speed, memory and rounding.
+    """Settings for running a network: speed, memory and rounding.
 
     Args:
       dtype: of matrix products; parameters, LayerNorm and softmax stay float32.

@@ -15,7 +15,7 @@ from mae_jax import checkpoint, flops, optim, train
 from mae_jax.data import mixup
 from mae_jax.errors import nearest
 from mae_jax.models import classifier
-from mae_jax.models.patchify import patchify
+from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ComputeConfig, ModelSpec
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
@@ -62,7 +62,7 @@ class Task(train.Task):
 
     @property
     def partly_frozen(self) -> bool:
-        """Whether only the last config.trained_blocks blocks are trained (paper, Figure 9)."""
+        """True if only the last config.trained_blocks blocks are trained (paper, Figure 9)."""
         return 0 <= self.config.trained_blocks < self.spec.encoder.depth
 
     @property
@@ -87,10 +87,10 @@ class Task(train.Task):
         """Return the state of averaged weights that start from `params`; {} without config.ema."""
         return {"ema": jax.tree.map(jnp.copy, params)} if self.config.ema else {}
 
-    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+    def prepare(self, batch: dict, rng: train.Rng) -> dict:
         """Normalise, erase, mix: in this order, as the official code does."""
         mix, constrain = self.config.mix, self.network.compute.constrain
-        image_BHWC = constrain(common.normalize(batch["image"], self.spec))
+        image_BHWC = constrain(normalize(batch["image"], self.spec))
         target_BY = mixup.smooth(batch["label"], self.spec.classes, self.config.smoothing)
         if self.config.erase:
             image_BHWC = mixup.erase(image_BHWC, rng("erase"), self.config.erase)
@@ -103,7 +103,7 @@ class Task(train.Task):
         return {"normalized": image_BHWC, "target": target_BY}
 
     def loss(
-        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+        self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
         patches_BLP = patchify(batch["normalized"], self.spec.patch_size)
         rngs = {"drop_path": rng("drop_path")}
@@ -119,7 +119,7 @@ class Task(train.Task):
 
     def classify(self, params: dict, batch: dict) -> classifier.Output:
         """Return features and logits of whole images."""
-        images_BHWC = common.normalize(batch["image"], self.spec)
+        images_BHWC = normalize(batch["image"], self.spec)
         patches_BLP = patchify(images_BHWC, self.spec.patch_size)
         out: Any = self.network.apply({"params": params}, patches_BLP)
         return out

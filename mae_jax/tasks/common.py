@@ -1,4 +1,4 @@
-"""What several tasks share: normalised images, batches for training, AdamW with its schedule."""
+"""Pieces that several tasks share: batches for training, AdamW with its schedule, checks."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from ml_collections import ConfigDict
 
 from mae_jax import optim
@@ -20,12 +18,6 @@ from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import UserError
 from mae_jax.models.spec import ModelSpec
-
-
-def normalize(images_BHWC: Array, spec: ModelSpec) -> Array:
-    """Return uint8 images as float32: scaled to 0..1, minus the mean, over the deviation."""
-    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255
-    return (scaled_BHWC - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,11 @@ class OnlineProbe(train.Task):
         head = self.head.init(jax.random.fold_in(rng, 1), cls_BD)["params"]
         return params | {"online": head}, extra
 
-    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+    def prepare(self, batch: dict, rng: train.Rng) -> dict:
         return self.task.prepare(batch, rng)
 
     def loss(
-        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+        self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
         outputs = self.task.reconstruct(params, extra, batch)
         error = self.task.objective(outputs)

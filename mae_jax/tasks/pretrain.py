@@ -16,7 +16,7 @@ from mae_jax import flops, train
 from mae_jax.config import resolve
 from mae_jax.errors import UserError
 from mae_jax.models import mae, masking, probe, targets
-from mae_jax.models.patchify import patchify
+from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ComputeConfig, ModelSpec
 from mae_jax.tasks import common
 
@@ -77,7 +77,7 @@ class Task(train.Task):
         mask = masking.keep_lowest(jnp.zeros((1, self.spec.num_patches)), self.num_kept)
         return self.network.init(rng, patches_BLP, mask)["params"], {}
 
-    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+    def prepare(self, batch: dict, rng: train.Rng) -> dict:
         """Draw the masks of the global batch, so that they do not depend on the mesh."""
         size, spec = len(batch["image"]), self.spec
         score_BL = self.score_patches(
@@ -92,7 +92,7 @@ class Task(train.Task):
           latent_BND, pred_BLT, target_BLT and mask_BL (1 = hidden).
         """
         del extra
-        images_BHWC = common.normalize(batch["image"], self.spec)
+        images_BHWC = normalize(batch["image"], self.spec)
         patches_BLP = patchify(images_BHWC, self.spec.patch_size)
         mask = masking.keep_lowest(batch["score"], self.num_kept)
         variables = {"params": params}
@@ -110,7 +110,7 @@ class Task(train.Task):
         return mae.masked_mse(outputs["pred_BLT"], outputs["target_BLT"], outputs["mask_BL"])
 
     def loss(
-        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+        self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
         del rng, train
         return self.objective(self.reconstruct(params, extra, batch)), (extra, {})
@@ -118,7 +118,7 @@ class Task(train.Task):
     def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
         del extra
-        images_BHWC = common.normalize(batch["image"], self.spec)
+        images_BHWC = normalize(batch["image"], self.spec)
         patches_BLP = patchify(images_BHWC, self.spec.patch_size)
         tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)

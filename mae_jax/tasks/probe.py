@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, optim, train
 from mae_jax.errors import nearest
 from mae_jax.models import probe
-from mae_jax.models.patchify import patchify
+from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ComputeConfig, ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
@@ -104,12 +104,12 @@ class Task(train.Task):
         params = probe.init_heads(self.head, head_rng, example, len(self.rates))
         return {"probe": params}, extra
 
-    def prepare(self, batch: dict, rng: Callable[[str], Array]) -> dict:
+    def prepare(self, batch: dict, rng: train.Rng) -> dict:
         return batch
 
     def patches(self, batch: dict) -> Array:
         """Return the patches (B, L, P) of the normalised images."""
-        return patchify(common.normalize(batch["image"], self.spec), self.spec.patch_size)
+        return patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
 
     def represent(self, extra: dict, batch: dict) -> Array:
         """Return what the heads see: (B, D), or (B, L, D) for attentive ones."""
@@ -135,7 +135,7 @@ class Task(train.Task):
         return probe.apply_heads(self.head, params["probe"], x), extra
 
     def loss(
-        self, params: dict, extra: dict, batch: dict, rng: Callable[[str], Array], train: bool
+        self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
         """Return the sum of the heads' losses, which gives each head its own gradient.
 
