@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -20,15 +21,25 @@ REMOVED_KEYS = {
 }
 
 
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each key of a config as the command line has it, such as optim.blr, and its value."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
     """Return a duration such as '800 epochs', '1000 steps' or '5e6 examples' in steps.
 
-    '' is 0. Fractions are rounded to the nearest step, a positive duration to at least one step.
+    '' is 0. Fractions of an epoch are rounded to the nearest step, a positive duration to at least
+    one step.
 
     Raises:
-      UserError: `duration` is not a number and a unit.
+      UserError: `duration` is not a number and a unit, is part of a step, or 2**31 steps or more.
     """
-    if not duration:
+    if duration == "":
         return 0
     per_unit = {"step": 1.0, "epoch": steps_per_epoch, "example": 1 / batch_size}
     try:
@@ -36,11 +47,15 @@ def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
         count = float(number) * per_unit[unit.removesuffix("s")]
         if not 0 <= count < float("inf"):
             raise ValueError
-    except (ValueError, KeyError):
+    except (AttributeError, ValueError, KeyError):
         raise UserError(
             f"{duration!r} is not a duration: write a number and a unit, such as '800 epochs',"
             " '1000 steps' or '5e6 examples'"
         ) from None
+    if unit.startswith("step") and count % 1:
+        raise UserError(f"{duration!r} is part of a step: give a whole number of steps")
+    if count >= 2**31:
+        raise UserError(f"{duration!r} is {count:.3g} steps: a run has less than 2**31")
     return max(round(count), 1) if float(number) else 0
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,23 @@ def check_workdir(
             f" {examples:,} now: epochs, order and rates would differ. Give the old data or another"
             f" --workdir, with --config.init_from={workdir} if it is to start from this one"
         )
+
+
+@contextlib.contextmanager
+def nothing_left_if_refused(workdir: str | os.PathLike) -> Iterator[None]:
+    """Remove the folders that the body makes for a run, should it refuse the run.
+
+    Only empty folders that were not there before go, on local disks; buckets have no folders.
+    """
+    folder = Path(os.path.abspath(workdir))
+    new = [path for path in (folder / "checkpoints", folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        for path in new if jax.process_index() == 0 and "://" not in str(workdir) else ():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

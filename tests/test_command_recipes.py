@@ -46,7 +46,7 @@ PATH = "--config=configs/pretrain.py"
         ([PATH, "--config.mask_ratoi=0.9"], 'Did you mean "mask_ratio"'),
         ([PATH, "--config.model.patch_siz=8"], 'Did you mean "patch_size"'),
         ([PATH, "--config.evals.knn.every=5"], "no such key in the config: 'knn'"),
-        ([PATH, "--config.mask_ratio=nan"], "mask_ratio is not a number"),
+        ([PATH, "--config.mask_ratio=nan"], "config.mask_ratio=nan: give a number above 0"),
         ([PATH, "--config.mask_ratio=much"], "could not convert string to float"),
         ([PATH, "--config.seed=1.5"], "invalid literal for int"),
         ([PATH, "--nope=1"], "nope"),

@@ -232,7 +232,7 @@ def test_average_pooling_norms_the_pooled_tokens_by_a_norm_that_is_never_trained
         ({"probe.head": "attentiv"}, "nearest: attentive"),
         ({"probe.pool": "max"}, "config.probe.pool='max'"),
         (ATTENTIVE | {"probe.attention_heads": 5}, "must divide the width, 32"),
-        ({"optim.sweep": (0.1, 0.0)}, "must be positive"),
+        ({"optim.sweep": (0.1, 0.0)}, "config.optim.sweep=.0.1, 0.0.: give numbers, each above 0"),
         ({"optim.name": "sgd"}, "config.optim.name='sgd'"),
     ],
     ids=str,

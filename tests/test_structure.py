@@ -23,7 +23,18 @@ FLOORS = [
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
         *("optim", "sharding", "metrics", "interop"),
     },
-    {"models", "flops", "config", "errors", "files", "hlo", "traffic", "configs", "topologies"},
+    {
+        "models",
+        "flops",
+        "config",
+        "limits",
+        "errors",
+        "files",
+        "hlo",
+        "traffic",
+        "configs",
+        "topologies",
+    },
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 

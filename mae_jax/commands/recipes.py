@@ -3,14 +3,14 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mae_jax import configs
-from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS
+from mae_jax import configs, limits
+from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS, leaves
 from mae_jax.errors import UserError, nearest
 
 INSTALLED = Path(configs.__path__[0])
@@ -51,6 +51,7 @@ def parse(
         # For an error inside a recipe, absl's message is the whole traceback.
         text = str(error).strip()
         text = text.splitlines()[-1] if "Traceback" in text else text
+        text = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "give true or false", text)
         raise UserError(re.sub(r"^(ValueError|mae_jax.errors.UserError): ", "", text)) from None
     except (AttributeError, KeyError) as error:
         key = " ".join(str(error.args[0]).split())
@@ -59,9 +60,8 @@ def parse(
         raise UserError(f"--config={file}: {error}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
-    if not_a_number := re.search(r'"(\w+)": NaN', config.to_json()):
-        raise UserError(f"{given}: {not_a_number[1]} is not a number (nan)")
-    _refuse_old(_keys(config))
+    _refuse_old(key for key, _ in leaves(config))
+    limits.check(config)
     config.lock()
     return config, values, file.stem
 
@@ -103,14 +103,6 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
             return [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]], file
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Yield the keys of a config as the command line has them, such as optim.blr."""
-    for key, value in config.items():
-        yield prefix + key
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _refuse_old(keys: Iterable[str]) -> None:

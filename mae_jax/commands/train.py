@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -33,6 +33,44 @@ def compilation_cache(workdir: str) -> str:
     return f"{os.path.dirname(folder.rstrip('/'))}/compilation_cache"
 
 
+class Parts(NamedTuple):
+    """What a run is made of, before anything is written."""
+
+    mesh: Any
+    task: Any
+    num_examples: int
+    schedule: Any
+    tx: Any
+    learning_rate: Callable[[Any], Any]
+    evaluators: dict[str, Any]
+
+
+def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Parts:
+    """Build what a config asks for.
+
+    Raises:
+      UserError: the config cannot work here.
+    """
+    from mae_jax import distributed, evals, sharding, tasks, train
+    from mae_jax.config import steps
+    from mae_jax.data.pipeline import steps_per_epoch
+    from mae_jax.evals.features import require_features
+
+    with distributed.agreement("data") as facts:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        task = tasks.build(config, sharding.constrain_batch(mesh))
+        num_examples = facts["the number of examples"] = len(task.examples)
+    per_epoch = 1
+    if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
+        sharding.check_batch(mesh, config.batch_size, config.grad_accum)
+        per_epoch = steps_per_epoch(num_examples, config.batch_size)
+    schedule = train.Schedule.from_config(config, per_epoch)
+    tx, learning_rate = task.optimizer(schedule.total, per_epoch)
+    require_features(config, task)
+    evaluators = evals.build(config, task.predict(), mesh)
+    return Parts(mesh, task, num_examples, schedule, tx, learning_rate, evaluators)
+
+
 def run(
     config: ConfigDict,
     workdir: str | os.PathLike,
@@ -50,35 +88,23 @@ def run(
       train.NonFiniteError: the loss or the gradient norm is not finite.
       distributed.Preempted: a stop was requested; the state was saved.
     """
-    from mae_jax import checkpoint, distributed, evals, provenance, report, sharding, tasks, train
-    from mae_jax.config import steps
-    from mae_jax.data.pipeline import steps_per_epoch
+    from mae_jax import checkpoint, distributed, provenance, report, train
 
-    with distributed.agreement("data") as facts:
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        task = tasks.build(config, sharding.constrain_batch(mesh))
-        num_examples = facts["the number of examples"] = len(task.examples)
-    per_epoch = 1
-    if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
-        sharding.check_batch(mesh, config.batch_size, config.grad_accum)
-        per_epoch = steps_per_epoch(num_examples, config.batch_size)
-    schedule = train.Schedule.from_config(config, per_epoch)
-    tx, learning_rate = task.optimizer(schedule.total, per_epoch)
-    evaluators = evals.build(config, task.predict(), mesh)
-
-    provenance.check_workdir(workdir, config, num_examples)
+    mesh, task, num_examples, schedule, tx, learning_rate, evaluators = build(config, devices)
     stop_requested = distributed.preemption()
-    saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
-    shapes, init = train.lay_out(task, tx, config.seed, mesh)
-    state, started = checkpoint.restore_or_init(
-        saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
-    )
-    start = int(state.step)
-    if start > schedule.total or (start == schedule.total > 0 and config.resume):
-        raise UserError(
-            f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
-            " nothing is left to do; give a longer one"
+    with provenance.nothing_left_if_refused(workdir):
+        provenance.check_workdir(workdir, config, num_examples)
+        saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
+        shapes, init = train.lay_out(task, tx, config.seed, mesh)
+        state, started = checkpoint.restore_or_init(
+            saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
         )
+        start = int(state.step)
+        if start > schedule.total or (start == schedule.total > 0 and config.resume):
+            raise UserError(
+                f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
+                " nothing is left to do; give a longer one"
+            )
     step = None
     if start < schedule.total:
         sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}

@@ -159,23 +159,12 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def check(data: ConfigDict) -> None:
-    """Check config.data before anything is opened: ranges of numbers, and names."""
-
-    def refuse(name: str, wanted: str) -> None:
-        raise UserError(f"config.data.{name}={data[name]!r}: {wanted}")
-
+    """Check the names and ranges of config.data before anything is opened."""
     make_crop(data)
     make_augment(data)
-    for name, highest in (("crop_scale", 1), ("crop_ratio", 100)):
-        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1] <= highest:
-            refuse(name, f"give two numbers (low, high) with 0 < low <= high <= {highest}")
-    if not all(0 < value < math.inf for value in data.std):
-        refuse("std", "standard deviations are positive")
-    for name in ("flip", "max_bad_fraction"):
-        if not 0 <= data[name] <= 1:
-            refuse(name, "give a number from 0 to 1")
-    if data.workers < 0:
-        refuse("workers", "give at least 0")
+    for name in ("crop_scale", "crop_ratio"):
+        if len(data[name]) != 2 or data[name][0] > data[name][1]:
+            raise UserError(f"config.data.{name}={data[name]!r}: give two numbers (low, high)")
 
 
 def make_crop(data: ConfigDict) -> Crop:

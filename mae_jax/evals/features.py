@@ -112,12 +112,26 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Compute:
     """Return the function that computes one of a task's features, cls or mean, as (B, D)."""
 
     def compute(params: Any, extra: Any, batch: dict) -> Array:
-        features = predict["features"](params, extra, batch)
-        if name not in features:
-            raise UserError(f"there is no feature {name!r}{nearest(name, features)}")
-        return features[name].astype(jnp.float32)
+        return predict["features"](params, extra, batch)[name].astype(jnp.float32)
 
     return compute
+
+
+def require_features(config: ConfigDict, task: Any) -> None:
+    """Raise UserError if an evaluator wants a feature that the task does not give."""
+    wanted = {name: cfg.feature for name, cfg in config.evals.items() if "feature" in cfg}
+    if not wanted:
+        return
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {
+        name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+        for name, x in task.examples.inputs.items()
+    }
+    features = jax.eval_shape(task.predict()["features"], *shapes, batch)
+    for name, feature in wanted.items():
+        if feature not in features:
+            there = nearest(feature, features)
+            raise UserError(f"config.evals.{name}.feature={feature!r}: there is no such{there}")
 
 
 class Extractor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jax import Array
 from ml_collections import ConfigDict
 
-from mae_jax import train
+from mae_jax import limits, train
 from mae_jax.config import resolve
 
 
@@ -19,6 +19,7 @@ def build(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x)
     Raises:
       UserError: there is no such task, or a value of the config cannot work.
     """
+    limits.check(config)
     task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, constrain)
     if config.get("online_probe", False):
         from mae_jax.models import probe

@@ -44,7 +44,6 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or the images have no labels.
         """
-        common.check_optim(config.optim)
         spec = ModelSpec.from_config(config.to_dict(), classes=1)
         check(config)
         images = common.TrainImages.from_config(config, spec, labelled=True)
@@ -193,25 +192,7 @@ def check(config: ConfigDict) -> None:
     n = config.trained_blocks
     if n not in (-1, 0.5) and (n % 1 or not 0 <= n <= m.depth):
         refuse("trained_blocks", n, f"give -1 (all), 0.5 (the last MLP), or 0 to {m.depth} blocks")
-    if not 0 < config.optim.layer_decay <= 1:
-        refuse("optim.layer_decay", config.optim.layer_decay, "must be above 0 and at most 1")
-    for key in ("smoothing", "erase"):
-        if not 0 <= config[key] <= 1:
-            refuse(key, config[key], "must be from 0 to 1")
-    if not 0 <= config.ema < 1:
-        refuse("ema", config.ema, "must be at least 0, which is none, and below 1")
-    check_mix(config.mix, config.batch_size)
-
-
-def check_mix(mix: ConfigDict, batch_size: int) -> None:
-    """Check config.mix.
-
-    Raises:
-      UserError: an alpha is negative, or the groups do not divide the batch.
-    """
-    for key in ("mixup", "cutmix"):
-        if not mix[key] >= 0:
-            refuse(f"mix.{key}", mix[key], "must be at least 0, which is none")
+    mix, batch_size = config.mix, config.batch_size
     uneven = mix.group < 2 or mix.group % 2 or batch_size % mix.group
     if (mix.mixup or mix.cutmix) and uneven:
         refuse(

@@ -1,6 +1,5 @@
 """Pieces that several tasks share: batches for training, AdamW with its schedule, checks."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,20 +110,6 @@ def adamw(
         weight_decay=o["weight_decay"],
         **rules,
     )
-
-
-def check_optim(o: Mapping[str, Any]) -> None:
-    """Check the rates of config.optim.
-
-    Raises:
-      UserError: a rate is negative, or a momentum is not in [0, 1).
-    """
-    for name in ("blr", "min_lr", "weight_decay"):
-        if not 0 <= o.get(name, 0) < math.inf:
-            raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and finite")
-    for name in ("b1", "b2", "momentum"):
-        if not 0 <= o.get(name, 0) < 1:
-            raise UserError(f"config.optim.{name}={o[name]} must be at least 0 and below 1")
 
 
 def refuse(key: str, value: Any, way_out: str) -> None:

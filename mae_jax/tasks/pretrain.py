@@ -46,7 +46,6 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or the images cannot be opened.
         """
-        common.check_optim(config.optim)
         score_patches = resolve(config.masking.name, masking)
         make_target = resolve(config.target.name, targets)
         spec = ModelSpec.from_config(config.to_dict())

@@ -51,7 +51,6 @@ class Task(train.Task):
           UserError: a value of the config cannot work, or the images have no labels.
         """
         check(config)
-        common.check_optim(config.optim)
         spec = ModelSpec.from_config(config.to_dict())
         # The encoder may come with positions of its own, which stay as they are here.
         spec = replace(spec, encoder=replace(spec.encoder, trained_positions=True))
@@ -217,7 +216,7 @@ def check(config: ConfigDict) -> None:
         )
     pixels = config.features == "pixels"
     width = math.prod(m.patch_size) * m.channels if pixels else m.width
-    if p.head == "attentive" and (p.attention_heads < 1 or width % p.attention_heads):
+    if p.head == "attentive" and (width % p.attention_heads):
         refuse("probe.attention_heads", p.attention_heads, f"must divide the width, {width}")
-    if not o.blr > 0 or not all(rate > 0 for rate in o.sweep):
-        refuse("optim.sweep", tuple(o.sweep), f"base rates, and blr={o.blr}, must be positive")
+    if not o.blr:
+        refuse("optim.blr", o.blr, "the base rate of a head must be above 0")

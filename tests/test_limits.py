@@ -1,0 +1,176 @@
+"""Every value of every recipe is refused by name, or taken, when it is zero, negative, huge, not a
+number or of another type; what is refused is refused before anything is written."""
+
+import importlib
+from fnmatch import fnmatchcase
+
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+from tiny import DECODER, GREY, MODEL
+
+from mae_jax import limits
+from mae_jax.commands import train
+from mae_jax.commands.recipes import names
+from mae_jax.errors import UserError
+
+KINDS = ("zero", "negative", "huge", "nan", "type")
+# Pattern of a key -> which of the wrong-looking values work: 0 often does. Whatever is not listed
+# must be refused.
+LEGAL = {
+    "seed": "zero",
+    "smoothing": "zero",
+    "erase": "zero",
+    "ema": "zero",
+    "mix.mixup": "zero",
+    "mix.cutmix": "zero",
+    "trained_blocks": "zero negative",  # -1 = all
+    "model.drop_path": "zero",
+    "model.scan_unroll": "zero",
+    "optim.blr": "zero",
+    "optim.min_lr": "zero",
+    "optim.weight_decay": "zero",
+    "optim.b1": "zero",
+    "optim.b2": "zero",
+    "optim.momentum": "zero",
+    "data.flip": "zero",
+    "data.max_bad_fraction": "zero",
+    "data.mean": "zero negative",
+    "data.workers": "zero negative",  # -1 = as many as the cores allow
+    "mesh.*": "zero negative",  # -1 = what remains
+    "hosts.stall_seconds": "zero",  # never
+    "checkpoint.keep_every": "zero",
+    "checkpoint.every": "zero",
+    "log_every": "zero",
+    "train_for": "zero",
+    "optim.warmup": "zero",
+    "evals.*.every": "zero",
+    "evals.*.prefix": "zero negative huge nan",  # any text
+    "init_from": "zero negative huge nan",  # looked for by `run`: the next test
+    "resume": "zero negative huge nan",
+    "data.data_dir": "zero negative huge nan",  # not looked at for the bundled images
+}
+
+
+def recipe(name):
+    """Return a recipe with a small model, on digits that need no download."""
+    arguments = {"finetune": "scratch=true", "knn": "", "linprobe": "", "robustness": ""}
+    config = importlib.import_module(f"mae_jax.configs.{name}").get_config(arguments.get(name, ""))
+    config.model.update(MODEL | {"image_size": (16, 16)})
+    if "decoder_width" in config.model:
+        config.model.update(DECODER)
+    config.data.update(GREY, source="bundled:digits", split="train[:64]", augment="")
+    config.batch_size = 16
+    if "features" in config:
+        config.features, config.init_from = "random", ""
+        config.probe.update(bn_group=8, attention_heads=4)
+    if "mix" in config:
+        config.mix.group = 8
+    if name == "robustness":
+        config.start = "xavier"
+        for key in config.evals.robustness:
+            if key.startswith("imagenet"):
+                config.evals.robustness[key] = ""
+        config.evals.robustness.imagenet_r = "bundled:digits"
+    for cfg in config.evals.values():
+        cfg.batch_size = 16
+        if "split" in cfg:
+            cfg.split = "test[:16]"
+        if "source" in cfg:
+            cfg.source = ""
+        if "bank_split" in cfg:
+            cfg.update(bank_split="train[:64]")
+            cfg.update({"ks": (1,)} if "ks" in cfg else {"shots": (1,)})
+        if "select_split" in cfg:
+            cfg.select_split = "train[64:80]"
+    return config
+
+
+def wrong(kind, value):
+    """Return a value that looks wrong in the place of `value`; None if this type has none."""
+    if isinstance(value, tuple | list):
+        if kind == "type":
+            return "text"
+        return tuple(wrong(kind, x) for x in value) if value else None
+    if isinstance(value, bool):
+        return "yes" if kind == "type" else None
+    if isinstance(value, str):
+        unit = value.split()[-1] if value.endswith(("steps", "epochs")) else ""
+        text = {"zero": "0", "negative": "-1", "huge": "1e30", "nan": "nan", "type": 5}[kind]
+        return f"{text} {unit}" if unit and kind != "type" else text
+    whole = isinstance(value, int)
+    huge = 10**18 if whole else 1e30
+    numbers = {"zero": 0, "negative": -1, "huge": huge, "nan": float("nan"), "type": "text"}
+    return numbers[kind] if whole or kind in ("nan", "type") else float(numbers[kind])
+
+
+def is_legal(key, kind):
+    found = next((LEGAL[pattern] for pattern in LEGAL if fnmatchcase(key, pattern)), "")
+    return kind in found.split()
+
+
+def changed(config, key, value):
+    flat = flatten_dict(config.to_dict())
+    flat[tuple(key.split("."))] = value
+    return ConfigDict(unflatten_dict(flat), type_safe=False)
+
+
+def accept(config):
+    """Do what `mae-jax train` does with a config before it writes anything."""
+    limits.check(config)
+    train.build(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", names())
+def test_a_wrong_value_is_refused_by_the_name_of_its_key(name, kind):
+    config = recipe(name)
+    accept(config)  # works as it is
+    failures = []
+    for path, value in flatten_dict(config.to_dict()).items():
+        key, bad = ".".join(path), wrong(kind, value)
+        if bad is None or is_legal(key, kind):
+            continue
+        try:
+            accept(changed(config, key, bad))
+        except UserError as error:
+            if path[-1] not in str(error) and str(bad) not in str(error):
+                failures.append(f"{key}={bad!r}: {error}")
+        except Exception as error:
+            failures.append(f"{key}={bad!r}: {error!r}")
+        else:
+            failures.append(f"{key}={bad!r} was taken")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("key", ["init_from", "resume"])
+def test_a_run_that_starts_from_nothing_leaves_nothing(key, tmp_path):
+    config = changed(recipe("pretrain"), key, str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=f"config.{key}=.*holds no checkpoint"):
+        train.run(config, tmp_path / "new" / "workdir")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("duration", ["1.5 steps", "1e30 epochs", "-1 steps", "5 weeks", "many"])
+def test_a_duration_that_cannot_be_is_refused_by_its_key(duration):
+    config = changed(recipe("pretrain"), "train_for", duration)
+    with pytest.raises(UserError, match="config.train_for: '.*'"):
+        accept(config)
+
+
+def test_a_function_that_is_no_target_is_refused():
+    with pytest.raises(UserError, match="math.sqrt"):
+        accept(changed(recipe("pretrain"), "target.name", "math.sqrt"))
+
+
+@pytest.mark.parametrize("kind", ["zero", "negative"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "linprobe"])
+def test_the_legal_values_together_take_a_step(name, kind, tmp_path):
+    config = recipe(name)
+    for path, value in flatten_dict(config.to_dict()).items():
+        key = ".".join(path)
+        if is_legal(key, kind) and not isinstance(value, str) and path[0] != "mesh":
+            config = changed(config, key, wrong(kind, value))
+    config.train_for, config.optim.warmup = "1 steps", "0 steps"
+    state = train.run(config, tmp_path)
+    assert int(state.step) == 1
