@@ -69,7 +69,7 @@ def build(args: argparse.Namespace, replicas: int = 1) -> tuple:
             raise SystemExit("several devices: for CPUs only")
     config = make_config(args)
     mesh = sharding.make_mesh(**config.mesh)
-    task = tasks.build(config, sharding.constrain_batch(mesh))
+    task = tasks.build(config, mesh)
     tx, _ = task.optimizer(1000, 100)
     shapes, init = train.lay_out(task, tx, config.seed, mesh)
     step = train.compile_step(task, tx, mesh, shapes, batch_size=args.batch, seed=config.seed)

@@ -35,7 +35,7 @@ def plan(
     began = time.monotonic()
     sizes = {"batch_size": config.batch_size, "grad_accum": config.grad_accum}
     sharding.check_batch(mesh, **sizes)
-    task = tasks.build(config, sharding.constrain_batch(mesh))
+    task = tasks.build(config, mesh)
     per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     tx, _ = task.optimizer(total, per_epoch)

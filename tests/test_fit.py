@@ -38,8 +38,8 @@ class FailsAtStepThree(pretrain.Task):
     """A loss that is not a number in the fourth update."""
 
     @classmethod
-    def from_config(cls, config, constrain=lambda x: x):
-        task = super().from_config(config, constrain)
+    def from_config(cls, config, mesh=None):
+        task = super().from_config(config, mesh)
         return replace(task, examples=LastIsMarked(**vars(task.examples)))
 
     def loss(self, params, extra, batch, rng, train):
@@ -68,8 +68,8 @@ class BreaksOff(pretrain.Task):
     """A task whose images end."""
 
     @classmethod
-    def from_config(cls, config, constrain=lambda x: x):
-        task = super().from_config(config, constrain)
+    def from_config(cls, config, mesh=None):
+        task = super().from_config(config, mesh)
         return replace(task, examples=Broken(**vars(task.examples)))
 
 

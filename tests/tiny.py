@@ -80,7 +80,7 @@ def batch_of(config, seed=0) -> dict[str, np.ndarray]:
 
 
 def task_on(config, mesh) -> train.Task:
-    return tasks.build(config, sharding.constrain_batch(mesh))
+    return tasks.build(config, mesh)
 
 
 def fresh_state(config, mesh):

@@ -58,7 +58,7 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Parts:
 
     with distributed.agreement("data") as facts:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        task = tasks.build(config, sharding.constrain_batch(mesh))
+        task = tasks.build(config, mesh)
         num_examples = facts["the number of examples"] = len(task.examples)
     per_epoch = 1
     if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read

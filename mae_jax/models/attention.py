@@ -59,11 +59,33 @@ def _attend_backward(residuals: tuple, grad_BNSF: Array) -> tuple[Array, ...]:
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def attend_cudnn(q_BNSF: Array, k_BNSF: Array, v_BNSF: Array, tokens: int) -> Array:
+    """Return the same by NVIDIA's fused kernel, which keeps no array of shape (B, S, N, N).
+
+    JAX's gradient of it wants an even N, so `vit.Stack` pads the stream.
+
+    Args:
+      tokens: the first of N are real; no other attends, or is attended to.
+    """
+    length_B = None
+    if tokens < q_BNSF.shape[1]:
+        length_B = jnp.full(len(q_BNSF), tokens, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q_BNSF,
+        k_BNSF,
+        v_BNSF,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused, biased q-k-v projection."""
 
     heads: int
     compute: ComputeConfig
+    tokens: int | None = None  # of N, the real ones; None = all
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
@@ -73,7 +95,7 @@ class Attention(nn.Module):
         qkv_BN3SF = qkv(x_BND)
         q_BNSF, k_BNSF, v_BNSF = (qkv_BN3SF[:, :, i] for i in range(3))
         if self.compute.attention == "cudnn":
-            y_BNSF = jax.nn.dot_product_attention(q_BNSF, k_BNSF, v_BNSF, implementation="cudnn")
+            y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
         else:
             y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
         proj = nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, kernel_init=xavier, name="proj")

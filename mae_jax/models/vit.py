@@ -72,6 +72,7 @@ class Block(nn.Module):
     heads: int
     hidden: int
     compute: ComputeConfig
+    tokens: int | None = None  # of N, the real ones; None = all
 
     @nn.compact
     def __call__(
@@ -87,7 +88,7 @@ class Block(nn.Module):
 
         compute = self.compute
         x_BND = compute.constrain(x_BND)
-        attention = Attention(self.heads, compute, name="attn")
+        attention = Attention(self.heads, compute, self.tokens, name="attn")
         x_BND = x_BND + drop(attention(layer_norm("norm1")(x_BND)))
         mlp = Mlp(self.hidden, compute, name="mlp")
         x_BND = x_BND + drop(mlp(layer_norm("norm2")(x_BND)))
@@ -115,7 +116,7 @@ class Stack(nn.Module):
         Initialising always loops, whatever `scan_unroll` says: the parameters are the same, and
         unrolled it took 36 s for L/16.
         """
-        spec, compute = self.spec, self.compute
+        spec, compute, tokens = self.spec, self.compute, x_BND.shape[1]
         unroll = 1 if self.is_initializing() else compute.scan_unroll
         # Without a loop between them, XLA would merge the recomputation with the forward pass.
         block = Block
@@ -128,10 +129,19 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=spec.depth,
             unroll=unroll,
-        )(spec.heads, spec.hidden, compute, name="blocks")
+        )(spec.heads, spec.hidden, compute, tokens, name="blocks")
         rates = jnp.linspace(self.first_drop_path, spec.drop_path, spec.depth)
         x_BND = x_BND.astype(compute.residual_dtype)
-        return blocks(x_BND, rates, deterministic or spec.drop_path == 0, return_blocks)
+        uneven = compute.attention == "cudnn" and tokens % 2
+        if uneven:
+            x_BND = jnp.pad(x_BND, ((0, 0), (0, 1), (0, 0)))
+        y_BND, blocks_MBND = blocks(
+            x_BND, rates, deterministic or spec.drop_path == 0, return_blocks
+        )
+        if uneven:
+            y_BND = y_BND[:, :tokens]
+            blocks_MBND = None if blocks_MBND is None else blocks_MBND[:, :, :tokens]
+        return y_BND, blocks_MBND
 
 
 class Encoder(nn.Module):

@@ -1,26 +1,25 @@
 """Objectives: each module has a class `Task`, which the loop trains."""
 
 import sys
-from collections.abc import Callable
 
-from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import limits, train
 from mae_jax.config import resolve
 
 
-def build(config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x) -> train.Task:
+def build(config: ConfigDict, mesh: Mesh | None = None) -> train.Task:
     """Return the task that `config.task` names: a module here, or a dotted path to a fork's own.
 
     Args:
-      constrain: keeps activations split by batch; see `sharding.constrain_batch`.
+      mesh: the devices that the task is for; None = JAX's first, alone.
 
     Raises:
       UserError: there is no such task, or a value of the config cannot work.
     """
     limits.check(config)
-    task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, constrain)
+    task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, mesh)
     if config.get("online_probe", False):
         from mae_jax.models import probe
         from mae_jax.tasks import online

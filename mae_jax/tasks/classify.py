@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, flops, optim, train
@@ -16,7 +17,7 @@ from mae_jax.data import mixup
 from mae_jax.errors import nearest
 from mae_jax.models import classifier
 from mae_jax.models.patchify import normalize, patchify
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
 from mae_jax.tasks.init_from import load_encoder
@@ -36,9 +37,7 @@ class Task(train.Task):
     config: ConfigDict
 
     @classmethod
-    def from_config(
-        cls, config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x
-    ) -> "Task":
+    def from_config(cls, config: ConfigDict, mesh: Mesh | None = None) -> "Task":
         """Return the task of a config such as configs/finetune.py.
 
         Raises:
@@ -48,7 +47,7 @@ class Task(train.Task):
         check(config)
         images = common.TrainImages.from_config(config, spec, labelled=True)
         spec = replace(spec, classes=images.classes)
-        compute = ComputeConfig.from_config(config.model, constrain)
+        compute = common.compute(config.model, mesh)
         return cls(classifier.Classifier(spec, compute), images, config)
 
     @property

@@ -7,16 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import optim
+from mae_jax import optim, sharding
 from mae_jax.config import steps
 from mae_jax.data import pipeline
 from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import UserError
-from mae_jax.models.spec import ModelSpec
+from mae_jax.models.spec import ComputeConfig, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,18 @@ class TrainImages:
                 require_labels(batch["label"], self.classes)
             lines = unreadable.add(batch["bad"])
             yield batch, {"data/bad_images": unreadable.count}, lines
+
+
+def compute(model: ConfigDict, mesh: Mesh | None) -> ComputeConfig:
+    """Return how config.model says that a network is run on a mesh; None = on JAX's first device.
+
+    Raises:
+      UserError: a value of config.model cannot work there.
+    """
+    if mesh is None:
+        return ComputeConfig.from_config(model)
+    constrain = sharding.constrain_batch(mesh)
+    return ComputeConfig.from_config(model, constrain, mesh.devices.flat[0])
 
 
 def learning_rate(

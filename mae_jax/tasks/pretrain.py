@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, train
@@ -17,7 +18,7 @@ from mae_jax.config import resolve
 from mae_jax.errors import UserError
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import normalize, patchify
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
 
 
@@ -38,9 +39,7 @@ class Task(train.Task):
     make_target: Callable[..., Array]
 
     @classmethod
-    def from_config(
-        cls, config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x
-    ) -> "Task":
+    def from_config(cls, config: ConfigDict, mesh: Mesh | None = None) -> "Task":
         """Return the task of a config such as configs/pretrain.py.
 
         Raises:
@@ -53,7 +52,7 @@ class Task(train.Task):
         check_scores(score_patches, config.masking.name, spec)
         target_dim = width_of_target(make_target, config.target.name, spec)
         spec = replace(spec, target_dim=target_dim)
-        network = mae.MAE(spec, ComputeConfig.from_config(config.model, constrain))
+        network = mae.MAE(spec, common.compute(config.model, mesh))
         labelled = config.get("online_probe", False)  # its probe reads labels
         images = common.TrainImages.from_config(config, spec, labelled)
         return cls(network, images, config.optim, score_patches, make_target)

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, optim, train
 from mae_jax.errors import nearest
 from mae_jax.models import probe
 from mae_jax.models.patchify import normalize, patchify
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
@@ -42,9 +43,7 @@ class Task(train.Task):
     config: ConfigDict
 
     @classmethod
-    def from_config(
-        cls, config: ConfigDict, constrain: Callable[[Array], Array] = lambda x: x
-    ) -> "Task":
+    def from_config(cls, config: ConfigDict, mesh: Mesh | None = None) -> "Task":
         """Return the task of a config such as configs/linprobe.py.
 
         Raises:
@@ -54,7 +53,7 @@ class Task(train.Task):
         spec = ModelSpec.from_config(config.to_dict())
         # The encoder may come with positions of its own, which stay as they are here.
         spec = replace(spec, encoder=replace(spec.encoder, trained_positions=True))
-        encoder = Encoder(spec, ComputeConfig.from_config(config.model, constrain))
+        encoder = Encoder(spec, common.compute(config.model, mesh))
         images = common.TrainImages.from_config(config, spec, labelled=True)
         p = config.probe
         head = (

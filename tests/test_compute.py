@@ -1,0 +1,142 @@
+"""How a network is run where: cuDNN's attention against ours, and what is decided automatically."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_trees_equal, run, tiny_config
+
+from mae_jax.models import mae, masking
+from mae_jax.models.spec import ComputeConfig, ModelSpec, ViTSpec, why_no_cudnn
+from mae_jax.models.vit import Encoder
+
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+V100 = SimpleNamespace(platform="gpu", device_kind="Tesla V100", compute_capability="7.0")
+MI300 = SimpleNamespace(platform="gpu", device_kind="AMD MI300X", compute_capability="gfx942")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "refusal"),
+    [
+        (H100, "bfloat16", (64, 32), ""),
+        (H100, "float16", (80,), ""),
+        (H100, "float32", (64,), "it takes bfloat16 and float16"),
+        (H100, "bfloat16", (64, 20), "width / heads is 20"),
+        (H100, "bfloat16", (136,), "width / heads is 136"),
+        (V100, "bfloat16", (64,), "from A100 on, and this is Tesla V100"),
+        (MI300, "bfloat16", (64,), "NVIDIA GPUs, and this is AMD MI300X"),
+        (TPU, "bfloat16", (64,), "NVIDIA GPUs, and this is TPU v5 lite"),
+        (CPU, "bfloat16", (64,), "NVIDIA GPUs, and this is cpu"),
+    ],
+)
+def test_attention_is_cudnns_where_it_can_run_and_ours_elsewhere(device, dtype, heads, refusal):
+    sizes = [("width", "heads", "depth"), ("decoder_width", "decoder_heads", "decoder_depth")]
+    model = tiny_config().model.to_dict() | {"dtype": dtype}
+    for keys, head in zip(sizes, (*heads, heads[0]), strict=False):
+        model |= dict(zip(keys, (2 * head, 2, 3), strict=True))
+    reason = why_no_cudnn(device, dtype, heads)
+    assert refusal in reason and bool(refusal) == bool(reason)
+    chosen = ComputeConfig.from_config(model, device=device).attention
+    assert chosen == ("xla" if refusal else "cudnn")
+    asked = partial(ComputeConfig.from_config, model | {"attention": "cudnn"}, device=device)
+    if refusal:
+        with pytest.raises(ValueError, match=f"config.model.attention=cudnn: .*{refusal}"):
+            asked()
+    else:
+        assert asked().attention == "cudnn"
+    assert ComputeConfig.from_config(model | {"attention": "xla"}, device=device).attention == "xla"
+
+
+@pytest.mark.parametrize(("device", "blocks"), [(H100, 5), (TPU, 5), (CPU, 1)])
+def test_blocks_are_unrolled_on_accelerators_and_scanned_on_cpus(device, blocks):
+    model = tiny_config().model.to_dict() | {"depth": 3, "decoder_depth": 5}
+    assert ComputeConfig.from_config(model, device=device).scan_unroll == blocks
+    chosen = ComputeConfig.from_config(model | {"scan_unroll": 2}, device=device)
+    assert chosen.scan_unroll == 2
+    with pytest.raises(ValueError, match="scan_unroll=-1 must be at least 0"):
+        ComputeConfig.from_config(model | {"scan_unroll": -1}, device=device)
+
+
+def test_cudnn_where_it_cannot_run_is_refused_before_anything_is_written(tmp_path):
+    config = tiny_config()
+    config.model.attention = "cudnn"
+    with pytest.raises(ValueError, match="config.model.attention=cudnn: it is for NVIDIA GPUs"):
+        run(config, tmp_path / "new", (1, 1, 1))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Let JAX's portable kernel stand in for cuDNN's, which has the same meaning."""
+    original = jax.nn.dot_product_attention
+
+    def portable(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        assert arrays[0].shape[1] % 2 == 0, "cuDNN's gradient takes even lengths only"
+        return original(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", portable)
+
+
+def network_of(grid: int, attention: str, **compute) -> mae.MAE:
+    spec = ModelSpec((4 * grid,) * 2, (4, 4), 3, ViTSpec(32, 2, 2, 64), ViTSpec(16, 2, 1, 32))
+    return mae.MAE(spec, ComputeConfig(attention=attention, **compute))
+
+
+def inputs_of(grid: int, kept: int):
+    rng = np.random.default_rng(grid)
+    patches = jnp.asarray(rng.normal(size=(3, grid**2, 48)), jnp.float32)
+    return patches, masking.keep_lowest(jnp.asarray(rng.random((3, grid**2))), kept)
+
+
+# Tokens of the encoder and of the decoder: 5 and 17, 6 and 17, 10 and 26.
+@pytest.mark.parametrize(
+    ("grid", "kept", "compute"),
+    [(4, 4, {}), (4, 5, {}), (5, 9, {}), (4, 4, {"scan_unroll": 2, "remat": True})],
+    ids=str,
+)
+def test_cudnns_attention_gives_our_loss_and_gradients(anywhere, grid, kept, compute):
+    inputs = inputs_of(grid, kept)
+    ours = network_of(grid, "xla", **compute)
+    params = ours.init(jax.random.key(0), *inputs)
+
+    def value(network, params):
+        pred = network.apply(params, *inputs)
+        assert pred.shape == (3, grid**2, 48)
+        return (pred * jnp.sin(jnp.arange(pred.size)).reshape(pred.shape)).mean()
+
+    fused = network_of(grid, "cudnn", **compute)
+    got, expected = (jax.value_and_grad(partial(value, n))(params) for n in (fused, ours))
+    assert_trees_equal(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_tokens_of_blocks_are_without_padding(anywhere):
+    patches, _ = inputs_of(4, 4)
+    both = []
+    for attention in ("xla", "cudnn"):
+        model = network_of(4, attention)
+        encoder = Encoder(model.spec, model.compute)
+        params = encoder.init(jax.random.key(0), patches)
+        both.append(encoder.apply(params, patches, return_blocks=True))
+    assert both[1][1].shape == (3, 3, 17, 32)
+    assert_trees_equal(both[1], both[0], atol=1e-5)
+
+
+def test_a_padded_stream_without_its_length_would_give_other_tokens(anywhere, monkeypatch):
+    patches, _ = inputs_of(4, 4)
+    model = network_of(4, "cudnn")
+    encoder = Encoder(model.spec, model.compute)
+    params = encoder.init(jax.random.key(0), patches)
+    padded, kernel = encoder.apply(params, patches), jax.nn.dot_product_attention
+
+    def forgetful(*arrays, query_seq_lengths, key_value_seq_lengths, **options):
+        assert query_seq_lengths.shape == key_value_seq_lengths.shape == (3,)
+        return kernel(*arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", forgetful)
+    assert np.abs(encoder.apply(params, patches) - padded).max() > 1e-3
