@@ -393,7 +393,7 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
         ({"std": (0.2, 0.0, 0.2)}, "std.*positive"),
         ({"flip": 1.5}, "flip=1.5.*from 0 to 1"),
         ({"max_bad_fraction": -0.1}, "max_bad_fraction=-0.1"),
-        ({"workers": -1}, "workers=-1.*at least 0"),
+        ({"workers": -2}, "workers=-2.*or -1 = by the cores"),
     ],
     ids=str,
 )
@@ -408,8 +408,8 @@ def test_the_published_recipe_passes_the_check():
     pipeline.check(get_config().data)
 
 
-def test_workers_without_room_in_shared_memory_are_refused():
-    with pytest.raises(ValueError, match=r"workers=2 needs .* MiB of shared memory.*workers=0"):
+def test_workers_without_memory_to_share_are_refused():
+    with pytest.raises(ValueError, match=r"workers=2 would share .* MiB of memory.*workers=0"):
         train(Noise(20), 1, config(workers=2), image_size=(1_000_000, 1_000_000))
 
 
