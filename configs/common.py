@@ -75,7 +75,7 @@ def reading():
     return dict(
         data_dir="",  # folder of the tfds datasets; '' = where tfds keeps them
         resizer="pillow",  # the reference; or fast: a quarter of its time, nearly equal pixels
-        workers=0,  # processes that read; 0 = threads of the main process
+        workers=-1,  # processes that read; -1 = as the cores allow, 0 = threads
         max_bad_fraction=0.01,  # share of unreadable images above which the run stops
         synthetic=False,  # True: one random batch for ever, to time the model without its input
     )

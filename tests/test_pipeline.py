@@ -399,8 +399,8 @@ def test_the_published_recipe_passes_the_check():
     pipeline.check(get_config().data)
 
 
-def test_workers_without_room_in_shared_memory_are_refused():
-    with pytest.raises(ValueError, match=r"workers=2 needs .* MiB of shared memory.*workers=0"):
+def test_workers_without_memory_to_share_are_refused():
+    with pytest.raises(ValueError, match=r"workers=2 would share .* MiB of memory.*workers=0"):
         train(Noise(20), 1, config(workers=2), image_size=(1_000_000, 1_000_000))
 
 

@@ -1,6 +1,5 @@
 """Embed: features of one's own images, of any weights, as .npy or Parquet."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -42,7 +41,6 @@ FEATURES: dict[str, Callable] = {
     "patches": lambda tokens_BND: tokens_BND[:, 1:],
     "tokens": lambda tokens_BND: tokens_BND,
 }
-THREADS = 16  # that read images
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
@@ -56,6 +54,8 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_integer("layer", None, text, flag_values=values)
     text = "images that are computed at a time"
     flags.DEFINE_integer("batch_size", 64, text, lower_bound=1, flag_values=values)
+    text = "processes that read; -1 = as the cores allow, 0 = threads"
+    flags.DEFINE_integer("workers", -1, text, lower_bound=-1, flag_values=values)
     cli.define_image_flags(values)
     cli.define_weight_flags(values)
     rest = cli.parse("embed", USAGE, argv, values)
@@ -97,7 +97,12 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
 
 
 def embed(
-    compute: Callable, source: Any, start: int, batch_size: int, shape: tuple[int, int, int]
+    compute: Callable,
+    source: Any,
+    start: int,
+    batch_size: int,
+    shape: tuple[int, int, int],
+    workers: int,
 ) -> Iterator[tuple[list[cli.Example], Any]]:
     """Yield batches of images from `start` on, and their features, which may still be computed.
 
@@ -105,14 +110,22 @@ def embed(
     """
     import grain
 
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * batch_size)
-    read = functools.partial(cli.read_example, source, shape=shape)
-    dataset = grain.MapDataset.range(start, len(source)).map(read)
-    with contextlib.closing(iter(dataset.to_iter_dataset(options))) as examples:
-        while batch := list(itertools.islice(examples, batch_size)):
-            images_BHWC = np.zeros((batch_size, *shape), np.uint8)
-            images_BHWC[: len(batch)] = [example.image_HWC for example in batch]
-            yield batch, compute(images_BHWC)
+    from mae_jax.data.workers import read_ahead
+
+    padding = cli.Example(np.zeros(shape, np.uint8), "", -1, "")
+
+    def read(index: int) -> dict[str, Any]:
+        example = cli.read_example(source, index, shape) if index < len(source) else padding
+        return dict(zip(("image", *feature_file.COLUMNS), example, strict=True))
+
+    total = len(source) - start
+    examples = grain.MapDataset.range(start, start + -(-total // batch_size) * batch_size).map(read)
+    rows = np.arange(batch_size)
+    batches = read_ahead(examples, batch_size, rows, shape, workers, total)
+    for done, batch in zip(range(0, total, batch_size), batches, strict=True):
+        columns = (batch[name].tolist() for name in feature_file.COLUMNS)
+        found = itertools.starmap(cli.Example, zip(batch["image"], *columns, strict=True))
+        yield list(itertools.islice(found, total - done)), compute(batch["image"])
 
 
 def digest(texts: Iterable[bytes]) -> str:
@@ -172,7 +185,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(rows):,} of {total:,} images were done before: going on", flush=True)
     with cli.progress("images", total) as advance:
         advance(len(rows))
-        batches = embed(compute, source, len(rows), batch_size, shape)
+        batches = embed(compute, source, len(rows), batch_size, shape, values.workers)
         times = []  # after each batch
         for count in feature_file.append(out, rows, batches):
             times.append((len(rows), time.monotonic()))

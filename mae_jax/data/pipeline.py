@@ -18,9 +18,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.config import resolve
-from mae_jax.data import augment, bad_images, crops, transforms, workers
+from mae_jax.data import augment, bad_images, crops, transforms
 from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
+from mae_jax.data.workers import read_ahead
 from mae_jax.errors import UserError
 
 MAX_DRAWS = 100  # attempts to find a readable record in place of an unreadable one
@@ -90,8 +91,8 @@ def train_batches(
     # random_map seeds by place in the endless sequence, so it comes before any choice of steps and
     # rows. Everything is lazy: what is not chosen is not read.
     examples = order.shuffle()[:per_epoch].repeat().random_map(load)[start_step * batch_size :]
-    image_bytes = math.prod(image_size) * channels
-    return workers.read_ahead(examples, batch_size, rows, image_bytes, data.workers)
+    shape = (*image_size, channels)
+    return read_ahead(examples, batch_size, rows, shape, data.workers, len(source))
 
 
 def eval_batches(
@@ -103,14 +104,16 @@ def eval_batches(
     rows: np.ndarray | None = None,
     limit: int | None = None,
     crop: Callable[[Picture, tuple[int, int]], np.ndarray] = crops.center,
+    workers: int = -1,
 ) -> Iterator[Batch]:
     """Return every image once, in order, by one crop, not flipped; the last batch is padded.
 
-    Every host gets the same number of batches. Threads read them, whatever config.data.workers is.
+    Every host gets the same number of batches.
 
     Args:
       limit: read only so many images, from the first on; None = all.
       crop: (picture, (height, width)) -> uint8 [H, W, C].
+      workers: config.data.workers.
 
     Returns:
       Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
@@ -130,7 +133,7 @@ def eval_batches(
         return _example(crop(picture, image_size), record["label"], index, -1) | {"valid": True}
 
     examples = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(load)
-    return workers.read_ahead(examples, batch_size, rows, black.size, workers=0)
+    return read_ahead(examples, batch_size, rows, black.shape, workers, count)
 
 
 def synthetic_batches(

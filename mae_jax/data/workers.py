@@ -1,25 +1,35 @@
 """Read examples ahead of the training step, in threads or in processes, and keep their order."""
 
-import shutil
+import contextlib
+import functools
+import math
+import mmap
+import multiprocessing
+import os
+import re
 import signal
+import traceback
 from collections.abc import Iterator
+from multiprocessing import reduction, util
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import grain
 import numpy as np
-from absl import flags
 
 from mae_jax.data.process import follow_parent
-from mae_jax.data.sources import Unreadable
+from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 
-THREADS = 16  # that read images if no processes do
+THREADS = 16  # at most, that read images if no processes do
 # Of images up to so many bytes, Python's own work takes most of the time, and threads wait for each
-# other: on 2 cores, 2 threads read 2,500 digits of 8 x 8 pixels per second, 16 threads 670.
-SMALL_IMAGE, THREADS_FOR_SMALL = 32 * 32 * 3, 2
+# other: on 2 cores, one thread read 3,850 JPEGs of 32 pixels per second, 16 threads 870.
+SMALL_IMAGE, THREADS_FOR_SMALL = 64 * 64 * 3, 1
 PREFETCH = 4  # batches that are read ahead of the training step
-SHARED_MEMORY = Path("/dev/shm")
+# Processes take a second to start; in that time threads read a thousand photographs.
+FEW = 2000  # images of which threads read all, unless processes are asked for
 
 
 class WorkerLost(RuntimeError):
@@ -27,42 +37,73 @@ class WorkerLost(RuntimeError):
 
 
 def read_ahead(
-    examples: grain.MapDataset, batch_size: int, rows: np.ndarray, image_bytes: int, workers: int
+    examples: grain.MapDataset,
+    batch_size: int,
+    rows: np.ndarray,
+    shape: tuple[int, ...],
+    workers: int,
+    images: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return this host's rows of consecutive global batches; PREFETCH batches are read ahead.
 
     Dropping the iterator stops its threads and processes.
 
     Args:
-      examples: of which every `batch_size` are a global batch. Others than `rows` are not read.
-      image_bytes: the size of an example's pixels.
-      workers: how many processes read; 0 = threads of this process.
+      examples: dicts of one `image`, uint8, and of scalars. Every `batch_size` are a global batch;
+        others than `rows` are not read.
+      shape: of an image.
+      workers: config.data.workers: how many processes read; 0 = threads of this process, -1 = see
+        `choose_processes`.
+      images: how many different images there are to read.
 
     Raises:
-      UserError: the processes need more shared memory than is free.
+      UserError: the processes that were asked for cannot share memory.
     """
     local = _Rows(examples, batch_size, rows)
-    if not workers:
-        threads = THREADS if image_bytes > SMALL_IMAGE else THREADS_FOR_SMALL
-        ahead = PREFETCH * len(rows)
-        options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
-        batches = local.to_iter_dataset(options).batch(len(rows))
-        # This thread copies the examples into batches in the background, too.
-        return _closing(
-            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
-        )
+    cores = usable_cores()
+    processes = choose_processes(workers, images, cores)
+    if processes < workers:
+        _log_once(f"config.data.workers={workers}: {processes} read, one for each core")
+    processes = min(processes, len(rows))
+    slots = (PREFETCH, len(rows), *shape)
+    if processes and (lack := _lack_of_memory(math.prod(slots))):
+        if workers > 0:
+            raise UserError(f"config.data.workers={workers} {lack}: lower config.batch_size, or"
+                            " set config.data.workers=0, which reads by threads")  # fmt: skip
+        _log_once(f"threads read the images, since processes {lack}")
+        processes = 0
+    if processes:
+        return _read_in_processes(local, slots, processes)
+    small = math.prod(shape) <= SMALL_IMAGE
+    return _read_in_threads(local, len(rows), THREADS_FOR_SMALL if small else min(THREADS, cores))
 
-    ahead = -(-PREFETCH // workers)
-    _require_shared_memory(workers, (ahead + 2) * workers * len(rows) * image_bytes)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its flags when it starts processes
-    # Each process makes whole batches: Grain divides among processes what stands before
-    # to_iter_dataset, and dividing examples would mix the batches.
-    batches = local.batch(len(rows)).to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    return _closing(batches.mp_prefetch(options, worker_init_fn=_start_worker))
+
+def choose_processes(workers: int, images: int, cores: int) -> int:
+    """Return how many processes read images; 0 = threads do.
+
+    One eighth of the cores, rounded down, is left to the process that trains. Few images are read
+    by threads, and so are all where there is one core.
+
+    Args:
+      workers: config.data.workers; -1 = automatic.
+      images: how many different images there are to read.
+      cores: those that this process may use.
+    """
+    if workers >= 0:
+        return min(workers, cores)
+    return 0 if cores == 1 or images < FEW else cores - cores // 8
+
+
+def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many cores this process may use, by its affinity and its container's limit."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no limit: no file, or "max"
+        quota, period = map(int, cpu_max.read_text().split())
+        cores = min(cores, max(quota // period, 1))
+    return cores
+
+
+_log_once = functools.cache(log_once)
 
 
 class _Rows(grain.MapDataset):
@@ -82,39 +123,147 @@ class _Rows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[row]]
 
 
-def _require_shared_memory(workers: int, needed: int) -> None:
-    """Check that batches fit into shared memory: without it, processes die of a bus error."""
-    if not SHARED_MEMORY.is_dir():
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"config.data.workers={workers} needs {needed / 2**20:,.0f} MiB of shared memory,"
-            f" {SHARED_MEMORY} has {free / 2**20:,.0f} free: set config.data.workers=0 (threads"
-            " need none), lower workers, or give the container more (docker run --shm-size)"
-        )
+# --- threads ---
 
 
-def _start_worker(worker: int, workers: int) -> None:
-    """Leave both signals to the parent, which saves a checkpoint before it stops its workers."""
-    del worker, workers
-    follow_parent(signal.SIGINT, signal.SIGTERM)
-
-
-def _closing(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
-    """Iterate, and stop threads and processes as soon as the iterator is dropped."""
-    iterator = iter(dataset)
-    try:
+def _read_in_threads(
+    local: _Rows, batch_size: int, threads: int
+) -> Iterator[dict[str, np.ndarray]]:
+    ahead = PREFETCH * batch_size
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+    batches = local.to_iter_dataset(options).batch(batch_size)
+    # This thread copies the examples into batches in the background, too.
+    dataset = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+    with contextlib.closing(iter(dataset)) as iterator:
         yield from iterator
-    except Unreadable as error:
-        # The error of another process carries its traceback in its text: only the words are told.
-        raise Unreadable(str(error)) from error
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
+
+
+# --- processes ---
+#
+# Worker w reads examples w, w + workers, ... and writes each image where it stands in its batch, in
+# memory that all share. The other values of its rows of a batch go through its pipe, and tell that
+# these rows are complete; the answer tells that the place of the batch is free again. The memory
+# has no name and the pipes end with their processes: nothing is left behind, however a run ends.
+
+
+def _read_in_processes(
+    local: _Rows, slots: tuple[int, ...], workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches; `slots` is the shape of the images of those that are in memory at a time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_jax.data.pipeline"])  # imported once for all processes
+    pickled = cloudpickle.dumps(local)
+    readers: list[tuple[Any, Connection]] = []
+    # What multiprocessing does at the end of a program would wait for the workers for ever.
+    stop = util.Finalize(None, _stop, (readers,), exitpriority=1)
+    file = _share_memory(math.prod(slots))
+    images = _open_memory(file, slots)
+    try:
+        for worker in range(workers):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, slots, pickled, worker, workers)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            readers.append((process, ours))
+            theirs.close()
+            reduction.send_handle(ours, file, process.pid)
+        for batch in range(len(local) // slots[1]):
+            columns = [_receive(*reader) for reader in readers]
+            rows = [_rows_of(worker, workers, batch, slots[1]) for worker in range(workers)]
+            order = np.argsort(np.concatenate(rows))
+            result = {"image": images[batch % slots[0]].copy()}
+            for _, connection in readers:
+                with contextlib.suppress(OSError):  # a lost worker is met at its next rows
+                    connection.send_bytes(b"free")
+            for name in columns[0]:
+                result[name] = np.concatenate([column[name] for column in columns])[order]
+            yield result
+    finally:
+        os.close(file)
+        stop()
+
+
+def _work(
+    connection: Connection, slots: tuple[int, ...], pickled: bytes, worker: int, workers: int
+) -> None:
+    """Read one worker's rows of all batches; leave signals to the parent, which saves first."""
+    follow_parent(signal.SIGINT, signal.SIGTERM)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent reads no more
+        images = _open_memory(reduction.recv_handle(connection), slots)
+        try:
+            local = cloudpickle.loads(pickled)
+            for batch in range(len(local) // slots[1]):
+                if batch >= slots[0]:
+                    connection.recv_bytes()
+                examples = []
+                for row in _rows_of(worker, workers, batch, slots[1]):
+                    example = local[batch * slots[1] + int(row)]
+                    images[batch % slots[0], row] = example.pop("image")
+                    examples.append(example)
+                connection.send({key: np.array([x[key] for x in examples]) for key in examples[0]})
+        except (UserError, EOFError, ConnectionError) as error:
+            connection.send(error)
+        except Exception:
+            connection.send(RuntimeError(f"in a process that reads:\n{traceback.format_exc()}"))
+
+
+def _rows_of(worker: int, workers: int, batch: int, batch_size: int) -> np.ndarray:
+    """Return the rows of a batch that a worker reads; at least one if there are enough."""
+    return np.arange((worker - batch * batch_size) % workers, batch_size, workers)
+
+
+def _receive(process: Any, connection: Connection) -> dict[str, np.ndarray]:
+    """Return the values that a worker read, or raise what it raised."""
+    try:
+        message = connection.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        if process.exitcode > 0:
+            raise RuntimeError("a process that reads images failed, see above") from None
         raise WorkerLost(
             "a process that reads images was killed, perhaps for its memory: lower"
-            f" config.data.workers ({error})"
-        ) from error
-    finally:
-        iterator.close()
+            f" config.data.workers (exit code {process.exitcode})"
+        ) from None
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def _stop(readers: list[tuple[Any, Connection]]) -> None:
+    """End the workers at once: they hold nothing that would be left behind."""
+    for process, connection in readers:
+        connection.close()
+        process.kill()
+    for process, _ in readers:
+        process.join()
+
+
+# --- memory that processes share ---
+
+
+def _share_memory(size: int) -> int:
+    """Return the file descriptor of memory without a name, which goes with its last user."""
+    file = os.memfd_create("batches")
+    try:
+        os.ftruncate(file, size)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _open_memory(file: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ndarray(shape, np.uint8, mmap.mmap(file, math.prod(shape)))
+
+
+def _lack_of_memory(needed: int) -> str:
+    """Return why processes cannot share so many bytes, or ''."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = int(found[1]) * 1024 if found else needed
+    if needed > free:
+        return f"would share {needed / 2**20:,.0f} MiB of memory, {free / 2**20:,.0f} are free"
+    try:
+        os.close(_share_memory(needed))
+    except (AttributeError, OSError) as error:  # another system than Linux; a container's rules
+        return f"cannot share memory here ({error})"
+    return ""

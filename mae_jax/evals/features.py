@@ -65,6 +65,7 @@ class Batches:
         self.rows = sharding.host_rows(mesh, self.size)
         self._mesh, self._channels = mesh, config.model.channels
         self._image_size = tuple(config.model.image_size)
+        self._workers = config.data.get("workers", -1)
 
     def read(
         self, source: Source, crop: Crop = crops.center, limit: int | None = None
@@ -86,6 +87,7 @@ class Batches:
             rows=self.rows,
             limit=limit,
             crop=crop,
+            workers=self._workers,
         ):
             local = {name: batch[name] for name in ("image", "label", "index")}
             local["counted"] = batch["valid"] & (batch["bad"] < 0)
