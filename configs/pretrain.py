@@ -79,7 +79,8 @@ def get_config(arg=None):
         )
     )
 
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
+    # -1: all devices that remain. fsdp=0: up to 16 TPUs, or 8 GPUs, share the state; 1 on CPUs.
+    config.mesh = dict(data=-1, fsdp=0, tensor=1)
     config.checkpoint = dict(every="5 epochs", keep=2, keep_every="100 epochs")
     config.log_every = "50 steps"
     config.hosts = hosts()

@@ -1,7 +1,8 @@
 """Say what a training step needs on given chips, before anybody pays for them.
 
 The real step is compiled for a topology, on any machine, and the program is read: memory by kind,
-what the devices exchange, and the least time that the chips' peaks allow. Nothing is measured.
+what the devices exchange, the least time that the chips' peaks allow, and the time by the TPU
+compiler's own count of cycles. Nothing is measured.
 """
 
 import importlib.metadata
@@ -15,10 +16,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import distributed, flops, hlo, sharding, tasks, traffic, train
+from mae_jax import clock, distributed, flops, hlo, sharding, tasks, traffic, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
-from mae_jax.topologies import Topology
+from mae_jax.topologies import Clock, Topology
 
 
 def plan(
@@ -49,6 +50,7 @@ def plan(
         "cloud": topology.cloud,
         "num_slices": topology.slices,
         "devices": mesh.size,
+        "hosts": len({device.process_index for device in mesh.devices.flat}),
         "device_kind": device_kind,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
@@ -79,9 +81,13 @@ def plan(
         parsed = hlo.parse(program.as_text())
         result["memory"] |= step_memory(program, sum(memory.values()), topology.is_tpu)
         result["memory"]["moved"] = traffic.memory_bytes(parsed)
-        result["collectives"] = traffic.by_axes(traffic.collectives(parsed, mesh.shape))
+        exchanges = traffic.collectives(parsed, mesh.shape)
+        result["collectives"] = traffic.by_axes(exchanges)
         if chip := flops.chip(device_kind):
             result["roofline"] = roofline(chip, result)
+            if topology.clock:
+                links = clock.waiting(exchanges, chip)
+                result["clock"] = by_clock(topology.clock, parsed, result) | {"links": links}
     return result | {"compile_seconds": round(time.monotonic() - began, 1)}
 
 
@@ -160,6 +166,20 @@ def roofline(chip: flops.Chip, result: dict[str, Any]) -> dict[str, Any]:
         "bound": bound,
         "hours": step * result["steps"] / 3600,
         "mfu": useful / (chip.tflops * 1e3) / step,
+    }
+
+
+def by_clock(rating: Clock, program: hlo.Program, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the time of a plan's step by the compiler's cycles, and what has no estimate.
+
+    `steps` and `hours` are a range from the roofline up where the compiler rates a chip too slow.
+    """
+    step = clock.cycles(program) / (rating.ghz * 1e9)
+    least = min(step, result["roofline"]["step"]) if rating.is_rough else step
+    return {
+        **{"ghz": rating.ghz, "step": step, "unrated": clock.unrated(program)},
+        "steps": [least, step],
+        "hours": [seconds * result["steps"] / 3600 for seconds in (least, step)],
     }
 
 

@@ -27,6 +27,8 @@ class Collective(NamedTuple):
     members: int  # devices that exchange with each other
     times: int  # in one step
     size: int  # bytes of the whole arrays: what a gather returns, what a reduction takes
+    dtype: str  # such as bf16
+    beside: bool  # whether the program does other work while it is under way
 
     @property
     def payload(self) -> int:
@@ -48,24 +50,27 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """
     exchanges, seen = [], set()
     for call in executed(program, into_fusions=True):
-        if (kind := _kind(call)) is None:
+        if (what := kind(call)) is None:
             continue
         # The parts of one collective in several fusions share a channel; so do copies of a whole
-        # collective in a row, but those stand outside of fusions.
+        # collective in a row, but those stand outside of fusions, or each is a fusion of its own.
         fused = call.computation != call.around
-        channel = re.search(r"channel_id=(\d+)", call.op.rest) if fused else None
-        key = (call.around, channel[1] if channel else call.op.name)
+        parts = fused and what != "reduce-scatter"
+        channel = re.search(r"channel_id=(\d+)", call.op.rest) if parts else None
+        key = (call.around, channel[1] if channel else (call.computation, call.op.name))
         if key in seen:
             continue
         seen.add(key)
-        axes, members = _members(call.op, kind, mesh)
+        axes, members = _members(call.op, what, mesh)
         if axes and members > 1:
-            size = sum(array.bytes for array in _whole_arrays(program, call, kind))
-            exchanges.append(Collective(kind, axes, members, call.times, size))
+            size = sum(array.bytes for array in _whole_arrays(program, call, what))
+            beside = parts or call.op.opcode.endswith("-start")
+            dtype = re.findall(r"([a-z]\w*)\[", call.op.shape)[0]
+            exchanges.append(Collective(what, axes, members, call.times, size, dtype, beside))
     return exchanges
 
 
-def _kind(call: Call) -> str | None:
+def kind(call: Call) -> str | None:
     """Return which of KINDS an instruction is, or None if it exchanges nothing."""
     # Between slices, a collective is written as a transfer to the hosts.
     between = re.search(r'_xla_megascale_transfer_type="(\w+)"', call.op.rest)
@@ -138,11 +143,12 @@ def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def by_axes(exchanges: Iterable[Collective]) -> list[dict[str, Any]]:
-    """Return the bytes of a step by kind of collective and mesh axes, the largest first."""
-    table: dict[tuple[str, str], dict[str, Any]] = {}
+    """Return the bytes of a step by kind of collective, mesh axes and type, the largest first."""
+    table: dict[tuple[str, str, str], dict[str, Any]] = {}
     for exchange in exchanges:
-        key = (exchange.kind, "+".join(exchange.axes))
-        row = table.setdefault(key, {"kind": key[0], "axes": key[1], "bytes": 0, "sent": 0})
+        key = (exchange.kind, "+".join(exchange.axes), exchange.dtype)
+        names = dict(zip(("kind", "axes", "dtype"), key, strict=True))
+        row = table.setdefault(key, names | {"bytes": 0, "sent": 0})
         row["bytes"] += exchange.payload
         row["sent"] += round(exchange.sent)
     return sorted(table.values(), key=lambda row: -row["bytes"])
@@ -153,15 +159,15 @@ def memory_bytes(program: Program) -> int:
 
     Where an instruction reads or replaces only a slice of an array, the slice counts.
     """
-    return sum(
-        call.times * _moved(program, program.computations[call.computation], call.op)
-        for call in executed(program, into_fusions=False)
-        if not FREE.match(call.op.opcode)
-    )
+    calls = executed(program, into_fusions=False)
+    return sum(call.times * moved(program, call) for call in calls)
 
 
-def _moved(program: Program, computation: Computation, op: Op) -> int:
-    """Return the bytes that one instruction reads and writes."""
+def moved(program: Program, call: Call) -> int:
+    """Return the bytes that one instruction reads from and writes to main memory, run once."""
+    op, computation = call.op, program.computations[call.computation]
+    if FREE.match(op.opcode) or 'custom_call_target="AllocateBuffer"' in op.rest:
+        return 0
     given = [operand.main_memory() for operand in computation.operands(op)]
     if op.opcode.removesuffix("-start") in SLICES:
         # A slice that is only started returns the operand, the slice, and a context.

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import flops, hlo, plan, sharding, tasks, topologies, traffic
+from mae_jax import clock, flops, hlo, plan, sharding, tasks, topologies, traffic
 from mae_jax.commands import plan as command
 from mae_jax.errors import UserError
 from tests.tiny import tiny_config
@@ -115,11 +115,72 @@ def test_collectives_of_loops_fusions_and_slices_are_counted_as_they_run():
     # To gather, a member of a ring of four sends three of four parts; to sum for all, twice that.
     assert [c.sent for c in collectives] == [768, 1024, 1024, 2 * 2048 / 2, 2048 * 3 / 4]
     assert traffic.by_axes(collectives) == [
-        {"kind": "collective-permute", "axes": "data", "bytes": 2048, "sent": 2048},
-        {"kind": "all-reduce", "axes": "slices", "bytes": 2048, "sent": 2048},
-        {"kind": "reduce-scatter", "axes": "fsdp", "bytes": 2048, "sent": 1536},
-        {"kind": "all-gather", "axes": "fsdp", "bytes": 1024, "sent": 768},
+        dict(kind="collective-permute", axes="data", dtype="bf16", bytes=2048, sent=2048),
+        dict(kind="all-reduce", axes="slices", dtype="f32", bytes=2048, sent=2048),
+        dict(kind="reduce-scatter", axes="fsdp", dtype="f32", bytes=2048, sent=1536),
+        dict(kind="all-gather", axes="fsdp", dtype="bf16", bytes=1024, sent=768),
     ]
+    # The last runs alone, and the sum between slices takes another network.
+    seconds = clock.waiting(collectives, flops.Chip(tflops=1, link_rate=1e-9))
+    assert seconds == {"beside": pytest.approx(768 + 2048), "alone": pytest.approx(1536)}
+
+
+# A fusion with an estimate in a loop of three rounds, and one outside; what has no estimate: a
+# gather, a copy that runs beside other work, and a collective, which is counted elsewhere.
+CLOCKED = """\
+%one (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %n = f32[64]{0} negate(%p)
+}
+
+%cond (w: (s32[], f32[64])) -> pred[] {
+  %w = (s32[], f32[64]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%w), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (v: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %v = (s32[], f32[64]{0}) parameter(0)
+  %j = s32[]{:S(6)} get-tuple-element(%v), index=0
+  %step = s32[]{:S(6)} constant(1)
+  %next = s32[]{:S(6)} add(%j, %step)
+  %x = f32[64]{0} get-tuple-element(%v), index=1
+  %y = f32[64]{0} fusion(%x), kind=kLoop, calls=%one, backend_config={"estimated_cycles":"100"}
+  ROOT %out = (s32[], f32[64]{0}) tuple(%next, %y)
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[64]{0}) tuple(%zero, %a)
+  %loop = (s32[], f32[64]{0}) while(%init), condition=%cond, body=%body
+  %b = f32[64]{0} get-tuple-element(%loop), index=1
+  %space = f32[64]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %picked = f32[64]{0} custom-call(%b), custom_call_target="Pick"
+  %moving = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%picked)
+  %moved = f32[64]{0:S(1)} copy-done(%moving)
+  %sum = f32[64]{0} all-reduce(%moved), channel_id=1, replica_groups={{0,1}}, to_apply=%one
+  ROOT %c = f32[64]{0} fusion(%sum), kind=kLoop, calls=%one, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_the_clock_counts_rounds_of_loops_and_lists_what_has_no_estimate():
+    program = hlo.parse(CLOCKED)
+    assert clock.cycles(program) == 3 * 100 + 7
+    assert clock.unrated(program) == [
+        {"kind": "Pick", "times": 1, "bytes": 2 * 64 * 4, "beside": False},
+        {"kind": "copy-start", "times": 1, "bytes": 64 * 4, "beside": True},
+    ]
+
+
+@pytest.mark.parametrize(("kind", "hours"), [("v3", [2.0, 2.0]), ("v5e", [0.5, 2.0])])
+def test_hours_are_a_range_from_the_roofline_where_a_chip_is_rated_too_slow(kind, hours):
+    rating = topologies.CLOCKS[kind]._replace(ghz=307e-9 / 0.02)  # 20 ms of 307 cycles
+    line = plan.by_clock(rating, hlo.parse(CLOCKED), {"roofline": {"step": 0.005}, "steps": 360000})
+    assert line["step"] == pytest.approx(0.02)
+    assert line["hours"] == pytest.approx(hours)
 
 
 @pytest.mark.parametrize(
@@ -363,15 +424,20 @@ def test_the_compiler_for_tpus_is_installed():
 def test_the_step_compiles_for_a_tpu_and_what_cannot_fit_is_said(run):
     status, result, printed = run(*TINY, "--topology=v5e:2x2")
     assert (status, result["fits"], result["device_kind"]) == (0, True, "TPU v5 lite")
-    assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert [other["mesh"]["fsdp"] for other in result["compared"]] == [4, 1]
+    assert all(other["clock"]["step"] > 0 for other in result["compared"])
+    assert "images/s" in printed and "reading cores per host" in printed
     memory = result["memory"]
     assert memory["total"] < memory["chip"] == 16 * 2**30
     assert memory["total"] > memory["parameters"] + memory["optimizer"] + memory["batch"]
-    # Gradients of matrix products are summed in the type of the products: half the bytes.
-    assert 2 * result["parameters"] <= summed(result) < 4 * result["parameters"]
     line = result["roofline"]
     assert line["step"] == max(seconds for seconds in line["seconds"].values() if seconds)
     assert "v5litepod-4" in printed
+
+    # Gradients of matrix products are summed in the type of the products: half the bytes.
+    _, result, _ = run(*TINY, "--topology=v5e:2x2", "--config.mesh.data=4")
+    assert 2 * result["parameters"] <= summed(result) < 4 * result["parameters"]
 
     too_large = ["--config.batch_size=1048576", "--config.mesh.fsdp=1"]
     status, result, printed = run(*TINY, "--topology=v5e:2x2", *too_large)

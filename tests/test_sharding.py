@@ -90,7 +90,13 @@ def test_an_axis_that_does_not_divide_raises():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2}, {"data": -1, "tensor": 3}, {"data": 0}],
+    [
+        {"data": 3},
+        {"data": -1, "fsdp": -1},
+        {"data": 2, "fsdp": 1},
+        {"data": -1, "tensor": 3},
+        {"data": 0},
+    ],
 )
 def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh data="):
@@ -99,6 +105,42 @@ def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
 
 def test_minus_one_takes_what_is_left():
     assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("devices", "platform", "slices", "shape"),
+    [
+        (1, "tpu", 1, (1, 1, 1)),
+        (6, "tpu", 1, (3, 2, 1)),
+        (8, "tpu", 1, (1, 8, 1)),
+        (12, "tpu", 1, (3, 4, 1)),
+        (48, "tpu", 1, (3, 16, 1)),
+        (256, "tpu", 1, (16, 16, 1)),
+        (256, "tpu", 2, (16, 16, 1)),
+        (32, "tpu", 4, (4, 8, 1)),  # the state stays inside a slice of 8 chips
+        (1, "gpu", 1, (1, 1, 1)),
+        (6, "gpu", 1, (3, 2, 1)),
+        (8, "gpu", 1, (1, 8, 1)),
+        (48, "gpu", 1, (6, 8, 1)),  # six nodes of 8
+        (8, "gpu", 2, (2, 4, 1)),  # two nodes of 4
+        (8, "cpu", 1, (8, 1, 1)),
+    ],
+)
+def test_by_default_up_to_16_chips_of_a_slice_or_a_node_of_gpus_share_the_state(
+    devices, platform, slices, shape
+):
+    sizes = sharding.resolve({"data": -1, "fsdp": 0, "tensor": 1}, devices, platform, slices)
+    assert tuple(sizes.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [((256, 0, 1), (256, 1, 1)), ((-1, 0, 4), (16, 16, 4)), ((8, 0, 2), (8, 16, 2))],
+)
+def test_a_given_size_leaves_the_rest_to_the_rule(asked, shape):
+    sizes = dict(zip(sharding.AXES, asked, strict=True))
+    devices = 256 if 256 in asked or 8 in asked else 1024
+    assert tuple(sharding.resolve(sizes, devices, "tpu").values()) == shape
 
 
 @pytest.mark.parametrize(("batch", "accum"), [(12, 1), (16, 4), (0, 1), (16, 0)])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ PUBLISHED = {
     ("imagenet2012", "train"): (1_281_167, 1000),
     ("imagenet2012", "validation"): (50_000, 1000),
 }
+# Images/s that one core reads: JPEGs of 103 kB to 224 px, Pillow (benchmarks/RESULTS.md, input).
+READ_PER_CORE = 247
 
 
 def define(values: flags.FlagValues) -> None:
@@ -36,7 +38,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "search_batch", False, "find the largest batch per chip that fits", flag_values=values
     )
-    flags.DEFINE_float("mfu", 0.4, "fraction of peak assumed for the hours", flag_values=values)
+    flags.DEFINE_float(
+        "mfu", 0.4, "fraction of peak assumed for the hours on GPUs", flag_values=values
+    )
     flags.DEFINE_string("json", None, "write the plans to this file, too", flag_values=values)
 
 
@@ -73,35 +77,43 @@ def without_data(config: ConfigDict, examples: int | None, classes: int | None) 
 
 
 def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dict[str, Any]:
-    """Return the plan for the config's mesh, or for the first mesh that fits if none was given.
+    """Return the plan for the config's mesh.
 
-    Without a given mesh, the first is data-parallel, which exchanges least; the others split the
-    state over more and more chips of a slice.
+    Without a given mesh it is compared with the two others that one may think of: the state split
+    over all chips of a slice, and data-parallel. The first that fits is returned.
     """
     from mae_jax import plan, sharding, topologies
 
     devices = topologies.devices(topology)
     # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
     compiled = topology.is_tpu or topology.kind == "cpu" or devices[0].platform == "gpu"
-    meshes = [dict(config.mesh)]
-    if compiled and not mesh_given:
-        widest = len(devices) // topology.slices
-        sizes = [size for size in (1, 4, 16, 64, 256) if widest % size == 0 and size < widest]
-        meshes = [{"data": -1, "fsdp": size, "tensor": 1} for size in [*sizes, widest]]
-    result: dict[str, Any] = {}
-    for axes in meshes:
-        mesh = sharding.make_mesh(**axes, devices=devices)
-        text = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    asked = [dict(config.mesh)]
+    if topology.clock and not mesh_given:
+        sizes = (len(devices) // topology.slices, 1)
+        asked += [{"data": -1, "fsdp": size, "tensor": 1} for size in sizes]
+    meshes: list[dict[str, int]] = []
+    for sizes in asked:
+        mesh = sharding.resolve(sizes, len(devices), topology.platform, topology.slices)
+        meshes += [mesh] * (mesh not in meshes)
+
+    plans: list[dict[str, Any]] = []
+    for mesh in meshes:
+        text = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         print(f"{topology.name}: mesh {text} (a large step compiles for minutes)", file=sys.stderr)
         try:
-            result = plan.plan(config, topology, mesh, compiled)
+            made = sharding.make_mesh(**mesh, devices=devices)
+            plans.append(plan.plan(config, topology, made, compiled))
         except UserError:
-            if not result:
+            if not plans:
                 raise
-            break  # the network cannot be split over so many chips
-        if result["fits"] is not False:
-            break
-    return result
+    best = next((result for result in plans if result["fits"] is not False), plans[0])
+    return best | {"compared": [compared(result) for result in plans]}
+
+
+def compared(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a comparison of meshes says of a plan."""
+    names = ("mesh", "hosts", "batch_size", "fits", "memory", "clock")
+    return {name: result[name] for name in names if name in result}
 
 
 def largest_batch(
@@ -136,10 +148,6 @@ def largest_batch(
 
 def facts(result: dict) -> dict[str, str]:
     """Return what the table says of a plan, by the words of its rows."""
-
-    def gib(size: float | None) -> str:
-        return "?" if size is None else f"{size / 2**30:.2f}"
-
     memory, gflops = result["memory"], result["gflops"]
     slices = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
     mesh = [f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1]
@@ -163,19 +171,66 @@ def facts(result: dict) -> dict[str, str]:
     if "largest_batch" in result:
         cells["largest batch per device"] = str(result["largest_batch"])
     for row in result.get("collectives", ()):
-        words = f"MiB by {row['kind']} over {row['axes']}"
+        words = f"MiB by {row['kind']} over {row['axes']}, {row['dtype']}"
         cells[words] = f"{row['bytes'] / 2**20:,.2f}, sends {row['sent'] / 2**20:,.2f}"
     if line := result.get("roofline"):
         cells["step at best (estimate)"] = f"{1e3 * line['step']:.1f} ms, by {line['bound']}"
         for part, seconds in line["seconds"].items():
             if seconds is not None:
                 cells[f"  {part}"] = f"{1e3 * seconds:.2f} ms"
-        cells["images/s at best"] = f"{result['batch_size'] / line['step']:,.0f}"
         cells["MFU at best"] = f"{line['mfu']:.0%}"
         cells["hours at best"] = f"{line['hours']:.1f}"
-    if result["hours"] is not None:
+    if "clock" in result:
+        cells |= clock_facts(result)
+    elif result["hours"] is not None:
         cells[f"hours at {result['assumed_mfu']:.0%} MFU"] = f"{result['hours']:.1f}"
     return cells
+
+
+def span(values: Iterable[float], form: str) -> str:
+    """Return a range as text: one number where both ends are written alike."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in sorted(values)))
+
+
+def clock_facts(result: dict) -> dict[str, str]:
+    """Return what the tables say of a plan's time by the compiler's clock, by words."""
+    line = result["clock"]
+    rates = [result["batch_size"] / seconds for seconds in line["steps"]]
+    cores = [rate / result["hosts"] / READ_PER_CORE for rate in rates]
+    cells = {
+        "step by the compiler's clock": f"{1e3 * line['step']:.1f} ms",
+        "  not in it: links, nothing beside": f"{1e3 * line['links']['alone']:.1f} ms",
+        "  not in it: links beside products": f"{1e3 * line['links']['beside']:.1f} ms",
+    }
+    for row in line["unrated"]:
+        if row["bytes"] >= 2**20:
+            copies = " beside" if row["beside"] else ""
+            cells[f"  not in it: MiB by {row['kind']}{copies}"] = f"{row['bytes'] / 2**20:,.0f}"
+    return cells | {
+        "images/s": span(rates, ",.0f"),
+        "reading cores per host": span(cores, ".0f"),
+        "hours": span(line["hours"], ".1f"),
+    }
+
+
+def compare(result: dict) -> Any:
+    """Return the table of the meshes that a plan was compared with."""
+    from rich.table import Table
+
+    words = ("step by the compiler's clock", "  not in it: links, nothing beside", "images/s")
+    title = f"{result['topology']}: the mesh of the recipe, and others"
+    table = Table("mesh", *words, "reading cores per host", "GiB per device", title=title)
+    for other in result["compared"]:
+        mesh = " ".join(f"{axis}={size}" for axis, size in other["mesh"].items() if size > 1)
+        cells = clock_facts(other) if "clock" in other else {}
+        row = [cells.get(word, "-").strip() for word in (*words, "reading cores per host")]
+        table.add_row(mesh or "1", *row, gib(other["memory"].get("total")))
+    return table
+
+
+def gib(size: float | None) -> str:
+    """Return bytes as text."""
+    return "?" if size is None else f"{size / 2**30:.2f}"
 
 
 def show(results: list[dict]) -> None:
@@ -192,6 +247,9 @@ def show(results: list[dict]) -> None:
     for words in dict.fromkeys(words for cells in columns for words in cells):
         table.add_row(words, *(cells.get(words, "-") for cells in columns))
     console.print(table)
+    for result in results:
+        if len(result["compared"]) > 1:
+            console.print(compare(result))
     for name, result in zip(names, results, strict=True):
         lines = []
         if not result["compiled"]:
@@ -224,7 +282,7 @@ def main(argv: list[str]) -> int:
     asked = [topologies.parse(name, values.num_slices) for name in values.topology]
     topologies.simulate(asked)
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
-    mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 1, "tensor": 1}
+    mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 0, "tensor": 1}
     examples = without_data(config, values.num_examples, values.num_classes)
     results = []
     for topology in asked:
