@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,8 @@ class FolderSource:
         name = self.files[index]
         record = {"label": int(self.labels[index]), "name": printable(name)}
         try:
-            return {"image": Path(self.root, name).read_bytes(), **record}
+            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+                return {"image": file.readall(), **record}
         except OSError as error:  # a broken link, a file without permission
             return {"image": b"", **record, "unreadable": error.strerror or str(error)}
 

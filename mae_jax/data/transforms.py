@@ -7,6 +7,7 @@ published recipe resizes with it. Channels that are not three are resized one by
 import contextlib
 import io
 import math
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -76,12 +77,16 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
 def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     if not data:
         raise BadImage("empty")
+    if channels == 3 and _is_plain_jpeg(data):
+        # The same pixels as Pillow's in half the time, and without its 15 microseconds to read a
+        # header. What simplejpeg refuses is left to Pillow.
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(data, "RGB")
     picture: Image.Image = Image.open(io.BytesIO(data), formats=_readable_formats())
     width, height = picture.size  # from the header; nothing is allocated yet
     if not 0 < width * height <= MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels (from 1 to {MAX_PIXELS:,} can be read)")
     if (picture.format, picture.mode, channels) == ("JPEG", "RGB", 3) and _turn(picture) is None:
-        # The same pixels as Pillow's in half the time. What simplejpeg refuses is left to Pillow.
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB")
     picture.load()
@@ -91,6 +96,24 @@ def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     if picture.mode in ("I", "F"):
         raise BadImage("pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits")
     return picture.transpose(turn) if turn is not None else picture
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Return whether a file is a JPEG of three channels that no metadata can turn.
+
+    Walks over the segments of the header: 0xFF, a marker, a length. False where it is in doubt.
+    """
+    start = 2 if data.startswith(b"\xff\xd8") else len(data)
+    with contextlib.suppress(struct.error):  # the file ends
+        while True:
+            begin, marker, length = struct.unpack_from(">BBH", data, start)
+            if begin != 0xFF or marker == 0xE1:  # no header; EXIF or XMP
+                return False
+            if marker in (0xC0, 0xC1, 0xC2):  # the frame: bits, height, width, channels
+                bits, height, width, channels = struct.unpack_from(">BHHB", data, start + 4)
+                return (bits, channels) == (8, 3) and 0 < width * height <= MAX_PIXELS
+            start += 2 + length
+    return False
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
@@ -232,8 +255,10 @@ def random_flip(image_HWC: np.ndarray, probability: float, rng: Generator) -> np
     """Mirror an image left and right, with this probability."""
     if rng.random() >= probability:
         return image_HWC
-    # NumPy would need twice the time, and keep other threads waiting.
-    return _edit(image_HWC, lambda whole: whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    mirrored = np.empty_like(image_HWC)
+    for channel in range(image_HWC.shape[-1]):  # in one go it takes NumPy three times as long
+        mirrored[..., channel] = image_HWC[:, ::-1, channel]
+    return mirrored
 
 
 def _cut(image_HWC: np.ndarray, box: Box) -> np.ndarray:
