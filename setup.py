@@ -36,6 +36,7 @@ setup(
     install_requires=[
         "absl-py",
         "array_record>=0.8",
+        "cloudpickle",  # carries the source of images to the processes that read
         "einops>=0.8",
         "etils[epath]",
         "flax>=0.12",

@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder on CIFAR-10: a published protocol for one GPU, a small one for CPUs.
+"""Pre-train a masked autoencoder on CIFAR-10: a published protocol for a GPU, a small one for CPUs.
 
     mae-jax train --config=configs/cifar10.py:data=PATH --workdir=DIR
     mae-jax train --config=configs/cifar10.py:data=PATH,small=true --workdir=DIR

@@ -28,6 +28,7 @@ FLOORS = [
         "flops",
         "config",
         "limits",
+        "clock",
         "errors",
         "files",
         "hlo",

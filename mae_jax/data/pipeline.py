@@ -9,7 +9,6 @@ run resumes at any step with nothing saved.
 import functools
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 

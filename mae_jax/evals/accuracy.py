@@ -25,7 +25,10 @@ class Evaluator:
     ):
         data, kind = config.data, cfg.get("predict", "logits")
         if kind not in predict:
-            raise UserError(f"evaluation with predict={kind!r}{nearest(kind, predict)}")
+            raise UserError(
+                f"evaluation with predict={kind!r}{nearest(kind, predict)} (averaged_logits need"
+                " config.ema)"
+            )
         self._source, trained = results.open_both(cfg, config)
         if not cfg.get("of_training_images", False):
             require_disjoint(
