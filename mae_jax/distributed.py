@@ -28,6 +28,7 @@ from mae_jax.errors import UserError
 
 COORDINATOR_SECONDS = 5  # host 0 outlives its error, so that hosts with the same error report it
 PREEMPTED = 75  # exit status "try again later": EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 AGREE_SECONDS = 600  # the longest wait for a host that opens its dataset
 REFUSAL = "refuses to start"  # key of what a host cannot agree to
 # Environment variable with the number of processes -> the program that sets it.
@@ -157,12 +158,48 @@ class Preempted(SystemExit):
     code = PREEMPTED
 
 
-def preemption() -> Callable[[], bool]:
-    """Listen for SIGTERM from here on.
+class Interrupted(Preempted):
+    """The same after Ctrl-C, with a status for which no launcher starts the run again."""
 
-    Returns:
-      A function to call once per step: whether to save and stop now, equal on all hosts.
+    code = INTERRUPTED
+
+
+_stop_requested: Callable[[], bool] | None = None  # of the run that this process is making
+_interrupts: list[int] = []  # signals of Ctrl-C that came during it
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Callable[[], bool]]:
+    """Listen for SIGTERM and Ctrl-C; a second Ctrl-C ends the process at once.
+
+    Yields:
+      A function to call once per step and per batch of an evaluation: whether to save and stop
+      now, equal on all hosts. Once True, it stays True.
     """
+    global _stop_requested
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    requested = _listen_for_sigterm()
+    _interrupts.clear()
+    signal.signal(signal.SIGINT, _interrupt)
+    stopping = False
+
+    def stop_requested() -> bool:
+        nonlocal stopping
+        stopping = stopping or requested()
+        return stopping
+
+    _stop_requested = stop_requested
+    try:
+        yield stop_requested
+    finally:
+        _stop_requested = None
+        for number, handler in before.items():
+            # A handler that is not Python's is that of JAX's service.
+            if handler is not None and not jax.distributed.is_initialized():
+                signal.signal(number, handler)
+
+
+def _listen_for_sigterm() -> Callable[[], bool]:
     if jax.distributed.is_initialized():
         # JAX's service listens; a signal handler of ours would disable it. All hosts stop at the
         # call after the furthest one that a host had made when the signal came. The service forgets
@@ -177,6 +214,27 @@ def preemption() -> Callable[[], bool]:
     sigterm = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
     return sigterm.is_set
+
+
+def _interrupt(number: int, _: Any) -> None:
+    """Ask the run to stop, as SIGTERM does; the second time, end the process."""
+    _interrupts.append(number)
+    if len(_interrupts) > 1:
+        os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # a progress bar hides the cursor
+        os._exit(INTERRUPTED)
+    os.write(2, b"\nstopping at the next step or batch; Ctrl-C again stops at once\n")
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stopped(reason: str) -> Preempted:
+    """Return the exception that ends a run which was asked to stop."""
+    return (Interrupted if _interrupts else Preempted)(reason)
+
+
+def raise_if_stopping() -> None:
+    """Raise Preempted if this run was asked to stop; all hosts call this alike."""
+    if _stop_requested is not None and _stop_requested():
+        raise stopped("asked to stop during an evaluation")
 
 
 @contextlib.contextmanager

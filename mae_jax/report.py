@@ -23,7 +23,7 @@ class Reporter:
     started, or at `flush`.
 
     Args:
-      task, schedule: a train.Task and its train.Schedule.
+      task, schedule: a train.Task and its Schedule.
       start: steps that were done before.
       started: how the run began, for the log and result files.
       learning_rate: by 0-based step.

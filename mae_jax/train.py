@@ -3,10 +3,13 @@
 Knows meshes, checkpoints and reports; knows no model and no dataset: those come as a `Task`.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,14 +22,13 @@ from etils import epath
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, distributed, sharding
-from mae_jax.config import steps
-from mae_jax.errors import UserError
+from mae_jax import checkpoint, distributed, files, sharding
 from mae_jax.report import Reporter
+from mae_jax.schedule import Schedule
 
 Rng = Callable[[str], Array]  # the name of a stream -> a random key
+UNFINISHED = "unfinished.json"  # of a run that was asked to stop during an evaluation
 
 
 @flax.struct.dataclass
@@ -214,45 +216,6 @@ def compile_step(
     return step.lower(state_shapes, batch_shapes).compile()
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The durations of a run, in steps; an interval of 0 means only at the end."""
-
-    total: int
-    steps_per_epoch: int
-    log_every: int
-    save_every: int
-    keep_every: int
-    eval_every: Mapping[str, int]
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, steps_per_epoch: int) -> "Schedule":
-        """Resolve the durations of a config.
-
-        Raises:
-          UserError: one is no duration, or keep_every is no multiple of checkpoint.every.
-        """
-        in_steps = partial(steps, batch_size=config.batch_size, steps_per_epoch=steps_per_epoch)
-        every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
-        if in_steps(every) and in_steps(keep_every) % in_steps(every):
-            raise UserError(
-                f"config.checkpoint: keep_every={keep_every!r} ({in_steps(keep_every)} steps)"
-                f" is not a multiple of every={every!r} ({in_steps(every)} steps)"
-            )
-        return cls(
-            in_steps(config.train_for),
-            steps_per_epoch,
-            in_steps(config.log_every),
-            in_steps(every),
-            in_steps(keep_every),
-            {name: in_steps(cfg.every) for name, cfg in config.evals.items()},
-        )
-
-    def due(self, step: int, every: int) -> bool:
-        """Return whether what happens every `every` steps, and at the end, is due at `step`."""
-        return step == self.total or bool(every and step % every == 0)
-
-
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient norm is not finite; nothing of it was saved."""
 
@@ -290,6 +253,7 @@ def fit(
     schedule: Schedule,
     *,
     evaluators: Mapping[str, Any],
+    unfinished: Sequence[str] = (),
     saver: checkpoint.Checkpointer,
     report: Reporter,
     stop_requested: Callable[[], bool],
@@ -303,6 +267,7 @@ def fit(
     Args:
       step_fn: from `compile_step`.
       batches: from `global_batches`, starting with that of the state's step.
+      unfinished: evaluators that have to measure this first state still; see `unfinished`.
       stop_requested: asked once a step, on all hosts alike.
 
     Raises:
@@ -313,10 +278,17 @@ def fit(
     for step in range(start, schedule.total + 1):
         is_new = step > start
         save_due = is_new and schedule.due(step, schedule.save_every)
-        for name, evaluator in evaluators.items():
-            if (is_new or step == 0) and schedule.due(step, schedule.eval_every[name]):
-                saved_as = str(saver.root / str(step)) if save_due else None
-                report.evaluation(step, evaluator, state, saved_as)
+        due = [
+            name
+            for name in evaluators
+            if (name in unfinished and not is_new)
+            or ((is_new or step == 0) and schedule.due(step, schedule.eval_every[name]))
+        ]
+        saved_as = str(saver.root / str(step)) if save_due or not is_new else None
+        with contextlib.suppress(distributed.Preempted):  # the state is saved first
+            while due:
+                report.evaluation(step, evaluators[due[0]], state, saved_as)
+                del due[0]
         stopping = stop_requested()
         if save_due or (stopping and (is_new or saver.latest_step() is None)):
             report.flush()
@@ -324,8 +296,11 @@ def fit(
                 saver.save(step, state)
         if stopping:
             saver.close()
-            report.log(stopped := f"asked to stop at step {step} of {schedule.total}: it is saved")
-            raise distributed.Preempted(stopped)
+            note_unfinished(saver.root.parent, step, due)
+            report.log(reason := f"asked to stop at step {step} of {schedule.total}: it is saved")
+            raise distributed.stopped(reason)
+        if unfinished and not is_new:
+            note_unfinished(saver.root.parent, step, [])
         saver.check()
         if step == schedule.total:
             break
@@ -339,6 +314,22 @@ def fit(
     return state
 
 
+def note_unfinished(workdir: epath.Path, step: int, names: list[str]) -> None:
+    """Write down which evaluators a stop has kept from measuring the state of a step."""
+    note = workdir / UNFINISHED
+    if jax.process_index() == 0:
+        note.unlink(missing_ok=True)
+        if names:
+            files.write_json(note, {"step": step, "evaluations": names})
+
+
+def unfinished(workdir: str | os.PathLike, step: int) -> list[str]:
+    """Return the evaluators that a stop has kept from measuring the state of a step."""
+    note = epath.Path(workdir) / UNFINISHED
+    noted = json.loads(note.read_text()) if note.exists() else {}
+    return noted["evaluations"] if noted.get("step") == step else []
+
+
 def evaluate(
     state: TrainState,
     *,
@@ -349,11 +340,14 @@ def evaluate(
     """Run every evaluator once: all that a run of zero steps does.
 
     Raises:
-      distributed.Preempted: a stop was requested between two evaluators.
+      distributed.Preempted: a stop was requested.
     """
-    for evaluator in evaluators.values():
-        if stop_requested():
-            report.log(stopped := "asked to stop: start again to measure what is missing")
-            raise distributed.Preempted(stopped)
-        report.evaluation(0, evaluator, state, None)
+    try:
+        for evaluator in evaluators.values():
+            if stop_requested():
+                raise distributed.Preempted
+            report.evaluation(0, evaluator, state, None)
+    except distributed.Preempted:
+        report.log(reason := "asked to stop: start again to measure what is missing")
+        raise distributed.stopped(reason) from None
     return state

@@ -270,18 +270,20 @@ def test_an_error_that_a_lost_host_caused_does_not_end_this_host(monkeypatch):
 
 def test_sigterm_is_noticed_and_does_not_kill():
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        stop_requested = distributed.preemption()
+    with distributed.listening() as stop_requested:
         assert not stop_requested()
+        distributed.raise_if_stopping()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with pytest.raises(distributed.Preempted, match="during an evaluation"):
+            distributed.raise_if_stopping()
+    distributed.raise_if_stopping()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 ASKED_TO_STOP = """
-    import os, signal, sys, time
+    import contextlib, os, signal, sys, time
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import hosts, jax.numpy as jnp
     from states import State
@@ -289,7 +291,8 @@ ASKED_TO_STOP = """
 
     workdir, when = sys.argv[1:]
     distributed.join(f"localhost:{hosts.free_port()}", 1, 0)
-    stop_requested = distributed.preemption()
+    stack = contextlib.ExitStack()
+    stop_requested = stack.enter_context(distributed.listening())
     if when == "a save ends":
         run = checkpoint.Checkpointer(workdir)
         assert not stop_requested()

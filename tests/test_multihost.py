@@ -10,7 +10,7 @@ import states
 from mae_jax import checkpoint, integrity
 
 SAVE_RESTORE_STOP = """
-    import os, sys
+    import contextlib, os, sys
     workdir, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import jax
@@ -35,7 +35,8 @@ SAVE_RESTORE_STOP = """
     step, state = run.restore(states.target(4))
     print("RESTORED", step, run.all_steps(), flush=True)
 
-    stop_requested = distributed.preemption()
+    stack = contextlib.ExitStack()
+    stop_requested = stack.enter_context(distributed.listening())
     step = 20
     while not stop_requested():
         # The processes wait for each other here, as they do for each other's gradients.

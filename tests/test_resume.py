@@ -169,11 +169,17 @@ def test_a_run_killed_twelve_times_ends_bit_equal_to_an_uninterrupted_one(folder
     assert_same_run(workdir, uninterrupted)
 
 
-def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninterrupted):
-    workdir = folder / "stopped"
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [(signal.SIGTERM, distributed.PREEMPTED), (signal.SIGINT, distributed.INTERRUPTED)],
+)
+def test_a_signal_saves_where_it_is_and_the_run_goes_on_from_there(
+    folder, uninterrupted, asked, status
+):
+    workdir = folder / asked.name
     run = Run(folder, workdir)
     run.until_step(7)
-    assert run.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(run.said)
+    assert run.end(asked) == status, "\n".join(run.said)
     saved = int(checkpoint.find(workdir, "test").name)
     assert saved == logged(workdir)[-1]["step"] >= 7
 
@@ -181,6 +187,18 @@ def test_sigterm_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninte
     assert run.end() == 0, "\n".join(run.said)
     assert any(f"resumed at step {saved} from" in line for line in run.said)
     assert_same_run(workdir, uninterrupted)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(folder):
+    run = Run(folder, folder / "twice")
+    run.until_step(3)
+    run.process.send_signal(signal.SIGSTOP)  # so that both come before the next step
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGCONT)
+    run.until(lambda: any("Ctrl-C again" in line for line in run.said))
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == distributed.INTERRUPTED
+    assert not any("Traceback" in line for line in run.said)
 
 
 def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):

@@ -51,10 +51,11 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Parts:
     Raises:
       UserError: the config cannot work here.
     """
-    from mae_jax import distributed, evals, sharding, tasks, train
+    from mae_jax import distributed, evals, sharding, tasks
     from mae_jax.config import steps
     from mae_jax.data.pipeline import steps_per_epoch
     from mae_jax.evals.features import require_features
+    from mae_jax.schedule import Schedule
 
     with distributed.agreement("data") as facts:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -64,7 +65,7 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Parts:
     if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
         sharding.check_batch(mesh, config.batch_size, config.grad_accum)
         per_epoch = steps_per_epoch(num_examples, config.batch_size)
-    schedule = train.Schedule.from_config(config, per_epoch)
+    schedule = Schedule.from_config(config, per_epoch)
     tx, learning_rate = task.optimizer(schedule.total, per_epoch)
     require_features(config, task)
     evaluators = evals.build(config, task.predict(), mesh)
@@ -88,10 +89,22 @@ def run(
       train.NonFiniteError: the loss or the gradient norm is not finite.
       distributed.Preempted: a stop was requested; the state was saved.
     """
-    from mae_jax import checkpoint, distributed, provenance, report, train
+    from mae_jax import distributed
+
+    with distributed.listening() as stop_requested:
+        return _run(config, workdir, heartbeat, devices, stop_requested)
+
+
+def _run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    heartbeat: Callable[[], None],
+    devices: Sequence[Any] | None,
+    stop_requested: Callable[[], bool],
+) -> Any:
+    from mae_jax import checkpoint, provenance, report, train
 
     mesh, task, num_examples, schedule, tx, learning_rate, evaluators = build(config, devices)
-    stop_requested = distributed.preemption()
     with provenance.nothing_left_if_refused(workdir):
         provenance.check_workdir(workdir, config, num_examples)
         saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
@@ -131,12 +144,15 @@ def run(
         )
         if schedule.total == 0:
             return train.evaluate(state, **common)
-        if step is None:
+        unfinished = train.unfinished(workdir, start)
+        common |= dict(saver=saver, unfinished=unfinished)
+        if step is None and not unfinished:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
-        reporter.start_up(step, state.params, config.grad_accum)
+        if step is not None:
+            reporter.start_up(step, state.params, config.grad_accum)
         batches = train.global_batches(task, mesh, start, config.batch_size)
-        return train.fit(state, step, batches, schedule, saver=saver, **common)
+        return train.fit(state, step, batches, schedule, **common)
 
 
 def main(argv: list[str]) -> int:

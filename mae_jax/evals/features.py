@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax import sharding
+from mae_jax import distributed, sharding
 from mae_jax.data import bad_images, crops, pipeline
 from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.sources import Source
@@ -89,6 +89,7 @@ class Batches:
             crop=crop,
             workers=self._workers,
         ):
+            distributed.raise_if_stopping()
             local = {name: batch[name] for name in ("image", "label", "index")}
             local["counted"] = batch["valid"] & (batch["bad"] < 0)
             readable += int(local["counted"].sum())
