@@ -210,11 +210,11 @@ def test_one_of_several_processes_is_told_to_join_them(environ, by):
     [
         ("gs://bucket/runs/one", "gs://bucket/runs/compilation_cache"),
         ("gs://bucket/one/", "gs://bucket/compilation_cache"),
-        ("/data/one", "/home/me/.cache/mae_jax/compiled"),
+        ("/data/one", "/users/me/.cache/mae_jax/compiled"),
     ],
 )
 def test_what_was_compiled_is_kept_for_the_user_or_beside_the_bucket(workdir, cache, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert train.compilation_cache(workdir) == cache
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
