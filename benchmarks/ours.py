@@ -10,6 +10,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -43,7 +44,7 @@ def make_config(args: argparse.Namespace) -> Any:
         f"variant={args.variant},batch_size={args.batch},image_size={args.image_size}"
     )
     config.data.source = "bundled:photos"  # not read
-    config.model.dtype = args.dtype
+    config.model.dtype, config.model.residual_dtype = args.dtype, args.residual
     config.model.scan_unroll = args.unroll or config.model.depth
     config.model.attention = args.attention
     config.model.remat = args.remat
@@ -52,8 +53,8 @@ def make_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def build(args: argparse.Namespace, replicas: int = 1) -> tuple:
-    """Return task, shapes of the state with shardings, first state, compiled step, and a batch.
+def compiled(args: argparse.Namespace, replicas: int = 1) -> tuple:
+    """Return task, shapes of the state with shardings, compiled step, and () -> state and batch.
 
     Args:
       replicas: simulated devices that each hold the whole state.
@@ -74,9 +75,62 @@ def build(args: argparse.Namespace, replicas: int = 1) -> tuple:
     shapes, init = train.lay_out(task, tx, config.seed, mesh)
     step = train.compile_step(task, tx, mesh, shapes, batch_size=args.batch, seed=config.seed)
     shape = (args.batch, args.image_size, args.image_size, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    batch = sharding.put_batch(mesh, {"image": images}, args.batch)
-    return task, shapes, init(), step, batch
+
+    def start() -> tuple:
+        images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        return init(), sharding.put_batch(mesh, {"image": images}, args.batch)
+
+    return task, shapes, step, start
+
+
+def build(args: argparse.Namespace, replicas: int = 1) -> tuple:
+    """Return task, shapes of the state with shardings, first state, compiled step, and a batch."""
+    task, shapes, step, start = compiled(args, replicas)
+    state, batch = start()
+    return task, shapes, state, step, batch
+
+
+def racer(args: argparse.Namespace) -> Callable[[int], dict]:
+    """Compile a program; return a function that times a block of its steps, for `sides.serve`."""
+    import jax
+
+    from benchmarks.sides import versions
+    from mae_jax import flops
+
+    task, _, step_fn, start = compiled(args)
+    device = jax.devices()[0]
+    peak = flops.peak_flops(device.device_kind)
+    work = task.flops_multiplier * task.flops_per_example * args.batch
+
+    def block(steps: int) -> dict:
+        state, batch = start()  # gone afterwards: the programs together do not fit
+        for _ in range(3):
+            state, metrics = step_fn(state, batch)
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step_fn(state, batch)
+        jax.block_until_ready(state)
+        seconds = (time.perf_counter() - began) / steps
+        return {
+            "seconds": [seconds],
+            "loss": float(metrics["loss"]),
+            "mfu": work / seconds / peak if peak else None,
+            "temporary_gib": step_fn.memory_analysis().temp_size_in_bytes / 2**30,
+            "device": device.device_kind,
+            "versions": versions("jax", "flax", "optax"),
+        }
+
+    return block
+
+
+def race(programs: dict[str, list[str]]) -> None:
+    """Compile programs, each given by its options, and time them when they are asked for."""
+    from benchmarks import sides
+
+    parser = argparse.ArgumentParser()
+    options(parser)
+    sides.serve({name: partial(racer, parser.parse_args(x)) for name, x in programs.items()})
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -115,7 +169,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=5, help="timed in each round")
     parser.add_argument("--unroll", type=int, default=0, help="config.model.scan_unroll; 0: all")
-    parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"])
+    parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn"])
+    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--devices", type=int, default=1, help="to make of a CPU, with FSDP")
     parser.add_argument("--tokens_in_encoder", action="store_true")
@@ -124,4 +179,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     options(parser)
-    print(json.dumps(run(parser.parse_args())))
+    parser.add_argument("--race", type=json.loads, help="programs, for benchmarks/gpu.py")
+    args = parser.parse_args()
+    if args.race:
+        race(args.race)
+    else:
+        print(json.dumps(run(args)))

@@ -11,14 +11,16 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-OUT = HERE / "out"
+OUT = Path(os.environ.get("BENCHMARK_OUT") or HERE / "out")
 CPU = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for all sides: fewer page faults
 
 
@@ -54,6 +56,37 @@ def run(command: list[str]) -> dict[str, Any]:
         words = (process.stderr or process.stdout).strip().splitlines() or ["no output"]
         return {"error": f"exit {process.returncode}: {words[-1][:200]}"}
     return json.loads(lines[-1])
+
+
+def serve(sides: Mapping[str, Callable[[], Callable[[int], dict]]]) -> None:
+    """Compile sides at the same time; then time those that stdin names, in lines of JSON.
+
+    Args:
+      sides: name -> a function that compiles, and returns (number of steps) -> a result.
+    """
+    compiled, lock = {}, threading.Lock()
+
+    def say(**line: Any) -> None:
+        with lock:
+            print(json.dumps(line), flush=True)
+
+    def compile_one(name: str) -> None:
+        began = time.perf_counter()
+        try:
+            compiled[name] = sides[name]()
+            say(ready=name, compile_seconds=time.perf_counter() - began)
+        except Exception as error:  # the other sides go on
+            say(ready=name, error=(str(error).splitlines() or [repr(error)])[0][:200])
+
+    for name in sides:
+        threading.Thread(target=compile_one, args=[name], daemon=True).start()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            say(result=compiled[asked["name"]](asked["steps"]))
+        except Exception as error:
+            say(result={"error": (str(error).splitlines() or [repr(error)])[0][:200]})
+    os._exit(0)  # what still compiles is not waited for
 
 
 def median(results: list[dict[str, Any]], key: str = "seconds") -> float | None:
@@ -111,13 +144,15 @@ def report(
     rows: list[list[str]],
     results: dict[str, list[dict[str, Any]]],
     notes: Iterable[str] = (),
+    script: str = "run.sh",
 ) -> None:
     """Write out/NAME.json, and a table with date, machine, command and versions as out/NAME.md."""
     OUT.mkdir(exist_ok=True)
+    named = [name] if script == "run.sh" else []
     facts = {
         "date": date.today().isoformat(),
         "machine": machine(),
-        "command": " ".join(["bash benchmarks/run.sh", name, *sys.argv[1:]]),
+        "command": " ".join([f"bash benchmarks/{script}", *named, *sys.argv[1:]]),
     }
     versions: dict[str, str] = {}
     for rounds in results.values():

@@ -10,6 +10,7 @@ comes the first save of a process whose (simulated) devices all hold the whole s
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def help_text(command: str) -> None:
 
 
 def first_step(args: argparse.Namespace, folder: Path) -> dict:
-    """Time a run until metrics.jsonl has its first line, then end it."""
+    """Time a run until metrics.jsonl has its first line, then end it; FOLDER/cache is the cache."""
     workdir = folder / "run"
     shutil.rmtree(workdir, ignore_errors=True)
     command = [
@@ -49,8 +50,11 @@ def first_step(args: argparse.Namespace, folder: Path) -> dict:
         *("--config.checkpoint.every=1000 steps", "--config.checkpoint.keep_every="),
         *("--config.evals.reconstruct.every=", "--config.evals.reconstruct.split=test"),
     ]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     metrics = workdir / "metrics.jsonl"
     try:
         while not (metrics.exists() and metrics.read_text().count("\n")):
@@ -127,7 +131,7 @@ def main() -> None:
     helps = {name: sides.median(rounds) for name, rounds in results.items()}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
-            shutil.rmtree(Path(folder) / "compilation_cache", ignore_errors=True)
+            shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
             add("first step, empty cache", first_step(args, Path(folder)))
             add("first step, cached", first_step(args, Path(folder)))
     options = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]

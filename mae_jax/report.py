@@ -87,6 +87,10 @@ class Reporter:
             f"mesh: {shape} on {mesh.size} x {mesh.devices.flat[0].device_kind},"
             f" {jax.process_count()} host(s)"
         )
+        kept = getattr(jax.config, "jax_compilation_cache_dir", None)
+        if not getattr(jax.config, "jax_enable_compilation_cache", True) or not kept:
+            kept = "no folder"
+        self.log(f"compiled programs are kept in {kept} (--nocompilation_cache: none are)")
         if (memory := step.memory_analysis()) is not None:
             state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
             self.log(

@@ -63,8 +63,7 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    own = {name: x for name, x in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    return own | {
+    return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
         " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_PLATFORMS": "cpu",

@@ -56,7 +56,6 @@ def test_two_hosts_make_the_run_of_one_and_read_every_example_once(folder, alone
 
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert not any("loss" in line for line in run.output[1]), "only host 0 reports"
-    assert (folder / "compilation_cache").is_dir()
 
 
 def test_a_lost_host_ends_all_and_the_run_goes_on_to_the_same_losses(folder, alone):
@@ -211,11 +210,16 @@ def test_one_of_several_processes_is_told_to_join_them(environ, by):
     [
         ("gs://bucket/runs/one", "gs://bucket/runs/compilation_cache"),
         ("gs://bucket/one/", "gs://bucket/compilation_cache"),
-        ("/data/one", "/data/compilation_cache"),
+        ("/data/one", "/users/me/.cache/mae_jax/compiled"),
     ],
 )
-def test_what_was_compiled_is_kept_beside_the_workdir(workdir, cache):
+def test_what_was_compiled_is_kept_for_the_user_or_beside_the_bucket(workdir, cache, monkeypatch):
+    monkeypatch.setenv("HOME", "/users/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert train.compilation_cache(workdir) == cache
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    if "://" not in workdir:
+        assert train.compilation_cache(workdir) == "/cache/mae_jax/compiled"
 
 
 def test_the_host_that_differs_from_most_is_the_one_that_is_named():

@@ -17,7 +17,7 @@ FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
 FLOORS = [
     {"__main__", "commands"},
     {"tasks", "plan"},
-    {"train", "report", "schedule", "pretrained"},
+    {"train", "report", "schedule", "profiling", "pretrained"},
     {"evals"},
     {
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),

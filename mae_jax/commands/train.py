@@ -20,6 +20,10 @@ def define(values: flags.FlagValues) -> None:
     """Define the flags of `mae-jax train`."""
     text = "where the run lives; the same again goes on where it stopped; '' = workdir/RECIPE"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
+    text = "FIRST:LAST; write a trace of these steps, as host 0 sees them, into WORKDIR/profile"
+    flags.DEFINE_string("profile", "", text, flag_values=values)
+    text = "keep compiled programs in the user's cache folder, or beside the workdir in a bucket"
+    flags.DEFINE_bool("compilation_cache", True, text, flag_values=values)
     text = "one of several hosts, of a TPU pod or a cluster"
     flags.DEFINE_bool("distributed", False, text, flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, elsewhere", flag_values=values)
@@ -28,9 +32,14 @@ def define(values: flags.FlagValues) -> None:
 
 
 def compilation_cache(workdir: str) -> str:
-    """Return where compiled programs are kept: beside the workdir, for all runs that lie there."""
-    folder = workdir if "://" in workdir else os.path.abspath(workdir)
-    return f"{os.path.dirname(folder.rstrip('/'))}/compilation_cache"
+    """Return where compiled programs are kept: the user's cache; of a bucket, beside the workdir.
+
+    So the second run of a program starts warm, wherever its workdir lies.
+    """
+    if "://" in workdir:
+        return f"{os.path.dirname(workdir.rstrip('/'))}/compilation_cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "mae_jax", "compiled")
 
 
 class Parts(NamedTuple):
@@ -77,12 +86,14 @@ def run(
     workdir: str | os.PathLike,
     heartbeat: Callable[[], None] = lambda: None,
     devices: Sequence[Any] | None = None,
+    profile: str = "",
 ) -> Any:
     """Do what a config asks for in a workdir, from wherever that stands; return the state.
 
     Args:
       heartbeat: called when an update or an evaluation has ended.
       devices: of the mesh; None = all.
+      profile: FIRST:LAST, the steps to trace; '' = none.
 
     Raises:
       UserError: the config cannot work here, or the workdir belongs to another run.
@@ -92,7 +103,7 @@ def run(
     from mae_jax import distributed
 
     with distributed.listening() as stop_requested:
-        return _run(config, workdir, heartbeat, devices, stop_requested)
+        return _run(config, workdir, heartbeat, devices, profile, stop_requested)
 
 
 def _run(
@@ -100,9 +111,12 @@ def _run(
     workdir: str | os.PathLike,
     heartbeat: Callable[[], None],
     devices: Sequence[Any] | None,
+    profile: str,
     stop_requested: Callable[[], bool],
 ) -> Any:
-    from mae_jax import checkpoint, provenance, report, train
+    import jax
+
+    from mae_jax import checkpoint, profiling, provenance, report, train
 
     mesh, task, num_examples, schedule, tx, learning_rate, evaluators = build(config, devices)
     with provenance.nothing_left_if_refused(workdir):
@@ -118,6 +132,7 @@ def _run(
                 f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
                 " nothing is left to do; give a longer one"
             )
+        profiled = profiling.window(profile, start, schedule.total)
     step = None
     if start < schedule.total:
         sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
@@ -151,6 +166,8 @@ def _run(
             return state
         if step is not None:
             reporter.start_up(step, state.params, config.grad_accum)
+        if profiled and jax.process_index() == 0:
+            step = profiling.traced(step, profiled, start, workdir, reporter.log)
         batches = train.global_batches(task, mesh, start, config.batch_size)
         return train.fit(state, step, batches, schedule, **common)
 
@@ -167,7 +184,9 @@ def main(argv: list[str]) -> int:
     from mae_jax.data.workers import WorkerLost
     from mae_jax.metrics import summary
 
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+    if not values.compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", compilation_cache(workdir))
     if values.distributed or hosts != (None, None, None):
         distributed.join(
@@ -183,7 +202,7 @@ def main(argv: list[str]) -> int:
                 facts |= flatten_dict({"config": json.loads(config.to_json())}, sep=".")
                 facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
-            run(config, workdir, heartbeat)
+            run(config, workdir, heartbeat, profile=values.profile)
     except (train.NonFiniteError, WorkerLost) as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
         if isinstance(error, train.NonFiniteError):  # on all hosts alike
