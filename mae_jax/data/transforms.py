@@ -104,7 +104,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
     Walks over the segments of the header: 0xFF, a marker, a length. False where it is in doubt.
     """
     start = 2 if data.startswith(b"\xff\xd8") else len(data)
-    with contextlib.suppress(struct.error):  # the file ends
+    try:
         while True:
             begin, marker, length = struct.unpack_from(">BBH", data, start)
             if begin != 0xFF or marker == 0xE1:  # no header; EXIF or XMP
@@ -113,7 +113,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
                 bits, height, width, channels = struct.unpack_from(">BHHB", data, start + 4)
                 return (bits, channels) == (8, 3) and 0 < width * height <= MAX_PIXELS
             start += 2 + length
-    return False
+    except struct.error:  # the file ends
+        return False
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
@@ -268,7 +269,14 @@ def _cut(image_HWC: np.ndarray, box: Box) -> np.ndarray:
 
 def _edit(image_HWC: np.ndarray, edit: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Return an image after an edit by Pillow."""
-    return _by_planes(image_HWC, lambda part: np.asarray(edit(Image.fromarray(part))))
+
+    def convert(part: np.ndarray) -> np.ndarray:
+        mode = "RGB" if part.ndim == 3 else "L"
+        image = edit(Image.frombytes(mode, part.shape[1::-1], part.tobytes()))
+        shape = (image.height, image.width, *part.shape[2:])
+        return np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
+
+    return _by_planes(image_HWC, convert)
 
 
 def _by_planes(image_HWC: np.ndarray, edit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

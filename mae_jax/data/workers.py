@@ -129,11 +129,13 @@ class _Rows(grain.MapDataset):
 def _read_in_threads(
     local: _Rows, batch_size: int, threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    ahead = PREFETCH * batch_size
+    # The thread of ThreadPrefetchIterDataset makes the batches. It reads, too, if it is to be the
+    # only one: to hand single examples over takes half as long as to read a small one.
+    ahead = PREFETCH * batch_size if threads > 1 else 0
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     batches = local.to_iter_dataset(options).batch(batch_size)
-    # This thread copies the examples into batches in the background, too.
-    dataset = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+    buffer = 1 if ahead else PREFETCH
+    dataset = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=buffer)
     with contextlib.closing(iter(dataset)) as iterator:
         yield from iterator
 
