@@ -1,12 +1,16 @@
-"""Write files so that a reader never sees half of one: beside the target, then renamed."""
+"""Write files so that a reader never sees half of one, and read none that is not a file."""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
+from mae_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -25,6 +29,32 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
         if part.is_dir():
             part.rmtree()
         part.unlink(missing_ok=True)
+
+
+def open_regular(path: str | os.PathLike, flags: int) -> int:
+    """Open a file as `open` asks an opener to; refuse pipes and devices, which may never end.
+
+    Raises:
+      OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # of a pipe, without waiting for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a folder, not a file")
+    return descriptor
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Return what a file of a user holds.
+
+    Raises:
+      UserError: it cannot be read, or is no regular file.
+    """
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be read: {error.strerror or error}") from None
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

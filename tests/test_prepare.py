@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -99,6 +100,26 @@ def test_a_folder_becomes_a_dataset_that_plain_tfds_opens(images, tmp_path, caps
         np.testing.assert_array_equal(
             example["image"], pixels(records[example["file_name"].decode()]["image"])
         )
+
+
+def test_the_splits_of_a_folder_and_their_labels_are_kept(images, tmp_path, capsys, small_shards):
+    root = tmp_path / "splits"
+    (root / "val").mkdir(parents=True)
+    images.rename(root / "train")
+    shutil.copytree(root / "train/a", root / "val/a")
+    prepared = pack_folder(root, tmp_path)
+    out = capsys.readouterr().out
+    assert "splits: train 12, validation 6" in out
+    assert "--config.evals.reconstruct.split=validation" in out
+    for split, names in (("train", 12), ("validation", 6)):
+        source = open_source("mine", split, str(tmp_path))
+        assert (len(source), source.class_names) == (names, ["a", "b"])
+        for i in range(len(source)):
+            folder, label, _ = source[i]["name"].split("/")
+            assert (folder, "ab"[source[i]["label"]]) == (split.removesuffix("idation"), label)
+    whole = json.loads((prepared / "prepared.json").read_text())
+    train = pack_folder(root / "train", tmp_path / "train_alone")
+    assert whole["mean"] == json.loads((train / "prepared.json").read_text())["mean"]
 
 
 def test_the_printed_mean_and_std_are_those_of_all_pixels(images, tmp_path):

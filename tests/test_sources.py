@@ -88,6 +88,67 @@ def test_one_image_elsewhere_means_no_labels(tmp_path, other):
     assert source.num_classes is source.class_names is None
 
 
+SPLIT_FOLDERS = [
+    {"train": "train", "validation": "val"},
+    {"train": "Train", "validation": "VALID", "test": "test"},
+    {"train": "training", "test": "Testing"},
+]
+
+
+@pytest.mark.parametrize("folders", SPLIT_FOLDERS, ids=str)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_folders_named_after_splits_are_splits(tmp_path, capsys, folders, labelled):
+    for number, folder in enumerate(folders.values()):
+        for name in ("cat", "dog")[: 2 - number % 2] if labelled else ("",):
+            for i in range(3 + number):
+                save(tmp_path / folder / name / f"{i}.png")
+    for number, (split, folder) in enumerate(folders.items()):
+        source = open_source(f"folder:{tmp_path}", split)
+        assert {name.split("/")[0] for name in names(source)} == {folder}
+        assert len(source) == (3 + number) * (2 - number % 2 if labelled else 1)
+        assert source.class_names == (["cat", "dog"] if labelled else None)
+        wanted = {int(name.split("/")[1] == "dog") if labelled else -1 for name in names(source)}
+        assert set(labels(source)) == wanted
+    parts = [open_source(f"folder:{tmp_path}", split) for split in folders]
+    assert not any(sources.shared(one, other) for one, other in itertools.combinations(parts, 2))
+    if "validation" in folders:
+        assert names(open_source(f"folder:{tmp_path}", "val")) == names(parts[1])
+    assert "are splits" in capsys.readouterr().out
+
+
+def test_a_class_that_train_lacks_is_named(tmp_path, capsys):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/emu/1.png"):
+        save(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}", "val")
+    assert (source.class_names, labels(source)) == (["cat", "dog", "emu"], [0, 2])
+    assert "validation has classes that train has no image of: emu" in capsys.readouterr().out
+
+
+def test_classes_that_are_called_train_or_test_stay_classes(tmp_path):
+    for name in ("train/1.png", "plane/1.png"):
+        save(tmp_path / name)
+    assert open_source(f"folder:{tmp_path}", "train").class_names == ["plane", "train"]
+
+
+@pytest.mark.parametrize("other", ["extra/cat/1.png", "loose.png"])
+def test_splits_beside_other_images_are_refused(tmp_path, other):
+    for name in ("train/cat/1.png", "val/cat/1.png", other):
+        save(tmp_path / name)
+    with pytest.raises(ValueError, match="the splits train, val beside .*move those elsewhere"):
+        open_source(f"folder:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_reported_and_never_waited_for(tmp_path, make):
+    save(tmp_path / "a.png")
+    make(tmp_path / "b.png")
+    source = open_source(f"folder:{tmp_path}", "train")
+    reports = {source[i]["name"]: source[i].get("unreadable") for i in range(len(source))}
+    reports.setdefault("b.png", "a folder")  # is looked into
+    assert reports["a.png"] is None
+    assert "a folder" in reports["b.png"]
+
+
 def test_files_that_are_no_images_are_passed_over(tmp_path):
     for name in ("a.png", "without_extension", "wrong.jpeg"):
         save(tmp_path / name)

@@ -6,12 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
+from mae_jax import files
 from mae_jax.errors import UserError
 
 
@@ -126,7 +126,7 @@ def _listed(path: str) -> list[str]:
     """Return the files in the lines of a .txt, relative to its folder; or the file itself."""
     if not path.endswith(".txt"):
         return [path]
-    lines = os.fsdecode(Path(path).read_bytes()).splitlines()
+    lines = os.fsdecode(files.read_bytes(path)).splitlines()
     return [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
 
 

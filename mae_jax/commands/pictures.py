@@ -11,6 +11,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from mae_jax import files
 from mae_jax.data import transforms
 from mae_jax.errors import UserError
 from mae_jax.evals import figures, pixels
@@ -33,8 +34,8 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
       UserError: `file` is no picture, or hides no patch or all of them.
     """
     try:
-        grey = Image.fromarray(transforms.decode(Path(file).read_bytes(), 1)[..., 0])
-    except (OSError, transforms.BadImage) as error:
+        grey = Image.fromarray(transforms.decode(files.read_bytes(file), 1)[..., 0])
+    except (UserError, transforms.BadImage) as error:
         raise UserError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"
         ) from None

@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
 
 def _prepare_folder(values: flags.FlagValues) -> str:
     """Prepare a folder; return the recipe to go on with, and its flags."""
+    import tensorflow_datasets as tfds
+
     from mae_jax.data.pack import prepare_folder
 
     folder, summary = prepare_folder(
@@ -88,6 +90,11 @@ def _prepare_folder(values: flags.FlagValues) -> str:
         print(f"{len(bad):,} could not be read and were left out: {cli.first_ten(bad)}")
         print(f"(all of them are listed in {folder / 'prepared.json'})")
     statistics = f"--config.data.mean='{mean}' --config.data.std='{std}'"
+    splits = tfds.builder(values.name, data_dir=values.data_dir or None).info.splits
+    if "validation" in splits or "test" in splits:
+        print("splits: " + ", ".join(f"{s.name} {s.num_examples:,}" for s in splits.values()))
+        held_out = "validation" if "validation" in splits else "test"
+        statistics += f" --config.data.split=train --config.evals.reconstruct.split={held_out}"
     return f"configs/folder.py {statistics} --config.data.source={values.name}"
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mae_jax import files as disk
 from mae_jax.data import arrayrecord, splits
+from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2"),
     *(".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
+
+
+# Names of folders, in small letters -> the split that they hold.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_log_once = functools.cache(log_once)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +51,60 @@ class FolderSource:
         name = self.files[index]
         record = {"label": int(self.labels[index]), "name": printable(name)}
         try:
-            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+            with open(
+                os.path.join(self.root, name), "rb", buffering=0, opener=disk.open_regular
+            ) as file:
                 return {"image": file.readall(), **record}
-        except OSError as error:  # a broken link, a file without permission
+        except OSError as error:  # a broken link, a pipe, a file without permission
             return {"image": b"", **record, "unreadable": error.strerror or str(error)}
 
 
 def open_folder(path: str, split: str) -> FolderSource:
-    """Return every image below a folder, flat or nested.
+    """Return the images below a folder, flat or nested.
 
     What counts as an image: a file with an image's extension, whatever it turns out to hold, and a
     file without extension that opens as an image. Other files, and names that start with a dot, are
     passed over. Links are followed. The parent folder is the label when every image is at
-    PATH/CLASS/FILE; otherwise there are no labels.
+    PATH/CLASS/FILE, or at PATH/SPLIT/CLASS/FILE; otherwise there are no labels.
 
-    The one split is 'train'. Slices of it are taken from a shuffled order that depends on the names
-    alone, so that 'train[:90%]' and 'train[90%:]' hold images of every sub-folder.
+    Splits are those of `divide`; see `splits.canonical` for their other names. Slices are
+    taken from a shuffled order that depends on the names alone, so that 'train[:90%]' and
+    'train[90%:]' hold images of every sub-folder.
+    """
+    root = os.path.expanduser(path)
+    files, parts = list_images(path)
+    parents = [os.path.dirname(name) for name in files]
+    if list(parts) != [""]:
+        parents = [parent.partition(os.sep)[2] for parent in parents]
+    classes = sorted(set(parents), key=os.fsencode)
+    labelled = all(parent and os.sep not in parent for parent in classes)
+    if labelled:
+        _announce_unknown_classes(path, parents, parts)
+    lengths = {name or "train": len(part) for name, part in parts.items()}
+    ranges = splits.parse(splits.canonical(split, lengths), lengths, f"folder:{path}")
+    chosen: list[int] = []
+    for name, start, end in ranges:
+        part = parts.get(name) or parts[""]
+        if end - start < len(part):
+            order = arrayrecord.shuffled([files[i] for i in part])
+            part = [part[i] for i in order[start:end]]
+        chosen += part
+    chosen.sort()
+    index = {name: i for i, name in enumerate(classes)}
+    return FolderSource(
+        os.path.abspath(root),
+        [files[i] for i in chosen],
+        np.array([index[parents[i]] if labelled else -1 for i in chosen], np.int32),
+        [printable(name) for name in classes] if labelled else None,
+        splits.locate(ranges, os.path.realpath(root)),
+    )
+
+
+def list_images(path: str) -> tuple[list[str], dict[str, list[int]]]:
+    """Return the images below a folder, relative to it, and which of them each split has.
+
+    Raises:
+      UserError: there is no such folder, no image, or splits beside other folders.
     """
     root = os.path.expanduser(path)
     if not os.path.isdir(root):
@@ -72,22 +122,47 @@ def open_folder(path: str, split: str) -> FolderSource:
             f"folder:{path} holds no image ({held or 'it is empty'}); images are recognised by"
             f" their extension: {' '.join(IMAGE_EXTENSIONS)}"
         )
-    parents = [os.path.dirname(name) for name in files]
-    classes = sorted(set(parents), key=os.fsencode)
-    labelled = all(parent and os.sep not in parent for parent in classes)
-    ranges = splits.parse(split, {"train": len(files)}, f"folder:{path}")
-    chosen = list(range(len(files)))
-    if "[" in split or "+" in split:
-        order = arrayrecord.shuffled(files)
-        chosen = sorted(i for _, start, end in ranges for i in order[start:end])
-    index = {name: i for i, name in enumerate(classes)}
-    return FolderSource(
-        os.path.abspath(root),
-        [files[i] for i in chosen],
-        np.array([index[parents[i]] if labelled else -1 for i in chosen], np.int32),
-        [printable(name) for name in classes] if labelled else None,
-        splits.locate(ranges, os.path.realpath(root)),
-    )
+    return files, divide(path, files)
+
+
+def divide(path: str, files: list[str]) -> dict[str, list[int]]:
+    """Return which images each split has; {"": all} where the folders name no splits.
+
+    PATH/train beside PATH/val or PATH/test are splits, and so is PATH/train alone if it has folders
+    of classes. The names in SPLITS count in any case.
+
+    Raises:
+      UserError: such folders stand beside other images, which could be meant either way.
+    """
+    tops = [name.partition(os.sep)[0] if os.sep in name else "" for name in files]
+    named = {top: SPLITS.get(top.lower()) for top in set(tops)}
+    found = {split for split in named.values() if split}
+    nested = all(name.count(os.sep) >= 2 for name in files)
+    if len(found) < 2 and not (found == {"train"} and len(named) == 1 and nested):
+        return {"": list(range(len(files)))}
+    others = sorted(printable(top) or "images of its own" for top in named if not named[top])
+    folders = ", ".join(sorted(printable(top) for top in named if named[top]))
+    if others:
+        raise UserError(
+            f"folder:{path} has the splits {folders} beside {', '.join(others)[:200]}: move those"
+            " elsewhere, or name one folder, such as folder:"
+            + os.path.join(path, next(top for top in sorted(named) if named[top]))
+        )
+    _log_once(f"folder:{path}: its folders {folders} are splits")
+    parts: dict[str, list[int]] = {}
+    for i, top in enumerate(tops):
+        parts.setdefault(str(named[top]), []).append(i)
+    return {name: parts[name] for name in ("train", "validation", "test") if name in parts}
+
+
+def _announce_unknown_classes(path: str, parents: list[str], parts: dict[str, list[int]]) -> None:
+    """Print the classes that another split has and train has not."""
+    trained = {parents[i] for i in parts.get("train", [])}
+    for name, part in parts.items():
+        unknown = sorted({parents[i] for i in part} - trained)
+        if trained and unknown:
+            listed = ", ".join(map(printable, unknown))[:200]
+            _log_once(f"folder:{path}: {name} has classes that train has no image of: {listed}")
 
 
 def printable(name: str) -> str:
@@ -114,10 +189,8 @@ def _is_image(path: str) -> bool:
     if extension := _extension(path):
         return extension in IMAGE_EXTENSIONS
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            return False
-        with Image.open(path):  # reads the header only
-            return True
+        with open(path, "rb", opener=disk.open_regular) as file, Image.open(file):
+            return True  # the header was read, and no more
     except Exception:  # Pillow raises many kinds at files that are no images
         return False
 

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from PIL import Image
 
 from mae_jax import files
 from mae_jax.data import arrayrecord, bad_images
-from mae_jax.data.folder import FolderSource, open_folder
+from mae_jax.data.folder import FolderSource, list_images, open_folder
 from mae_jax.data.process import follow_parent
 from mae_jax.data.transforms import ORIENTATION, BadImage
 from mae_jax.errors import UserError
@@ -50,7 +51,7 @@ def prepare_folder(
     RGB or grey JPEG and PNG files keep their bytes if nothing is resized; other images become RGB
     JPEGs, upright. With `resize`, the short side gets that many pixels, by Pillow's
     bicubic filter, and every image is encoded anew. Images that cannot be read are left out. The
-    order is shuffled by the hashes of the names.
+    order is shuffled by the hashes of the names. A folder's splits are kept; see `folder.divide`.
 
     Returns:
       The directory of the dataset, and what its prepared.json says: images, bytes, mean, std, and
@@ -63,11 +64,13 @@ def prepare_folder(
         raise UserError(f"--name={name}: use small letters, digits and _, such as my_images")
     if name in tfds.list_builders(with_community_datasets=False):
         raise UserError(f"--name={name} is a dataset that tfds knows; choose another name")
-    images = open_folder(source, "train")
+    listed, parts = list_images(source)
+    names = [split or "train" for split in parts]
+    images = {split: open_folder(source, split) for split in names}
     plan = {
-        "source": images.root,
-        "files": len(images),
-        "listing": hashlib.sha256(b"\0".join(map(os.fsencode, images.files))).hexdigest(),
+        "source": images[names[0]].root,
+        "files": len(listed),
+        "listing": hashlib.sha256(b"\0".join(map(os.fsencode, listed))).hexdigest(),
         "resize": resize,
         "quality": QUALITY,
     }
@@ -84,14 +87,15 @@ def prepare_folder(
     work.mkdir(parents=True, exist_ok=True)
     with _only_writer(work):
         _remove_leftovers(work, plan)
-        shards = _divide(images, work, name, resize)
-        _write_missing(shards, workers, progress)
-        lengths, summary = _summary(shards)
-        features = arrayrecord.image_features(images.class_names)
-        splits = {"train": (lengths, summary["bytes"])}
+        shards = {split: _divide(images[split], work, name, split, resize) for split in names}
+        every = list(itertools.chain(*shards.values()))
+        _write_missing(every, workers, progress)
+        splits = {split: _counts(part) for split, part in shards.items()}
+        summary = _summary(every, shards[names[0]])
+        features = arrayrecord.image_features(images[names[0]].class_names)
         arrayrecord.write_metadata(work, features, splits, f"Images of the folder {source!a}.")
         files.write_json(work / "prepared.json", {"plan": plan, **summary})
-        for file in [*(shard.report for shard in shards), work / "plan.json", work / "lock"]:
+        for file in [*(shard.report for shard in every), work / "plan.json", work / "lock"]:
             file.unlink()
         work.rename(final)
     return final, summary
@@ -139,7 +143,9 @@ class Shard:
         return self.path.with_name(self.path.name + ".json")
 
 
-def _divide(images: FolderSource, work: Path, name: str, resize: int | None) -> list[Shard]:
+def _divide(
+    images: FolderSource, work: Path, name: str, split: str, resize: int | None
+) -> list[Shard]:
     """Divide the images, in the order of their names' hashes, into shards of `work`."""
     order = np.array(arrayrecord.shuffled(images.files))
     num_shards = min(-(-len(order) // IMAGES_PER_SHARD), MAX_SHARDS)
@@ -147,7 +153,7 @@ def _divide(images: FolderSource, work: Path, name: str, resize: int | None) -> 
     for i, rows in enumerate(np.array_split(order, num_shards)):
         names, labels = [images.files[row] for row in rows], images.labels[rows]
         part = dataclasses.replace(images, files=names, labels=labels)
-        path = arrayrecord.shard_path(work, name, "train", i, num_shards)
+        path = arrayrecord.shard_path(work, name, split, i, num_shards)
         shards.append(Shard(part, path, resize))
     return shards
 
@@ -231,19 +237,26 @@ def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes,
     return buffer.getvalue(), image
 
 
-def _summary(shards: list[Shard]) -> tuple[list[int], dict[str, Any]]:
-    """Return how many images each shard holds, and what prepared.json says of all of them."""
+def _counts(shards: list[Shard]) -> tuple[list[int], int]:
+    """Return how many images each shard of a split holds, and the bytes of all."""
+    reports = [_read_json(shard.report) for shard in shards]
+    return [report["images"] for report in reports], sum(report["bytes"] for report in reports)
+
+
+def _summary(shards: list[Shard], trained: list[Shard]) -> dict[str, Any]:
+    """Return what prepared.json says of all shards; mean and std are of the first split."""
     reports = [_read_json(shard.report) for shard in shards]
     bad = dict(sorted(item for report in reports for item in report["bad"].items()))
-    lengths = [report["images"] for report in reports]
-    if not sum(lengths):
+    images = sum(report["images"] for report in reports)
+    if not images:
         name, reason = next(iter(bad.items()))
         raise UserError(f"none of the {len(bad)} files can be read, such as {name} ({reason})")
     # Mean and standard deviation per channel, of pixels from 0 to 1
-    histogram, levels = np.sum([report["histogram"] for report in reports], 0), np.arange(256) / 255
-    weights = histogram / histogram.sum(1, keepdims=True)
+    histograms = [_read_json(shard.report)["histogram"] for shard in trained]
+    histogram, levels = np.sum(histograms, 0), np.arange(256) / 255
+    weights = histogram / np.maximum(histogram.sum(1, keepdims=True), 1)
     mean = weights @ levels
     std = np.sqrt(weights @ levels**2 - mean**2)
     size = sum(report["bytes"] for report in reports)
     statistics = {"mean": mean.tolist(), "std": std.tolist()}
-    return lengths, {"images": sum(lengths), "bytes": size, **statistics, "bad": bad}
+    return {"images": images, "bytes": size, **statistics, "bad": bad}

@@ -158,6 +158,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     if not isinstance(features.get("image"), tfds.features.Image):
         raise UserError(f"{name!r} has no image under 'image'; it has {', '.join(features)}")
     lengths = {s.name: s.num_examples for s in builder.info.splits.values()}
+    split = splits.canonical(split, lengths)
     ranges = splits.parse(split, lengths, name)
     records = builder.as_data_source(
         split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"

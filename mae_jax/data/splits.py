@@ -1,10 +1,23 @@
 """Which images of a source a slice of its splits means, such as train[:90%]."""
 
+import re
+from collections.abc import Iterable
+
 import tensorflow_datasets as tfds
 
 from mae_jax.errors import UserError
 
 Ranges = tuple[tuple[str, int, int], ...]  # (split, first image, one after the last)
+
+
+def canonical(split: str, names: Iterable[str]) -> str:
+    """Return a split in which val and valid stand for 'validation', unless `names` has them."""
+    known = set(names)
+
+    def name(match: re.Match) -> str:
+        return match[0] if match[0] in known else "validation"
+
+    return re.sub(r"\b(val|valid)\b", name, split, flags=re.IGNORECASE)
 
 
 def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
