@@ -17,4 +17,5 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 workdir=${WORKDIR:-$root/workdir/quickstart}
 case $workdir in /* | *://*) ;; *) workdir=$here/$workdir ;; esac
 cd "$root"
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: fewer page faults on CPUs
 exec "$python" -m mae_jax train --config=configs/quickstart.py --workdir="$workdir" "$@"
