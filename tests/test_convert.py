@@ -248,7 +248,7 @@ EXTRA = {"blocks.0.attn.rogue": np.zeros(3, np.float32)}
         (b"", "is empty"),
         (pickle.dumps(STATE, 2), "bare pickle"),
         (b"hello, this is no model", "neither a .pth file"),
-        (lambda content: content[: len(content) // 2], "cut off or damaged"),
+        (lambda content: content[: len(content) // 2], "is damaged or is not a weight file"),
         (flipped, "other bytes than were written"),
         (bomb, "has compressed parts"),
         (lambda _: safetensors.numpy.save(STATE)[:-100], "is damaged, or .*not fully covered"),

@@ -61,6 +61,7 @@ def numbers(text: str) -> tuple[float, ...]:
 COUNT = flags.IntegerParser(lower_bound=1)
 WEIGHT_FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {  # arguments of `mae_jax.load`
     "part": (flags.EnumParser(["all", "encoder"]), "weights to read; none = all"),
+    "key": (Parser(str), "where a file has its weights, such as teacher; none = found by name"),
     "image_size": (Parser(size), "images to make a model for: SIDE or HEIGHTxWIDTH"),
     "mean": (Parser(numbers), "mean of each channel, of pixels from 0 to 1"),
     "std": (Parser(numbers), "standard deviation of each channel, of pixels from 0 to 1"),

@@ -32,6 +32,7 @@ def open_weights(
     path: str | os.PathLike,
     *,
     part: str = "all",
+    key: str = "",
     image_size: int | Size | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
@@ -45,6 +46,7 @@ def open_weights(
 
     Args:
       part: "all" or "encoder".
+      key: where a file of another program has its weights, such as teacher; see `read.open_file`.
       image_size: (height, width), or the side of a square, to make a model for; the positions,
         fixed or trained, are resized as the official fine-tuning does it. A file whose patches are
         not in a square, and that does not say its image size, is taken to be of this one.
@@ -77,7 +79,14 @@ def open_weights(
         raise UserError(f"averaged weights: only runs of this project have both, and not {source}")
     else:
         options = {"heads": heads, "decoder_heads": decoder_heads, "image_size": size} | given
-        weights = _open_theirs(source, allow_unused, options)
+        try:
+            weights = _open_theirs(source, key, allow_unused, options)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a file can say that no model would
+            raise UserError(
+                f"{source} is damaged or is not a weight file: {str(error)[:500] or error!r:.500}"
+            ) from error
     if part == "encoder":
         if not weights.spec.final_norm:
             raise UserError(
@@ -91,14 +100,14 @@ def open_weights(
     return weights
 
 
-def _open_theirs(path: epath.Path, allow_unused: bool, options: dict) -> Weights:
+def _open_theirs(path: epath.Path, key: str, allow_unused: bool, options: dict) -> Weights:
     """Read a file or directory of another family; `options` are arguments of `infer.infer`."""
     if "://" in str(path):
         raise UserError(
             f"{path} is no workdir of this project; other files are read from local disks only:"
             " copy it first"
         )
-    file = read.open_file(path)
+    file = read.open_file(path, key)
     spec, notes = infer.infer(file, **options)
     unused = infer.unused(file, spec)
     if unused and not allow_unused:

@@ -1,5 +1,6 @@
 """Read any PyTorch file or directory: its state dict, its family, and what it says beside it."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from mae_jax.errors import UserError
+from mae_jax import files
+from mae_jax.errors import UserError, nearest
 from mae_jax.interop import pth
 from mae_jax.interop.names import Family, canonical_hf
 
@@ -39,8 +41,12 @@ class File(NamedTuple):
     config: dict[str, Any]  # of Hugging Face, or the arguments of an official run
 
 
-def open_file(path: str | Path) -> File:
+def open_file(path: str | Path, key: str = "") -> File:
     """Find out what a file or directory is, and open it.
+
+    Args:
+      key: where the weights lie in the file, such as teacher or ema.model; "" = at its top, or
+        under one of WRAPPERS.
 
     Raises:
       UserError: it cannot be read; the message says why.
@@ -52,23 +58,67 @@ def open_file(path: str | Path) -> File:
         content, config = _open_hf(path)
     else:
         content, config = _content(path), {}
-    config = getattr(content.get("args"), "__dict__", {}) | config
-    for key in WRAPPERS:
-        if isinstance(content.get(key), dict):
-            content = dict(content[key])
-            break
-    state = {
-        re.sub(r"^module\.", "", str(name)): x
-        for name, x in content.items()
+    config = _plain(getattr(content.get("args"), "__dict__", {})) | config
+    chosen = _below(path, content, key)
+    tensors = {
+        str(name): x
+        for name, x in chosen.items()
         if isinstance(x, np.ndarray) and not re.search(IGNORED, str(name))
     }
-    if {"cls_token", "patch_embed.proj.weight"} <= state.keys():
+    if (state := _under_a_prefix(tensors, {"cls_token", "patch_embed.proj.weight"})) is not None:
         return File(path.name, state, "official", config)
-    state = {canonical_hf(name): x for name, x in state.items()}
-    if "vit.embeddings.cls_token" in state:
+    renamed = {canonical_hf(re.sub(r"^module\.", "", name)): x for name, x in tensors.items()}
+    if (state := _under_a_prefix(renamed, {"vit.embeddings.cls_token"})) is not None:
         return File(path.name, state, "hf", config)
-    keys = ", ".join(map(str, content))[:200]
-    raise UserError(f"{path} is not a model of this family; what it holds begins with: {keys}")
+    held = ", ".join(str(name)[:100] for name in itertools.islice(chosen, 20))
+    keys = [str(name)[:100] for name, x in content.items() if isinstance(x, dict) and x]
+    hint = f". Weights may lie under another key: give one of {', '.join(keys)[:200]} as the key"
+    raise UserError(
+        f"{path} is not a model of this family; what it holds begins with: {held[:200]}"
+        + hint * bool(keys)
+    )
+
+
+def _below(path: Path, content: dict, key: str) -> dict:
+    """Return the dictionary under a key, of which dots go deeper; or under one of WRAPPERS."""
+    if not key:
+        under = (content[name] for name in WRAPPERS if isinstance(content.get(name), dict))
+        return next(under, content)
+    for name in [key] if key in content else key.split("."):
+        if not isinstance(content.get(name), dict):
+            there = [str(x) for x, below in content.items() if isinstance(below, dict)]
+            raise UserError(f"{path} has no dictionary under the key {key!r}{nearest(name, there)}")
+        content = content[name]
+    return content
+
+
+def _under_a_prefix(
+    tensors: dict[str, np.ndarray], landmarks: set[str]
+) -> dict[str, np.ndarray] | None:
+    """Return tensors without what precedes all of a model's names, such as model. of a trainer.
+
+    Names that lack it stay as they are. None: no prefix leads to all the landmarks.
+    """
+    one = next(iter(landmarks))
+    prefixes = {name.removesuffix(one) for name in tensors if name.endswith(one)}
+    prefixes = {x for x in prefixes if all(x + mark in tensors for mark in landmarks)}
+    if len(prefixes) != 1:
+        return None
+    return {name.removeprefix(prefix): x for prefix in prefixes for name, x in tensors.items()}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config that are numbers, text, or a few of them."""
+
+    def simple(value: Any) -> bool:
+        return value is None or isinstance(value, bool | int | float | str)
+
+    return {
+        name: value
+        for name, value in config.items()
+        if simple(value)
+        or (isinstance(value, tuple | list) and len(value) < 100 and all(map(simple, value)))
+    }
 
 
 def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,7 +132,8 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if activation != "gelu":
         raise UserError(f"{directory}: hidden_act is {activation!r}, and only gelu is known")
-    image = _json(directory / "preprocessor_config.json")
+    image = _plain(_json(directory / "preprocessor_config.json"))
+    config = _plain(config)
     config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
     for name in HF_WEIGHTS:
         if (directory / name).exists():
@@ -92,8 +143,8 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (ValueError, OSError, RecursionError) as error:
+        content = json.loads(files.read_bytes(file)) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object")
@@ -102,8 +153,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> dict[str, Any]:
     """Return the dictionary in a file, whatever the file is called."""
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with open(path, "rb", opener=files.open_regular) as file:
+            start = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if start[:2] == b"PK":
         content = pth.read(path)
     elif start[8:9] == b"{":
@@ -119,8 +173,8 @@ def _content(path: Path) -> dict[str, Any]:
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # it raises many kinds at damaged headers
         raise UserError(
-            f"{path} is damaged, or holds numbers of a type that NumPy has not ({error}): copy or"
-            " download it again"
+            f"{path} is damaged, or holds numbers of a type that NumPy has not"
+            f" ({str(error)[:500]}): copy or download it again"
         ) from None
