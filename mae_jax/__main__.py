@@ -8,6 +8,7 @@ imported, and none for the help.
 import ast
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(f"{commands.__name__}.{name}").main(rest) or 0
+        status = importlib.import_module(f"{commands.__name__}.{name}").main(rest) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has ended: mae-jax train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed still
+        return 128 + signal.SIGPIPE
     except (ValueError, KeyboardInterrupt) as error:
         if (status := commands.explain(name, error)) is None:
             raise

@@ -5,6 +5,7 @@ Orbax writes each checkpoint in the background, on all hosts together; `integrit
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +22,14 @@ from mae_jax.orbax_manager import open_manager
 PARAMS, AVERAGED = ("params",), ("extra", "ema")  # keys that lead to parameters
 
 
+class SaveError(OSError):
+    """A checkpoint that could not be written; the message says which are intact."""
+
+
 class Checkpointer:
     """The checkpoints of one run; every host makes the same calls.
 
-    An error of a background save is raised, as an OSError, by the next call of `save`, `check`,
+    An error of a background save is raised, as a SaveError, by the next call of `save`, `check`,
     `wait` or `close`.
     """
 
@@ -47,7 +52,7 @@ class Checkpointer:
         """Start a save; return as soon as the next update may overwrite the state's buffers.
 
         Raises:
-          OSError: this save or the one before it failed; older checkpoints are intact.
+          SaveError: this save or the one before it failed; older checkpoints are intact.
         """
         self.wait()
         self._step = step
@@ -130,12 +135,14 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            raise OSError(self._explain(error)) from error
+            raise SaveError(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:
         earlier = ", ".join(path.name for path in _numbered(self.root)) or "none"
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # in the words of TensorStore
+        reason = os.strerror(int(code[1])) if code else f"{error!r:.300}"
         return (
-            f"checkpoint {self._step} could not be written to {self.root}: {error!r}. It takes up"
+            f"checkpoint {self._step} could not be written to {self.root}: {reason}. It takes up"
             f" to {self._mebibytes:,.1f} MiB. Earlier checkpoints, intact: {earlier}"
         )
 

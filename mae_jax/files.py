@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import stat
@@ -29,6 +30,35 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
         if part.is_dir():
             part.rmtree()
         part.unlink(missing_ok=True)
+
+
+def require_place(path: str | os.PathLike, what: str) -> None:
+    """Check that files can be written below a path: a folder of a disk, or a gs:// bucket.
+
+    Args:
+      what: the flag or key that names it, such as --workdir, for the message.
+
+    Raises:
+      UserError: it is a URL of another kind, or the package for buckets is missing.
+    """
+    scheme, is_url, rest = os.fspath(path).partition("://")
+    if not is_url:
+        return
+    if scheme == "file":
+        raise UserError(f"{what}={path}: write the path itself, /{rest.lstrip('/')}")
+    if scheme != "gs":
+        raise UserError(
+            f"{what}={path}: {scheme}:// is not supported: give a local folder, a bucket"
+            " gs://BUCKET/FOLDER, or mount it as a folder"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{what}={path}: buckets need gcsfs: pip install gcsfs")
+
+
+def require_local(path: str | os.PathLike, what: str) -> None:
+    """Raise UserError if a path is a URL where only local files are read or written."""
+    if "://" in os.fspath(path):
+        raise UserError(f"{what}={path}: only local files can be used here: copy to or from there")
 
 
 def open_regular(path: str | os.PathLike, flags: int) -> int:

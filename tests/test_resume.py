@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -187,6 +189,34 @@ def test_a_signal_saves_where_it_is_and_the_run_goes_on_from_there(
     assert run.end() == 0, "\n".join(run.said)
     assert any(f"resumed at step {saved} from" in line for line in run.said)
     assert_same_run(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(0, "full-0: "), (20_000, "checkpoint .* could not be written to .*: ")]
+)
+def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterrupted, limit, what):
+    workdir = folder / f"full-{limit}"
+    run = Run(folder, workdir)
+    run.until_step(5)
+    limit = limit or (workdir / "metrics.jsonl").stat().st_size
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert run.end() == 1, "\n".join(run.said)
+    last = next(x for x in run.said if x.startswith("mae-jax train: "))
+    assert re.search(f"{what}File too large.*the same command goes on from", last), run.said
+    assert not any("Traceback" in line for line in run.said)
+
+    run = Run(folder, workdir)
+    assert run.end() == 0, "\n".join(run.said)
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_workdir_that_is_deleted_under_the_run_is_said(folder):
+    run = Run(folder, folder / "deleted")
+    run.until_step(3)
+    (folder / "deleted").rename(folder / "elsewhere")
+    assert run.end() == 1, "\n".join(run.said)
+    assert any(f"{folder}/deleted is gone" in line for line in run.said), run.said
+    assert not any("Traceback" in line for line in run.said)
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(folder):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
+from mae_jax import files
 from mae_jax.commands import cli
 from mae_jax.errors import UserError
 
@@ -30,6 +31,7 @@ def parse(argv: list[str]) -> tuple[str, Path, flags.FlagValues]:
     rest = cli.parse("convert", USAGE, argv, values)
     if len(rest) != 2 or values.to is None:
         raise UserError(f"INPUT, OUTPUT and --to are wanted\n{USAGE}")
+    files.require_local(rest[1], "OUTPUT")
     return rest[0], Path(rest[1]), values
 
 

@@ -1,7 +1,9 @@
 """Train: pre-train, fine-tune or probe on images, from a config file."""
 
+import errno
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
+from mae_jax import files
 from mae_jax.commands import explain, recipes
 from mae_jax.errors import UserError
 
@@ -172,9 +175,34 @@ def _run(
         return train.fit(state, step, batches, schedule, **common)
 
 
+def disk_failure(error: OSError, workdir: str) -> str | None:
+    """Return what the place of a run lacks, and how to go on; None for another kind of error."""
+    from etils import epath
+
+    from mae_jax import checkpoint
+
+    root = epath.Path(workdir)
+    if "://" not in workdir and not root.exists():
+        return f"{workdir} is gone; the same command starts the run again, from its first step"
+    if isinstance(error, checkpoint.SaveError):
+        reason = str(error)
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        reason = f"{error.filename or workdir}: {error.strerror}"
+    else:
+        return None
+    if "://" not in workdir:
+        reason += f" ({shutil.disk_usage(workdir).free / 2**20:,.0f} MiB are free there)"
+    saved = [int(path.name) for path in (root / "checkpoints").glob("*") if path.name.isdigit()]
+    start = f"checkpoint {max(saved)}" if saved else "the first step, for there is no checkpoint"
+    return f"{reason}. Make room: the same command goes on from {start}"
+
+
 def main(argv: list[str]) -> int:
     config, values, recipe = recipes.parse(argv, define, "train")
     workdir = values.workdir or str(Path("workdir") / recipe)
+    for key in ("resume", "init_from"):
+        files.require_place(config.get(key, ""), f"--config.{key}")
+    files.require_place(workdir, "--workdir")
     hosts = (values.coordinator, values.num_hosts, values.host)
     # Only now: JAX takes seconds to import, and a mistyped flag should not.
     import jax
@@ -203,6 +231,14 @@ def main(argv: list[str]) -> int:
                 facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             run(config, workdir, heartbeat, profile=values.profile)
+    except OSError as error:
+        reason = disk_failure(error, workdir)
+        if reason is None:
+            raise
+        print(f"mae-jax train: {reason}", file=sys.stderr)
+        if distributed.alone_with(error):
+            distributed.leave(1)
+        return 1
     except (train.NonFiniteError, WorkerLost) as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
         if isinstance(error, train.NonFiniteError):  # on all hosts alike

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from mae_jax import files
 from mae_jax.commands import cli
 from mae_jax.errors import UserError
 
@@ -44,6 +45,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     rest = cli.parse("visualize", USAGE, argv, values)
     if len(rest) < 2 or not values.out:
         raise UserError(f"WEIGHTS, IMAGES and --out=DIR are wanted\n{USAGE}")
+    files.require_local(values.out, "--out")
     return rest[0], rest[1:], values
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from mae_jax import checkpoint
+from mae_jax import checkpoint, files
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
 from mae_jax.interop import infer, names, read
@@ -60,6 +60,7 @@ def open_weights(
       UserError: it cannot be read, a tensor is missing or does not fit, or one has no place in the
         network; there are no averaged weights.
     """
+    files.require_place(path, "weights")
     source = epath.Path(path)  # a workdir may be in a bucket
     if part not in ("all", "encoder"):
         raise UserError(f"part={part!r} is unknown: choose all or encoder")
@@ -67,10 +68,7 @@ def open_weights(
         raise UserError(f"target={target!r} is unknown: choose pixels or norm_pixels")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     given = {"target": target, "mean": mean and tuple(mean), "std": std and tuple(std)}
-    try:
-        ours = source.is_dir() and any((source / x).is_dir() for x in ("checkpoints", "state"))
-    except ImportError as error:  # gcsfs or s3fs
-        raise UserError(f"{source} cannot be opened: {error}") from error
+    ours = source.is_dir() and any((source / x).is_dir() for x in ("checkpoints", "state"))
     if ours:
         weights = _open_ours(source, averaged)
         changes: dict[str, Any] = {name: x for name, x in given.items() if x}

@@ -21,6 +21,8 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
       UserError: `path` is there already, or its folder is not.
     """
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()  # an empty folder is as good as none
     if path.exists():
         raise UserError(f"{path} is there already: choose another name, or remove it")
     if not path.absolute().parent.is_dir():
