@@ -286,6 +286,7 @@ class ComputeConfig(NamedTuple):
       remat: compute each block again in the backward pass instead of keeping its inside.
       attention: "xla" takes our own `attention.attend`, "cudnn" NVIDIA's fused kernel.
       constrain: applied to the residual stream around every block.
+      split_heads: whether devices share the heads (mesh axis `tensor`).
     """
 
     dtype: Any = jnp.float32
@@ -294,6 +295,7 @@ class ComputeConfig(NamedTuple):
     remat: bool = False
     attention: Literal["xla", "cudnn"] = "xla"
     constrain: Callable[[Array], Array] = lambda x: x
+    split_heads: bool = False
 
     @classmethod
     def from_config(
@@ -301,6 +303,7 @@ class ComputeConfig(NamedTuple):
         model: Mapping[str, Any],
         constrain: Callable[[Array], Array] = lambda x: x,
         device: Any = None,
+        split_heads: bool = False,
     ) -> "ComputeConfig":
         """Return how config.model says that a network is run, with what is automatic decided.
 
@@ -341,4 +344,5 @@ class ComputeConfig(NamedTuple):
             model["remat"],
             attention,
             constrain,
+            split_heads,
         )

@@ -96,7 +96,8 @@ def compute(model: ConfigDict, mesh: Mesh | None) -> ComputeConfig:
     if mesh is None:
         return ComputeConfig.from_config(model)
     constrain = sharding.constrain_batch(mesh)
-    return ComputeConfig.from_config(model, constrain, mesh.devices.flat[0])
+    split_heads = mesh.shape["tensor"] > 1
+    return ComputeConfig.from_config(model, constrain, mesh.devices.flat[0], split_heads)
 
 
 def learning_rate(
