@@ -44,8 +44,8 @@ def open_manager(
       before_commit: called on one host when all files of a save are written, before the rename.
       on_error: called in the background with the error of a save that failed on this host.
     """
-    # Its threads log the traceback of an error that `on_error` and the next call report in words.
-    logging.get_absl_logger().addFilter(lambda x: "_SignalingThread" not in x.getMessage())
+    # Orbax logs tracebacks of errors that `on_error` and the next call report in words.
+    logging.get_absl_logger().addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
     # By default Orbax slices an array among its replicas, and compiles a program for each array and
     # device while training waits for the first save. The first replica alone can write it too.
     handlers = ocp.type_handlers

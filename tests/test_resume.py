@@ -203,8 +203,6 @@ def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterru
     assert run.end() == 1, "\n".join(run.said)
     last = next(x for x in run.said if x.startswith("mae-jax train: "))
     assert re.search(f"{what}File too large.*the same command goes on from", last), run.said
-    # TensorStore's threads may print that nobody waits for them any more; nothing of ours does.
-    assert not any("mae_jax/" in line and "File" in line[:8] for line in run.said), run.said
 
     run = Run(folder, workdir)
     assert run.end() == 0, "\n".join(run.said)
@@ -216,7 +214,7 @@ def test_a_workdir_that_is_deleted_under_the_run_is_said(folder):
     run.until_step(3)
     (folder / "deleted").rename(folder / "elsewhere")
     assert run.end() == 1, "\n".join(run.said)
-    assert any(f"{folder}/deleted is gone" in line for line in run.said), run.said
+    assert any(f"{folder}/deleted is gone" in line for line in run.said), "\n".join(run.said)
     assert not any("Traceback" in line for line in run.said), "\n".join(run.said)
 
 
