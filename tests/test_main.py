@@ -1,5 +1,7 @@
 """The command line finds commands without importing them, and reports errors as users need them."""
 
+import importlib.util
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +123,44 @@ def test_commands_find_modules_of_the_current_folder(add_command, tmp_path, monk
     monkeypatch.setattr(sys, "path", list(sys.path))
     add_command("fork", "def main(argv):\n    import my_fork\n    return my_fork.status")
     assert cli.main(["fork"]) == 5
+
+
+@pytest.mark.parametrize("command", ["train", "visualize", "prepare"])
+def test_a_closed_pipe_ends_a_command_without_a_word(command):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mae_jax", command, "--help"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://bucket/run", "s3:// is not supported: give a local folder"),
+        ("foo://bucket/run", "foo:// is not supported"),
+        ("file:///data/run", "write the path itself, /data/run"),
+        ("gs://bucket/run", "pip install gcsfs"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--workdir", "--config.init_from", "--config.resume"])
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(
+    flag, url, words, capsys, monkeypatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: (x != "gcsfs" and found(x)) or None)
+    assert cli.main(["train", "--config=configs/quickstart.py", f"{flag}={url}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{flag}={url}" in error
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["visualize", "W", "I", "--out=gs://b/x"], ["convert", "W", "gs://b/x", "--to=hf"]],
+    ids=lambda x: x[0],
+)
+def test_local_output_is_asked_for(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "gs://b/x: only local files" in capsys.readouterr().err
