@@ -68,8 +68,8 @@ def read_ahead(
     slots = (PREFETCH, len(rows), *shape)
     if processes and (lack := _lack_of_memory(math.prod(slots))):
         if workers > 0:
-            raise UserError(f"config.data.workers={workers} {lack}: lower config.batch_size, or"
-                            " set config.data.workers=0, which reads by threads")  # fmt: skip
+            way_out = "lower config.batch_size, or read by threads (config.data.workers=0)"
+            raise UserError(f"config.data.workers={workers} {lack}: {way_out}")
         _log_once(f"threads read the images, since processes {lack}")
         processes = 0
     if processes:
@@ -221,7 +221,10 @@ def _receive(process: Any, connection: Connection) -> dict[str, np.ndarray]:
     except (EOFError, ConnectionError):
         process.join()
         if process.exitcode > 0:
-            raise RuntimeError("a process that reads images failed, see above") from None
+            raise RuntimeError(
+                "a process that reads images failed to start, see above; config.data.workers=0"
+                " reads by threads"
+            ) from None
         raise WorkerLost(
             "a process that reads images was killed, perhaps for its memory: lower"
             f" config.data.workers (exit code {process.exitcode})"
