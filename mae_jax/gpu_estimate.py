@@ -4,7 +4,7 @@ A step moves data for most of its time. The time of an image is taken as
 
     a * FLOPs / peak + b * (bfloat16 bytes of all tokens that enter blocks) / memory rate
 
-with a and b fitted to the measured runs of the same attention. b is how often a block reads or writes
+with a and b fitted to the measured runs of the same attention. b is how often a block moves
 something as large as its tokens, over the share of the memory rate that it reaches.
 """
 
