@@ -16,7 +16,7 @@ FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
 # A module imports from its own floor or from those below it.
 FLOORS = [
     {"__main__", "commands"},
-    {"tasks", "plan"},
+    {"tasks", "plan", "gpu_estimate"},
     {"train", "report", "schedule", "profiling", "pretrained"},
     {"evals"},
     {
@@ -197,7 +197,7 @@ def text_files() -> Iterator[tuple[str, str]]:
     places = [*FOLDERS, "launch", ".ci"]
     paths = [path for place in places for path in (ROOT / place).rglob("*")]
     for path in [*paths, *ROOT.glob("*.*"), ROOT / "LICENSE"]:
-        if path.is_file() and not {"__pycache__", ".git"} & set(path.parts):
+        if path.is_file() and not {"__pycache__", ".git", "out"} & set(path.parts):
             try:
                 yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
