@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import compiled, mesh_of, tiny_config
 
 from mae_jax import sharding, tasks, train
+from mae_jax.models.attention import Attention
+from mae_jax.models.spec import ComputeConfig
 
 COLLECTIVE = re.compile(
     r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -37,6 +41,20 @@ def test_no_collective_touches_an_activation(shape):
 def test_without_the_constraint_xla_sends_activations_around(monkeypatch):
     monkeypatch.setattr(sharding, "constrain_batch", lambda mesh: lambda x: x)
     assert activations(collective_shapes(mesh_of(1, 8, 1)))
+
+
+@pytest.mark.parametrize("split_heads", [True, False])
+def test_devices_that_share_heads_do_not_gather_the_kernel_of_all_heads(split_heads):
+    mesh = mesh_of(1, 1, 4)
+    attention = Attention(4, ComputeConfig(split_heads=split_heads))
+    x = jax.ShapeDtypeStruct((2, 5, 32), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    params = jax.eval_shape(attention.init, jax.random.key(0), x)["params"]
+    splits = {"qkv": P(None, None, "tensor"), "proj": P("tensor")}
+    for name, split in splits.items():
+        kernel, placed = params[name]["kernel"], NamedSharding(mesh, split)
+        params[name]["kernel"] = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=placed)
+    program = jax.jit(attention.apply).lower({"params": params}, x).compile().as_text()
+    assert ("all-gather" in program) != split_heads
 
 
 def test_a_batch_that_the_mesh_does_not_divide_passes_the_constraint():
