@@ -123,6 +123,6 @@ def knn(args):
     config = knn_recipe(f"init={args['init']},{SOURCE}")
     if args["pixels"] or not args["init"]:
         config.features = "pixels" if args["pixels"] else "random"
-    config.evals.knn.update(batch_size=120)
-    config.evals.fewshot.update(batch_size=120)
+    for cfg in config.evals.values():
+        cfg.batch_size = 120
     return config

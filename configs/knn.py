@@ -1,10 +1,10 @@
-"""Measure a pre-trained encoder without training: k nearest neighbours and few-shot accuracy.
+"""Measure a pre-trained encoder without training: k-NN, logistic regression, few-shot accuracy.
 
     mae-jax train --config=configs/knn.py:init=WORKDIR --workdir=DIR
 
 Hardware and hours: one pass over the training images and one over the test images, no update.
-Expected: the paper has no number for either, and we have not measured ImageNet. Others report low
-k-NN accuracies for the features of MAE.
+Expected: the paper has no such numbers, and we have not measured ImageNet. Others report low k-NN
+accuracies for the features of MAE.
 
 Arguments:
     init     workdir of a pre-training run
@@ -14,7 +14,8 @@ Arguments:
     test     the split that is classified
 
 --config.features=random (without init) measures an untrained encoder, and --config.features=pixels
-the pixels themselves.
+the pixels themselves. MAE's best block is often not the last: --config.evals.logistic.layers=all
+measures each, and --config.evals.logistic.layers=4,8 some of them; evals.knn.layers takes the same.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +40,8 @@ def get_config(arg=None):
     )  # fmt: skip
     config.evals = ConfigDict(
         dict(
-            knn=dict(common, type="knn", ks=(1, 5, 20), temperature=0.07),
+            knn=dict(common, type="knn", ks=(1, 5, 20), temperature=0.07, layers="last"),
+            logistic=dict(common, type="logistic", layers="last"),
             fewshot=dict(common, type="fewshot", shots=(1, 5, 10), draws=3),
         )
     )

@@ -115,7 +115,13 @@ TEXTS = (
     *("task", "resume", "init_from", "start", "features", "*.name", "probe.head", "*.pool"),
     *("model.*dtype", "model.attention", "data.source", "data.split", "data.crop", "data.augment"),
     *("data.data_dir", "data.resizer", "evals.*.type", "evals.*.source", "evals.*split"),
-    *("evals.*.feature", "evals.*.prefix", "evals.*.predict", "evals.*.imagenet_*"),
+    *(
+        "evals.*.feature",
+        "evals.*.layers",
+        "evals.*.prefix",
+        "evals.*.predict",
+        "evals.*.imagenet_*",
+    ),
 )
 
 

@@ -87,6 +87,7 @@ class Task(Protocol):
         """Return the functions (params, extra, batch) -> outputs that evaluators use, by name.
 
         `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL. `features`: name -> (B, D).
+        `block_features`, if there are any: name -> (depth, B, D), after each block.
         `logits`: (B, Y).
         """
         ...

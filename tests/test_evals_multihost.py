@@ -36,6 +36,9 @@ def measured(mesh: Mesh, workdir) -> dict:
         rows_BHW = batch["image"][:, ::4, ::4, 0].astype(jnp.float32)
         return {"cls": rows_BHW.reshape(len(rows_BHW), -1)}
 
+    def block_features(*args):
+        return {name: jnp.stack([x[:, :5], x[:, 5:10]]) for name, x in features(*args).items()}
+
     def two_heads(*args):
         return jnp.stack([logits_of_a_pixel(*args), -logits_of_a_pixel(*args)], 1)
 
@@ -47,6 +50,7 @@ def measured(mesh: Mesh, workdir) -> dict:
     config.evals = dict(
         accuracy=dict(common, type="accuracy"),
         knn=dict(bank, type="knn", ks=(1, 5), temperature=0.07),
+        logistic=dict(bank, type="logistic", layers="all"),
         fewshot=dict(bank, type="fewshot", shots=(2,), draws=2),
         probe=dict(common, type="probe", select_split="train[95%:]"),
     )
@@ -55,7 +59,11 @@ def measured(mesh: Mesh, workdir) -> dict:
     for kind, cfg in config.evals.items():
         chosen = config.copy_and_resolve_references()
         chosen.evals = {kind: cfg}
-        predict = {"logits": heads.get(kind, logits_of_a_pixel), "features": features}
+        predict = {
+            "logits": heads.get(kind, logits_of_a_pixel),
+            "features": features,
+            "block_features": block_features,
+        }
         report = evals.build(chosen, predict, mesh)[kind].run(state)
         numbers[kind] = dict(report.scalars)
         if report.files:
@@ -89,7 +97,10 @@ def test_evaluations_on_two_hosts_give_the_numbers_of_one(tmp_path):
     ]
     assert together[0] == together[1]
     assert alone["accuracy"]["eval/images"] == 90
-    assert {"accuracy", "accuracy tables", "knn", "fewshot", "probe", "probe tables"} == set(alone)
+    assert set(alone) == {
+        "accuracy", "accuracy tables", "knn", "logistic", "fewshot", "probe", "probe tables"
+    }  # fmt: skip
+    assert len(alone["logistic"]) == 5
     for kind, expected in alone.items():
         assert close(together[0][kind], expected), (kind, together[0][kind], expected)
     written = json.loads((tmp_path / "two" / "results.json").read_text())

@@ -83,7 +83,7 @@ def recipe(name):
             cfg.source = ""
         if "bank_split" in cfg:
             cfg.update(bank_split="train[:64]")
-            cfg.update({"ks": (1,)} if "ks" in cfg else {"shots": (1,)})
+            cfg.update({key: (1,) for key in ("ks", "shots") if key in cfg})
         if "select_split" in cfg:
             cfg.select_split = "train[64:80]"
     return config

@@ -42,8 +42,9 @@ class Evaluator(Protocol):
         their metric names begin with ("eval"). `type` and `every` are not the evaluator's.
       config: the whole config: images, model, sources.
       predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
-        gives `cls` and `mean` (B, D); "logits" (B, Y); "reconstruction", of a batch with mask
-        scores, latent_BND, pred_BLT, target_BLT and mask_BL.
+        gives `cls` and `mean` (B, D); "block_features", which a task may leave out, gives them
+        after each block (depth, B, D), the last as in "features"; "logits" (B, Y);
+        "reconstruction", of a batch with mask scores, latent_BND, pred_BLT, target_BLT and mask_BL.
       mesh: where the state and the batches live.
 
     Raises:
@@ -73,6 +74,8 @@ def reported(cfg: Mapping[str, Any]) -> set[str]:
     prefix = "eval" if cfg["type"] == "reconstruct" else cfg.get("prefix", "eval")
     if cfg["type"] in ("accuracy", "probe", "reconstruct"):
         return {f"{prefix}/loss", f"{prefix}/images"}
+    if cfg["type"] == "logistic":
+        return {f"{prefix}/logistic_{cfg['feature']}"}
     numbers = {"knn": cfg.get("ks"), "fewshot": cfg.get("shots")}.get(cfg["type"]) or ()
     return {f"{prefix}/{cfg['type']}{number}_{cfg['feature']}" for number in numbers}
 

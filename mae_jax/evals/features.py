@@ -23,7 +23,7 @@ from mae_jax.data.sources import Source
 from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
 
-Compute = Callable[[Any, Any, dict], Array]  # (params, extra, batch) -> (B, ...)
+Compute = Callable[[Any, Any, dict], Any]  # (params, extra, batch) -> (B, ...), or a tree of such
 Crop = Callable[[Picture, tuple[int, int]], np.ndarray]
 
 
@@ -106,7 +106,7 @@ class Batches:
 class Features(NamedTuple):
     """Features of a batch (B, ...) or of T batches (T, B, ...); B is split over the mesh."""
 
-    x: Array  # (..., B, D) float32, or whatever is computed of each image
+    x: Any  # (..., B, D) float32, or whatever is computed of each image
     label: Array  # (..., B) int32
     counted: Array  # (..., B) bool; False: padding, or an image that cannot be read
 
@@ -118,6 +118,64 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Compute:
         return predict["features"](params, extra, batch)[name].astype(jnp.float32)
 
     return compute
+
+
+class Blocks(NamedTuple):
+    """The blocks of an encoder whose features an evaluator measures, by cfg.layers.
+
+    cfg.layers is "last" (which it is where there is no such key), "all", or numbers such as "4,8";
+    blocks count from 1, and the last is always among them.
+    """
+
+    numbers: tuple[int, ...]
+    compute: Compute  # -> a list with the features (B, D) of each of them, all from one pass
+
+    @classmethod
+    def of(cls, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable]) -> "Blocks":
+        """Return the blocks that config.evals.NAME asks for.
+
+        Raises:
+          UserError: there are no such blocks, or the task does not give features of blocks.
+        """
+        depth, layers = config.model.depth, cfg.get("layers", "last")
+        if layers == "last":
+            last = feature_of(predict, cfg.feature)
+            return cls((depth,), lambda *args: [last(*args)])
+        asked = range(1, depth + 1)
+        if layers != "all":
+            asked = [int(x) if x.strip().isdecimal() else 0 for x in str(layers).split(",")]
+        if not 1 <= min(asked) <= max(asked) <= depth:
+            raise UserError(
+                f"{cfg.type} with layers={layers!r}: give 'last', 'all', or numbers of blocks from"
+                f" 1 to {depth}, such as '{depth // 2 or 1},{depth}'"
+            )
+        if "block_features" not in predict:
+            raise UserError(
+                f"{cfg.type} with layers={layers!r}: there are no features of blocks here (pixels"
+                " and classifiers have none): give layers='last'"
+            )
+        numbers = tuple(sorted({*asked, depth}))
+
+        def compute(params: Any, extra: Any, batch: dict) -> list[Array]:
+            x_MBD = predict["block_features"](params, extra, batch)[cfg.feature]
+            return [x_MBD[number - 1].astype(jnp.float32) for number in numbers]
+
+        return cls(numbers, compute)
+
+    def metrics(self, name: str, values: Mapping[int, float]) -> dict[str, float]:
+        """Return the last block's value under a name, and of several each under NAME_blockN."""
+        several = {f"{name}_block{number}": values[number] for number in self.numbers}
+        return {name: values[self.numbers[-1]]} | (several if len(several) > 1 else {})
+
+
+def require_known(cfg: ConfigDict, source: Source, label: np.ndarray, classes: np.ndarray) -> None:
+    """Raise UserError if a query has a class that is not among those of the bank."""
+    if len(unknown := np.setdiff1d(label, classes)):
+        raise UserError(
+            f"{cfg.type}: no image of class {(source.class_names or [])[unknown[0]]!r} is in the"
+            f" bank ({cfg.bank_split}), and some are among the queries ({cfg.split}): take a larger"
+            " bank_split"
+        )
 
 
 def require_features(config: ConfigDict, task: Any) -> None:

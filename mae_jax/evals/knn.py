@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.features import Extractor, Features, feature_of, fetch, open_bank
+from mae_jax.evals.features import Blocks, Extractor, Features, fetch, open_bank, require_known
 from mae_jax.sharding import BATCH
 
 
@@ -95,7 +95,8 @@ class Evaluator:
     """Classifies the images of one split by the nearest ones of another.
 
     Args:
-      cfg: `bank_split`, `ks` (numbers of neighbours), `temperature`, `feature` (cls or mean).
+      cfg: `bank_split`, `ks` (numbers of neighbours), `temperature`, `feature` (cls or mean),
+        `layers` (see `features.Blocks`).
     """
 
     def __init__(
@@ -106,40 +107,41 @@ class Evaluator:
             raise UserError(f"k-NN with temperature={cfg.temperature}: it must be positive")
         self._cfg = cfg
         self._require_enough(len(self._bank))
-        compute = feature_of(predict, cfg.feature)
-        self._extractor = Extractor(config, compute, mesh, cfg.batch_size)
-        self._finite = jax.jit(lambda bank: bank.counted & jnp.isfinite(bank.x).all(-1))
+        self._blocks = Blocks.of(cfg, config, predict)
+        self._extractor = Extractor(config, self._blocks.compute, mesh, cfg.batch_size)
+        self._finite = jax.jit(lambda x, counted: counted & jnp.isfinite(x).all(-1))
         self._search = jax.jit(partial(neighbours, k=max(cfg.ks), mesh=mesh))
 
     def run(self, state: Any) -> Report:
-        """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent."""
-        cfg, bank = self._cfg, self._extractor.bank(state, self._bank)
-        finite = self._finite(bank)
-        bank_label, counted, voting = fetch((bank.label, bank.counted, finite))
-        self._require_enough(int(voting.sum()), int((counted & ~voting).sum()))
-        bank, classes = bank._replace(counted=finite), np.unique(bank_label[counted])
-        right, images = dict.fromkeys(cfg.ks, 0), 0
-        for batch in self._extractor.batches(state, self._queries):
-            similarity_Bk, label_Bk, label_B, counted_B = fetch(
-                (*self._search(batch.x, bank), batch.label, batch.counted)
-            )
-            self._require_known(label_B[counted_B], classes)
-            images += int(counted_B.sum())
-            for k in right:
-                nearest = similarity_Bk[:, :k], label_Bk[:, :k]
-                voted_B = vote(*nearest, self._queries.num_classes or 0, cfg.temperature)
-                right[k] += int((voted_B == label_B)[counted_B].sum())
-        name = f"{cfg.get('prefix', 'eval')}/knn{{}}_{cfg.feature}"
-        return Report({name.format(k): 100 * right[k] / images for k in right})
+        """Return eval/knn{K}_{FEATURE}: top-1 accuracy of K neighbours in percent.
 
-    def _require_known(self, label_B: np.ndarray, classes: np.ndarray) -> None:
-        """Raise UserError if a query has a class of which the bank has no image."""
-        if len(unknown := np.setdiff1d(label_B, classes)):
-            raise UserError(
-                f"k-NN: no image of class {(self._queries.class_names or [])[unknown[0]]!r} is in"
-                f" the bank ({self._cfg.bank_split}), and some are among the queries"
-                f" ({self._cfg.split}): take a larger bank_split"
-            )
+        With several layers also eval/knn{K}_{FEATURE}_block{N} of each.
+        """
+        cfg, bank = self._cfg, self._extractor.bank(state, self._bank)
+        bank_label, counted = fetch((bank.label, bank.counted))
+        classes, banks = np.unique(bank_label[counted]), []
+        for x in bank.x:
+            banks.append(Features(x, bank.label, self._finite(x, bank.counted)))
+            voting = fetch(banks[-1].counted)
+            self._require_enough(int(voting.sum()), int((counted & ~voting).sum()))
+        right = {k: dict.fromkeys(self._blocks.numbers, 0) for k in cfg.ks}
+        images = 0
+        for batch in self._extractor.batches(state, self._queries):
+            near = [self._search(x, bank) for x, bank in zip(batch.x, banks, strict=True)]
+            near, label_B, counted_B = fetch((near, batch.label, batch.counted))
+            require_known(cfg, self._queries, label_B[counted_B], classes)
+            images += int(counted_B.sum())
+            for number, (similarity_Bk, label_Bk) in zip(self._blocks.numbers, near, strict=True):
+                for k in right:
+                    nearest = similarity_Bk[:, :k], label_Bk[:, :k]
+                    voted_B = vote(*nearest, self._queries.num_classes or 0, cfg.temperature)
+                    right[k][number] += int((voted_B == label_B)[counted_B].sum())
+        scalars = {}
+        for k, counts in right.items():
+            accuracies = {number: 100 * count / images for number, count in counts.items()}
+            name = f"{cfg.get('prefix', 'eval')}/knn{k}_{cfg.feature}"
+            scalars |= self._blocks.metrics(name, accuracies)
+        return Report(scalars)
 
     def _require_enough(self, size: int, not_finite: int = 0) -> None:
         """Raise UserError if more neighbours are asked for than the bank has."""

@@ -9,7 +9,9 @@ from etils import epath
 
 from mae_jax.metrics import figure, writer
 
-PERCENT = re.compile(r"top[15]|/knn|/fewshot|_mce$|_error_")  # metrics that are percentages
+PERCENT = re.compile(
+    r"top[15]|/(knn|fewshot|logistic)(?!.*_block$)|_mce$|_error_"
+)  # metrics that are percentages
 ERRORS = {
     "rmse": "this model",
     "rmse_mean_colour": "the mean colour of the visible patches",

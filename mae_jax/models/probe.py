@@ -60,6 +60,16 @@ def pool(tokens_BND: Array) -> dict[str, Array]:
     return {"cls": tokens_BND[:, 0], "mean": tokens_BND[:, 1:].mean(1)}
 
 
+def pool_blocks(last_BND: Array, blocks_MBND: Array) -> dict[str, Array]:
+    """Return the features of `pool` after each block, (depth, B, D), from what an encoder returns.
+
+    The last block's are those after the final norm; the norm was not trained for the others, which
+    stay without one.
+    """
+    pooled = jax.vmap(pool)(blocks_MBND[1:])
+    return jax.tree.map(lambda x, last: x.at[-1].set(last), pooled, pool(last_BND))
+
+
 def bare_norm(x_BD: Array) -> Array:
     """Apply a LayerNorm without scale and bias, as an untrained fc_norm does."""
     x_BD = x_BD - x_BD.mean(-1, keepdims=True)

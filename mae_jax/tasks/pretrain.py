@@ -19,6 +19,7 @@ from mae_jax.errors import UserError
 from mae_jax.models import mae, masking, probe, targets
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
+from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 
 
@@ -121,8 +122,20 @@ class Task(train.Task):
         tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
+    def block_features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        """Return `features` after each block, (depth, B, D)."""
+        del extra
+        patches_BLP = patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
+        encoder = Encoder(self.spec, self.network.compute)
+        tokens: Any = encoder.apply({"params": params["encoder"]}, patches_BLP, return_blocks=True)
+        return probe.pool_blocks(*tokens)
+
     def predict(self) -> Mapping[str, Callable]:
-        return {"reconstruction": self.reconstruct, "features": self.features}
+        return {
+            "reconstruction": self.reconstruct,
+            "features": self.features,
+            "block_features": self.block_features,
+        }
 
     def optimizer(
         self, total_steps: int, steps_per_epoch: int

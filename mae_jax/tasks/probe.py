@@ -153,11 +153,18 @@ class Task(train.Task):
         tokens_BND: Any = self.encoder.apply({"params": extra["encoder"]}, patches_BLP)
         return probe.pool(tokens_BND)
 
+    def block_features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        """Return `features` after each block, (depth, B, D)."""
+        variables = {"params": extra["encoder"]}
+        tokens: Any = self.encoder.apply(variables, self.patches(batch), return_blocks=True)
+        return probe.pool_blocks(*tokens)
+
     def predict(self) -> Mapping[str, Callable]:
         def logits(params: dict, extra: dict, batch: dict) -> Array:
             return self.logits(params, extra, batch, False)[0]
 
-        return {"features": self.features, "logits": logits}
+        blocks = {} if self.of_pixels else {"block_features": self.block_features}
+        return {"features": self.features, "logits": logits, **blocks}
 
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
         """Return a fresh state with the encoder of a checkpoint."""
