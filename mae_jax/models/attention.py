@@ -41,18 +41,19 @@ def _attend_forward(q_BNSF: Array, k_BNSF: Array, v_BNSF: Array) -> tuple[Array,
     exp_BSNN = jnp.exp(logit_BSNN - logit_BSNN.max(-1, keepdims=True)).astype(v_BSNF.dtype)
     sum_BSN1 = exp_BSNN.sum(-1, keepdims=True, dtype=jnp.float32)
     y_BSNF = product("bsnm,bsmf->bsnf", exp_BSNN, v_BSNF) / sum_BSN1
-    residuals = q_BSNF, k_BSNF, v_BSNF, exp_BSNN, sum_BSN1, y_BSNF
+    residuals = q_BSNF, k_BSNF, v_BSNF, exp_BSNN, sum_BSN1
     return jnp.swapaxes(y_BSNF, 1, 2).astype(v_BSNF.dtype), residuals
 
 
 def _attend_backward(residuals: tuple, grad_BNSF: Array) -> tuple[Array, ...]:
-    q_BSNF, k_BSNF, v_BSNF, exp_BSNN, sum_BSN1, y_BSNF = residuals
+    q_BSNF, k_BSNF, v_BSNF, exp_BSNN, sum_BSN1 = residuals
     dtype = v_BSNF.dtype
     grad_BSNF = jnp.swapaxes(grad_BNSF, 1, 2)
     dv_BSNF = product("bsnm,bsnf->bsmf", exp_BSNN, (grad_BSNF / sum_BSN1).astype(dtype))
     dweight_BSNN = product("bsnf,bsmf->bsnm", grad_BSNF, v_BSNF)
-    # The softmax's gradient subtracts the weighted mean of dweight: gradient times output. The
-    # output is kept in float32 for it: in bfloat16 dq and dk lost twice as much.
+    # The softmax's gradient subtracts the weighted mean of dweight: gradient times output. That is
+    # computed again, because from an output in bfloat16 dq and dk would lose twice as much.
+    y_BSNF = product("bsnm,bsmf->bsnf", exp_BSNN, v_BSNF) / sum_BSN1
     mean_BSN1 = (grad_BSNF * y_BSNF).sum(-1, keepdims=True)
     scale_BSN1 = q_BSNF.shape[-1] ** -0.5 / sum_BSN1
     dlogit_BSNN = (exp_BSNN * (dweight_BSNN - mean_BSN1) * scale_BSN1).astype(dtype)
