@@ -8,7 +8,8 @@ with a and b fitted to the measured runs of the same attention. b is how often a
 something as large as its tokens, over the share of the memory rate that it reaches.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +64,25 @@ def least_seconds(spec: ModelSpec, device_kind: str) -> np.ndarray:
     numbers += spec.decoder.depth * spec.decoder.width * (1 + spec.num_patches)
     arithmetic = 3 * flops.mae(spec, kept) / (chip.tflops * 1e12)
     return np.array([arithmetic, 2 * numbers / (chip.hbm_rate * 1e9)])
+
+
+def of_plan(config: Mapping[str, Any], spec: ModelSpec | None, result: Mapping[str, Any]) -> dict:
+    """Return the images/s and hours of a plan's run on GPUs, as ranges; {} where no run is alike.
+
+    What several GPUs exchange is not counted.
+
+    Args:
+      spec: of the masked autoencoder; None = the plan is of something else.
+      result: what `plan.plan` knows without a program.
+    """
+    kind, model = result["device_kind"], config["model"]
+    known = kind.startswith(("NVIDIA A100", "NVIDIA H")) and model["dtype"] == "bfloat16"
+    if not known or spec is None or spec.decoder is None or model["remat"]:
+        return {}
+    attention = "xla" if model["attention"] == "xla" else "cudnn"
+    rates = [result["devices"] * x for x in images_per_second(spec, attention, kind)]
+    images = result["batch_size"] * result["steps"]
+    return {"images_per_second": rates, "hours": [images / rate / 3600 for rate in rates[::-1]]}
 
 
 def images_per_second(spec: ModelSpec, attention: str, device_kind: str) -> tuple[float, float]:

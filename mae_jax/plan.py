@@ -16,9 +16,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import clock, distributed, flops, hlo, sharding, tasks, traffic, train
+from mae_jax import clock, distributed, flops, gpu_estimate, hlo, sharding, tasks, traffic, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.tasks import pretrain
 from mae_jax.topologies import Clock, Topology
 
 
@@ -67,6 +68,9 @@ def plan(
         }
         | {"code": distributed.source_digest()},
     }
+    spec = task.spec if isinstance(task, pretrain.Task) else None
+    if estimate := gpu_estimate.of_plan(config, spec, result):
+        result["gpu"] = estimate
     if not result["compiled"]:
         return result
     try:

@@ -36,3 +36,17 @@ def test_faster_memory_larger_masks_and_unknown_devices():
     assert 2 < most(L_16) / most(replace(L_16, tokens_in_encoder=True)) < 4.1
     with pytest.raises(KeyError):
         images_per_second(L_16, "cudnn", "cpu")
+
+
+def test_a_plan_gives_hours_as_a_range_where_runs_are_alike_and_nothing_elsewhere():
+    config = {"model": {"dtype": "bfloat16", "attention": "auto", "remat": False}}
+    result = {"device_kind": "NVIDIA H100", "devices": 8, "batch_size": 4096, "steps": 1000}
+    found = gpu_estimate.of_plan(config, L_16, result)
+    low, high = images_per_second(L_16, "cudnn", "NVIDIA H100")
+    assert found["images_per_second"] == [8 * low, 8 * high]
+    assert found["hours"] == [4096 * 1000 / rate / 3600 for rate in (8 * high, 8 * low)]
+    assert gpu_estimate.of_plan(config, None, result) == {}
+    for other in ({"dtype": "float32"}, {"remat": True}):
+        assert gpu_estimate.of_plan({"model": config["model"] | other}, L_16, result) == {}
+    for kind in ("TPU v4", "NVIDIA V100", "cpu"):
+        assert gpu_estimate.of_plan(config, L_16, result | {"device_kind": kind}) == {}

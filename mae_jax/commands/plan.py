@@ -182,6 +182,9 @@ def facts(result: dict) -> dict[str, str]:
         cells["hours at best"] = f"{line['hours']:.1f}"
     if "clock" in result:
         cells |= clock_facts(result)
+    elif line := result.get("gpu"):
+        cells["images/s, from runs of one GPU"] = span(line["images_per_second"], ",.0f")
+        cells["hours, from runs of one GPU"] = span(line["hours"], ".1f")
     elif result["hours"] is not None:
         cells[f"hours at {result['assumed_mfu']:.0%} MFU"] = f"{result['hours']:.1f}"
     return cells

@@ -136,7 +136,7 @@ def _run(
                 " nothing is left to do; give a longer one"
             )
         profiled = profiling.window(profile, start, schedule.total)
-    step = None
+    step: Any = None
     if start < schedule.total:
         sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
         step = train.compile_step(task, tx, mesh, shapes, **sizes)

@@ -286,7 +286,8 @@ class ComputeConfig(NamedTuple):
       remat: compute each block again in the backward pass instead of keeping its inside.
       attention: "xla" takes our own `attention.attend`, "cudnn" NVIDIA's fused kernel.
       constrain: applied to the residual stream around every block.
-      split_heads: whether devices share the heads (mesh axis `tensor`).
+      split_heads: q, k and v are three products: where devices share the heads (mesh axis
+        `tensor`), and on GPUs, whose compiler found no tiles for the gradient of one product.
     """
 
     dtype: Any = jnp.float32
@@ -344,5 +345,5 @@ class ComputeConfig(NamedTuple):
             model["remat"],
             attention,
             constrain,
-            split_heads,
+            split_heads or device.platform == "gpu",
         )
