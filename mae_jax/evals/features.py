@@ -141,7 +141,7 @@ class Blocks(NamedTuple):
         if layers == "last":
             last = feature_of(predict, cfg.feature)
             return cls((depth,), lambda *args: [last(*args)])
-        asked = range(1, depth + 1)
+        asked = list(range(1, depth + 1))
         if layers != "all":
             asked = [int(x) if x.strip().isdecimal() else 0 for x in str(layers).split(",")]
         if not 1 <= min(asked) <= max(asked) <= depth:

@@ -136,7 +136,7 @@ class Evaluator:
                     nearest = similarity_Bk[:, :k], label_Bk[:, :k]
                     voted_B = vote(*nearest, self._queries.num_classes or 0, cfg.temperature)
                     right[k][number] += int((voted_B == label_B)[counted_B].sum())
-        scalars = {}
+        scalars: dict[str, float] = {}
         for k, counts in right.items():
             accuracies = {number: 100 * count / images for number, count in counts.items()}
             name = f"{cfg.get('prefix', 'eval')}/knn{k}_{cfg.feature}"

@@ -60,8 +60,8 @@ class Scale(NamedTuple):
 class Linear(NamedTuple):
     """A linear classifier of standardised features."""
 
-    weight: Array  # (D, Y)
-    bias: Array  # (Y,)
+    weight: Array | np.ndarray  # (D, Y)
+    bias: Array | np.ndarray  # (Y,)
 
     def logits(self, x: Array) -> Array:
         return jnp.matmul(x, self.weight, precision="highest") + self.bias
