@@ -41,13 +41,14 @@ def describe(
         return f"{source[index]['name']}: {error}"
 
 
-def require_bands(source: Source, channels: int, dtype: type[np.number]) -> None:
-    """Raise UserError if the first file of a folder has other bands than the config says."""
+def require_bands(source: Source, channels: int, dtype: type[np.number], way_out: str = "") -> None:
+    """Raise UserError if the first file of a folder has other bands than are wanted."""
     if isinstance(source, FolderSource):
         try:
             read(source, 0, channels, dtype)
         except transforms.WrongBands as error:
-            raise UserError(f"{source[0]['name']}: {error}") from None
+            text = f"{error}".partition(":")[0] + f": {way_out}" if way_out else f"{error}"
+            raise UserError(f"{source[0]['name']}: {text}") from None
         except BadImage:  # one bad image is no reason to stop
             pass
 

@@ -30,7 +30,7 @@ TRIES = 10  # to draw a random box that fits, before the fallback
 MAX_STRETCH = 16  # how many times as long as the crop a resized picture may be
 
 ORIENTATION = 0x0112  # the EXIF tag
-SAMPLES = 277  # the TIFF tag: bands of a pixel
+SAMPLES, BITS, PLANAR = 277, 258, 284  # TIFF tags: bands, their bits, 2 = one after the other
 UPRIGHT = {  # its value -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -113,7 +113,10 @@ def _pillow_reads(data: bytes, channels: int) -> bool:
     """Return whether a TIFF is a photograph, of up to 4 bands, that Pillow knows."""
     try:
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as picture:
-            samples = picture.tag_v2.get(SAMPLES, 1)  # type: ignore[attr-defined]
+            tags = picture.tag_v2  # type: ignore[attr-defined]
+            samples = tags.get(SAMPLES, 1)
+            if tags.get(PLANAR, 1) == 2 and max(tags.get(BITS, (1,))) > 8:
+                return False  # Pillow 13 gives noise
             return samples <= 4 and (channels in (1, 3) or len(picture.getbands()) == samples)
     except UnidentifiedImageError:  # 16 bits of colour, many bands
         return False

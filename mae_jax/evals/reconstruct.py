@@ -134,7 +134,8 @@ class Evaluator:
         rows = np.zeros((len(local["image"]), 3), np.float32)
         for i in np.flatnonzero(local["counted"]):
             image_1HWC = to_levels(jnp.asarray(local["image"][i : i + 1]), self._value_range)
-            levels_LP: Any = patchify(np.asarray(image_1HWC, float), self._patch_size)[0]
+            levels_1HWC: Any = np.asarray(image_1HWC, float)
+            levels_LP: Any = patchify(levels_1HWC, self._patch_size)[0]
             mask_L = mask_BL[self._batches.rows[i]]
             guesses = (
                 pixels.mean_colour(levels_LP, mask_L, self._config.model.channels),
