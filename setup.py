@@ -57,8 +57,8 @@ setup(
         "scipy>=1.14",
         "simplejpeg>=1.8",
         "tensorboardX>=2.6",
-        "tifffile>=2025.1",  # TIFF of many bands; Pillow reads the others
         "tensorflow-datasets>=4.9.10",  # writes and reads ArrayRecord without TensorFlow
+        "tifffile>=2025.1",  # TIFF of many bands; Pillow reads the others
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],  # with an older driver: pip install "jax[cuda12]"

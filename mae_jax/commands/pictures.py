@@ -152,7 +152,7 @@ def draw_errors(
     ]
     return figures.sheet(
         columns,
-        f"Error: mean over channels, black 0 to bright {ERROR_SCALE} levels or more; grey where"
+        f"Error: mean over the channels shown, black 0 to bright {ERROR_SCALE} levels or more; grey where"
         f" patches are visible. {caption}",
     )
 

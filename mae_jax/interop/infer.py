@@ -60,7 +60,7 @@ def infer(
             colours = (OTHER_COLOURS[key],) * channels
             notes.append(f"{key} of {channels} channels is not known: taken as {colours[0]}")
         fields[key] = colours
-    fields["value_range"] = value_range or ()
+    fields["value_range"] = value_range or _said(file, "value_range", _floats, ())
     rows, columns = patch_size
     size = _image_size(file, (rows, columns), image_size)
     return ModelSpec(size, (rows, columns), channels, **fields), notes

@@ -72,7 +72,7 @@ class TrainImages:
         """
         data, channels = self.data, self.spec.channels
         unreadable = bad_images.BadImageLog(
-            self.source, data.max_bad_fraction, channels, bands.pixel_type(data.value_range)
+            self.source, data.max_bad_fraction, channels, bands.pixel_type(self.spec.value_range)
         )
         for batch in pipeline.train_batches(
             self.source,
