@@ -1,5 +1,6 @@
 """Images of many bands arrive on the device with the numbers of their files."""
 
+import contextlib
 import io
 
 import jax
@@ -9,7 +10,8 @@ import tifffile
 from PIL import Image
 from tiny import DECODER, MODEL, run
 
-from mae_jax.commands import prepare
+from mae_jax import pretrained
+from mae_jax.commands import convert, embed, prepare, visualize
 from mae_jax.configs import pretrain
 from mae_jax.data import bands, crops, transforms
 from mae_jax.data.folder import open_folder
@@ -76,6 +78,17 @@ def test_npy_gives_the_numbers_of_its_file(dtype):
 class Harmful:
     def __reduce__(self):
         return (print, ("a program in a file was run",))
+
+
+def test_damaged_files_are_bad_images_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for data in (tiff(values(12)), tiff(values(3), compression="zlib"), npy(values(3))):
+        for _ in range(100):
+            damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
+            for place in rng.integers(0, min(len(damaged), 400), 3):
+                damaged[place] = rng.integers(256)
+            with contextlib.suppress(transforms.BadImage):
+                transforms.decode(bytes(damaged), 12, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -246,11 +259,27 @@ def test_a_folder_of_12_bands_is_trained_on_and_shown(tmp_path):
     folder, workdir = tmp_path / "images", tmp_path / "run"
     folder.mkdir()
     written(folder, [values(12, seed=i) for i in range(8)])
-    cfg = config(folder, 12, value_range=(0, 65535))
+    cfg = config(folder, 12, value_range=(-100, 65535))
     cfg.data.update(crop="random_resized", flip=0.5)
     cfg.evals.reconstruct.bands = (4, 3, 2)
     run(cfg, workdir)
     assert list((workdir / "images").glob("reconstruction_*.png"))
+
+    out = tmp_path / "pictures"
+    flags = ["--bands=4,3,2", "--attention", "--pca", f"--neighbours={folder}/0.tif"]
+    visualize.main([str(workdir), str(folder), f"--out={out}", *flags])
+    assert {"sheet.png", "pca.png", "neighbours.png"} <= {x.name for x in out.iterdir()}
+    embed.main([str(workdir), str(folder), f"--out={tmp_path}/x.npy", "--workers=0"])
+    model, params = pretrained.load(workdir)
+    pictures = [values(12, seed=i).astype(np.float32) for i in range(8)]
+    images = np.stack([crops.center(picture, (32, 32)) for picture in pictures])
+    expected = model.encode(params, images)[:, 0]
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-4, atol=1e-4)
+
+    convert.main([str(workdir), f"{tmp_path}/hf", "--to=hf"])
+    again = pretrained.load(tmp_path / "hf")[0]
+    np.testing.assert_allclose(again.normalize(images), model.normalize(images), rtol=1e-4)
+
     cfg.evals.reconstruct.bands = (13,)
     with pytest.raises(UserError, match="bands 1 to 12"):
         run(cfg, tmp_path / "other")

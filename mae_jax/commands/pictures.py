@@ -152,8 +152,8 @@ def draw_errors(
     ]
     return figures.sheet(
         columns,
-        f"Error: mean over the channels shown, black 0 to bright {ERROR_SCALE} levels or more; grey where"
-        f" patches are visible. {caption}",
+        f"Error: mean over the channels shown, black 0 to bright {ERROR_SCALE} levels or more; grey"
+        f" where patches are visible. {caption}",
     )
 
 
