@@ -202,8 +202,7 @@ def written(folder, arrays, extension="tif"):
 def test_numbers_that_differ_in_their_low_bits_differ_on_the_device(tmp_path, dtype, step, workers):
     """An odd and an even number of 16 bits, and neighbouring float32, in the same 8 bits."""
     base = np.full((32, 32, 12), 40_000 if dtype == "uint16" else 0.9, dtype)
-    base[0, 0, 0] += dtype == "float32" and np.float32(0)
-    other = (base + np.asarray(step, dtype) * 2).astype(dtype)
+    other = base + np.asarray(step, dtype)
     written(tmp_path, [base, other], "npy" if dtype == "float32" else "tif")
     cfg = config(tmp_path, 12, value_range=(0, 65535) if dtype == "uint16" else (0, 1))
     cfg.update(batch_size=2)
@@ -278,7 +277,7 @@ def test_a_folder_of_12_bands_is_trained_on_and_shown(tmp_path):
 
     convert.main([str(workdir), f"{tmp_path}/hf", "--to=hf"])
     again = pretrained.load(tmp_path / "hf")[0]
-    np.testing.assert_allclose(again.normalize(images), model.normalize(images), rtol=1e-4)
+    np.testing.assert_allclose(again.normalize(images), model.normalize(images), atol=1e-5)
 
     cfg.evals.reconstruct.bands = (13,)
     with pytest.raises(UserError, match="bands 1 to 12"):

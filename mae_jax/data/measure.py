@@ -66,7 +66,7 @@ def measure_folder(
 def count_channels(source: FolderSource) -> int:
     """Return the channels of the first TIFF or .npy file that can be read."""
     reason = "there is none"
-    for record in source:
+    for record in map(source.__getitem__, range(len(source))):
         try:
             if bands.is_npy(record["image"]) or bands.is_tiff(record["image"]):
                 return bands.read(record["image"]).shape[-1]

@@ -136,7 +136,7 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     image = _plain(_json(directory / "preprocessor_config.json"))
     config = _plain(config)
     config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
-    scale = image.get("rescale_factor")
+    scale: Any = image.get("rescale_factor")
     known = isinstance(scale, int | float) and 1e-12 < scale < 1e12
     if known and not math.isclose(scale, 1 / 255, rel_tol=1e-6):
         config["value_range"] = (0.0, 1 / scale)
