@@ -73,6 +73,7 @@ def compute():
 def reading():
     """Return the part of config.data that says where and how images are read."""
     return dict(
+        value_range=(),  # values that become 0 and 1, such as (0, 10000), of bands; () = of 8 bits
         data_dir="",  # folder of the tfds datasets; '' = where tfds keeps them
         resizer="pillow",  # the reference; or fast: a quarter of its time, nearly equal pixels
         workers=-1,  # processes that read; -1 = as the cores allow, 0 = threads
@@ -120,6 +121,7 @@ def adopt(config, pretrained, variant):
             value = pretrained["model"][key]
             config.model[key] = tuple(value) if isinstance(value, list) else value
         data = pretrained["data"]
-        config.data.update(mean=tuple(data["mean"]), std=tuple(data["std"]))
+        for key in ("mean", "std", "value_range"):
+            config.data[key] = tuple(data.get(key, ()))
     if pretrained is None or variant:
         config.model.update(model_sizes(variant or "B/16"))

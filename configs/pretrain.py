@@ -76,6 +76,7 @@ def get_config(arg=None):
             split="validation[:512]",
             images=512,
             batch_size=128,
+            bands=(),  # one or three to show, such as (4, 3, 2); () = the first ones
         )
     )
 

@@ -15,7 +15,7 @@ from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
 from mae_jax.models import mae, masking
 from mae_jax.models.classifier import Classifier, Output
-from mae_jax.models.patchify import normalize, patchify, unpatchify
+from mae_jax.models.patchify import normalize, patchify, to_levels, unpatchify
 from mae_jax.models.spec import ComputeConfig, ModelSpec
 from mae_jax.models.vit import Encoder, layer_norm
 
@@ -32,7 +32,8 @@ class Reconstruction(NamedTuple):
 class Model:
     """Functions of (params, images): pure, and thus ready for jax.jit, vmap and grad.
 
-    `images` are levels 0..255 of any type, (B, H, W, C), of the model's `spec.image_size`.
+    `images` are values as in the files, (B, H, W, C), of the model's `spec.image_size` and of any
+    type: levels 0..255, or those that `spec.value_range` is for.
     """
 
     spec: ModelSpec
@@ -97,7 +98,7 @@ class Model:
         pred_BLT: Any = network.apply({"params": params}, self.patches(images), mask)
         levels_BLP = pixels.predicted_levels(
             pred_BLT,
-            patchify(jnp.asarray(images, jnp.float32), spec.patch_size),
+            patchify(to_levels(images, spec.value_range), spec.patch_size),
             mask.mask_BL,
             grid=spec.grid,
             target=spec.target,

@@ -44,6 +44,7 @@ FREE_KEYS = (
 ADDED_KEYS: dict[str, Any] = {
     "data.resizer": "pillow",
     "data.synthetic": False,
+    "data.value_range": [],
     "masking.tokens_in_encoder": False,
     "online_probe": False,
 }

@@ -58,6 +58,14 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError("write numbers with commas between them") from None
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of '3,2,1'."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError("write whole numbers with commas between them") from None
+
+
 COUNT = flags.IntegerParser(lower_bound=1)
 WEIGHT_FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {  # arguments of `mae_jax.load`
     "part": (flags.EnumParser(["all", "encoder"]), "weights to read; none = all"),
@@ -65,6 +73,7 @@ WEIGHT_FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {  # arguments of `m
     "image_size": (Parser(size), "images to make a model for: SIDE or HEIGHTxWIDTH"),
     "mean": (Parser(numbers), "mean of each channel, of pixels from 0 to 1"),
     "std": (Parser(numbers), "standard deviation of each channel, of pixels from 0 to 1"),
+    "value_range": (Parser(numbers), "values of TIFF or .npy that become 0 and 1: LOW,HIGH"),
     "heads": (COUNT, "heads of the encoder, where the file does not say"),
     "decoder_heads": (COUNT, "heads of the decoder, where the file does not say"),
     "target": (
@@ -134,21 +143,22 @@ def _listed(path: str) -> list[str]:
 class Example(NamedTuple):
     """An image as a model takes it, and what a data source says about it."""
 
-    image_HWC: np.ndarray  # uint8; zeros if the image cannot be read
+    image_HWC: np.ndarray  # zeros if the image cannot be read
     name: str
     label: int  # -1 = none
     error: str  # why the image cannot be read; '' = it can
 
 
-def read_example(source: Any, index: int, shape: tuple[int, int, int]) -> Example:
-    """Return the centre crop of an image of a data source, in the shape (H, W, C)."""
-    from mae_jax.data import bad_images, crops
+def read_example(source: Any, index: int, spec: Any) -> Example:
+    """Return the centre crop of an image of a data source, as a ModelSpec wants it."""
+    from mae_jax.data import bad_images, bands, crops
 
+    shape, dtype = (*spec.image_size, spec.channels), bands.pixel_type(spec.value_range)
     try:
-        record, picture = bad_images.read(source, index, shape[-1])
+        record, picture = bad_images.read(source, index, spec.channels, dtype)
         image, error = crops.center(picture, shape[:2]), ""
     except bad_images.BadImage as reason:
-        record, image, error = source[index], np.zeros(shape, np.uint8), str(reason)
+        record, image, error = source[index], np.zeros(shape, dtype), str(reason)
     return Example(image, record["name"], record["label"], error)
 
 

@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
 
 
 def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Callable:
-    """Return the function of uint8 images (B, H, W, C) that computes --feature, float32.
+    """Return the function of images (B, H, W, C) that computes --feature, float32.
 
     A batch is split over all devices.
     """
@@ -101,7 +101,7 @@ def embed(
     source: Any,
     start: int,
     batch_size: int,
-    shape: tuple[int, int, int],
+    spec: Any,
     workers: int,
 ) -> Iterator[tuple[list[cli.Example], Any]]:
     """Yield batches of images from `start` on, and their features, which may still be computed.
@@ -110,18 +110,20 @@ def embed(
     """
     import grain
 
+    from mae_jax.data.bands import pixel_type
     from mae_jax.data.workers import read_ahead
 
-    padding = cli.Example(np.zeros(shape, np.uint8), "", -1, "")
+    shape, dtype = (*spec.image_size, spec.channels), pixel_type(spec.value_range)
+    padding = cli.Example(np.zeros(shape, dtype), "", -1, "")
 
     def read(index: int) -> dict[str, Any]:
-        example = cli.read_example(source, index, shape) if index < len(source) else padding
+        example = cli.read_example(source, index, spec) if index < len(source) else padding
         return dict(zip(("image", *feature_file.COLUMNS), example, strict=True))
 
     total = len(source) - start
     examples = grain.MapDataset.range(start, start + -(-total // batch_size) * batch_size).map(read)
     rows = np.arange(batch_size)
-    batches = read_ahead(examples, batch_size, rows, shape, workers, total)
+    batches = read_ahead(examples, batch_size, rows, shape, workers, total, dtype)
     for done, batch in zip(range(0, total, batch_size), batches, strict=True):
         columns = (batch[name].tolist() for name in feature_file.COLUMNS)
         found = itertools.starmap(cli.Example, zip(batch["image"], *columns, strict=True))
@@ -150,6 +152,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from mae_jax import distributed, pretrained
+    from mae_jax.data.bands import pixel_type
 
     way_out = "run embed alone; see `mae-jax embed --help` for several machines"
     distributed.refuse_to_run_alone(os.environ, way_out)
@@ -165,7 +168,7 @@ def main(argv: list[str]) -> int:
     devices = jax.device_count()
     batch_size = -(-values.batch_size // devices) * devices
     shape = (*model.spec.image_size, model.spec.channels)
-    batch = jax.ShapeDtypeStruct((batch_size, *shape), np.uint8)
+    batch = jax.ShapeDtypeStruct((batch_size, *shape), pixel_type(model.spec.value_range))
     feature_shape = jax.eval_shape(compute, batch).shape[1:]
     made_from = {
         "weights": digest(np.asarray(x).tobytes() for x in jax.tree.leaves(params)),
@@ -185,7 +188,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(rows):,} of {total:,} images were done before: going on", flush=True)
     with cli.progress("images", total) as advance:
         advance(len(rows))
-        batches = embed(compute, source, len(rows), batch_size, shape, values.workers)
+        batches = embed(compute, source, len(rows), batch_size, model.spec, values.workers)
         times = []  # after each batch
         for count in feature_file.append(out, rows, batches):
             times.append((len(rows), time.monotonic()))

@@ -1,6 +1,6 @@
 """Draw what a model makes of images: reconstructions, attention and features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mae_jax.data import transforms
 from mae_jax.errors import UserError
 from mae_jax.evals import figures, pixels
 from mae_jax.models import masking
+from mae_jax.models.patchify import to_levels
 
 MASKS = ("random", "block", "grid")
 TRUE_CAPTION = (
@@ -80,20 +81,32 @@ def reconstruct(
     return out.mask_BL, np.round(out.images_BHWC).astype(np.uint8)
 
 
+def displayed(images_BHWC: np.ndarray, spec: Any, bands: Sequence[int]) -> np.ndarray:
+    """Return the bands of images that are shown, uint8."""
+    return figures.bands_of(to_levels(jnp.asarray(images_BHWC), spec.value_range), bands)
+
+
 def encode(model: Any, params: dict, images_BHWC: np.ndarray) -> np.ndarray:
     """Return the tokens of images, (B, 1 + L, D)."""
     return in_batches(partial(jax.jit(model.encode), params), images_BHWC)
 
 
 def draw_reconstructions(
-    model: Any, params: dict, images: np.ndarray, names: list[str], values: flags.FlagValues
+    model: Any,
+    params: dict,
+    images: np.ndarray,
+    names: list[str],
+    values: flags.FlagValues,
+    bands: Sequence[int],
 ) -> dict[str, np.ndarray]:
     """Return a picture of each image, a sheet of all, and those of --errors and --ratios."""
     spec = model.spec
+    drawn = displayed(images, spec, bands)
 
     def reconstruct_at(ratio: float) -> tuple[np.ndarray, np.ndarray]:
         mask = make_masks(values, len(images), spec.grid, ratio)
-        return reconstruct(model, params, images, mask, values.statistics)
+        masks, predicted = reconstruct(model, params, images, mask, values.statistics)
+        return masks, figures.bands_of(predicted, bands)
 
     ratio = spec.mask_ratio if values.mask_ratio is None else values.mask_ratio
     masks, predicted = reconstruct_at(ratio)
@@ -103,23 +116,23 @@ def draw_reconstructions(
     hidden = f"{masks[0].mean():.0%} of the patches are hidden ({Path(values.mask).name}). "
 
     def figure(rows: slice) -> np.ndarray:
-        shown = (images[rows], masks[rows], predicted[rows])
+        shown = (drawn[rows], masks[rows], predicted[rows])
         return figures.reconstructions(*shown, patch_size=spec.patch_size, caption=hidden + caption)
 
     pictures = {name: figure(slice(i, i + 1)) for i, name in enumerate(names)}
     pictures["sheet"] = figure(SHEET)
     if values.errors:
-        shown = (images[SHEET], masks[SHEET], predicted[SHEET])
+        shown = (drawn[SHEET], masks[SHEET], predicted[SHEET])
         pictures["errors"] = draw_errors(*shown, spec.patch_size, caption)
     if values.ratios:
-        columns = [("original", images[SHEET])]
+        columns = [("original", drawn[SHEET])]
         for ratio in values.ratios:
             masks, predicted = (x[SHEET] for x in reconstruct_at(ratio))
             for title, under in (
                 (f"{masks[0].mean():.0%} hidden", figures.HIDDEN),
                 ("reconstructed", predicted),
             ):
-                pasted = figures.paste(images[SHEET], under, masks, spec.patch_size)
+                pasted = figures.paste(drawn[SHEET], under, masks, spec.patch_size)
                 columns.append((title, pasted))
         pictures["ratios"] = figures.sheet(columns, caption)
     return pictures
@@ -139,39 +152,48 @@ def draw_errors(
     ]
     return figures.sheet(
         columns,
-        f"Error: mean over channels, black 0 to bright {ERROR_SCALE} levels or more; grey where"
-        f" patches are visible. {caption}",
+        f"Error: mean over the channels shown, black 0 to bright {ERROR_SCALE} levels or more; grey"
+        f" where patches are visible. {caption}",
     )
 
 
-def draw_attention(model: Any, params: dict, image: np.ndarray) -> np.ndarray:
+def draw_attention(model: Any, params: dict, image: np.ndarray, bands: Sequence[int]) -> np.ndarray:
     """Draw the cls token's attention to patches: a row for each layer, all heads in it."""
     attention_MSL = np.asarray(model.blocks(params, image[None])[1])[:, 0, :, 1:]
     scaled_SML = (attention_MSL / attention_MSL.max(-1, keepdims=True)).swapaxes(0, 1)
     maps_SMHW = figures.enlarge(scaled_SML, model.spec.image_size, model.spec.patch_size, axis=2)
     heads = [(f"head {i}", maps_MHWC) for i, maps_MHWC in enumerate(figures.heat(maps_SMHW))]
+    shown = displayed(image, model.spec, bands)
     return figures.sheet(
-        [("original", np.stack([image] * len(attention_MSL))), *heads],
+        [("original", np.stack([shown] * len(attention_MSL))), *heads],
         "Attention of the cls token to the patches; a row for each layer, the first on top."
         " Each map is scaled to its largest value.",
     )
 
 
-def draw_components(model: Any, params: dict, images: np.ndarray) -> np.ndarray:
+def draw_components(
+    model: Any, params: dict, images: np.ndarray, bands: Sequence[int]
+) -> np.ndarray:
     """Draw the principal components of the patch features of all images, also those not shown."""
     colours_BLC = figures.principal_colours(encode(model, params, images)[:, 1:])[SHEET]
     colours_BHWC = figures.enlarge(colours_BLC, model.spec.image_size, model.spec.patch_size)
     return figures.sheet(
-        [("original", images[SHEET]), ("patch features", colours_BHWC)],
+        [
+            ("original", displayed(images[SHEET], model.spec, bands)),
+            ("patch features", colours_BHWC),
+        ],
         "The first three principal components of the patch features of all images, as red,"
         " green and blue.",
     )
 
 
-def draw_neighbours(model: Any, params: dict, images: np.ndarray, query: np.ndarray) -> np.ndarray:
+def draw_neighbours(
+    model: Any, params: dict, images: np.ndarray, query: np.ndarray, bands: Sequence[int]
+) -> np.ndarray:
     """Draw a query, (1, H, W, C), and the images nearest to it."""
     features_BD = encode(model, params, np.concatenate([query, images]))[:, 0]
     nearest = nearest_images(features_BD[1:], features_BD[0], 6)
+    query, images = (displayed(x, model.spec, bands) for x in (query, images))
     return figures.sheet(
         [("query", query), *((f"{cosine:.3f}", images[i : i + 1]) for i, cosine in nearest)],
         "The nearest images, by the cosine similarity of the cls tokens.",

@@ -13,6 +13,9 @@ USAGE = """\
 mae-jax prepare folder --source=PATH --name=my_images [--resize=256] [--data_dir=DIR] [--workers=N]
     One's own images, read once, checked, perhaps made smaller, and packed for fast random access.
     Interrupted, the same command goes on where it stopped.
+mae-jax prepare folder --source=PATH --value_range=LOW,HIGH
+    Print mean and standard deviation of each band of TIFF or .npy files, whose values LOW and HIGH
+    become 0 and 1, and the command that trains on them; they are not packed. See docs/data.md.
 mae-jax prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
     ImageNet, from the directory of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 mae-jax prepare imagenet_v2|imagenet_a|imagenet_r|imagenet_sketch [--manual_dir=DIR]
@@ -37,12 +40,15 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         ("workers", "processes; none = CPU cores"),
     ):
         flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
+    text = "values of TIFF or .npy that become 0 and 1: LOW,HIGH"
+    flags.DEFINE(cli.Parser(cli.numbers), "value_range", None, text, flag_values=values)
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     what = cli.parse("prepare", USAGE, argv, values)
     if len(what) != 1:
         problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
         raise UserError(f"{problem}; write one of:\n{USAGE}")
-    used = {"source", "name", "resize", "workers"} if what[0] == "folder" else {"manual_dir"}
+    folder = {"source", "name", "resize", "workers", "value_range"}
+    used = folder if what[0] == "folder" else {"manual_dir"}
     for name in values:
         if values[name].present and name not in used | {"data_dir"}:
             raise UserError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
@@ -50,7 +56,14 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         raise UserError(
             f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
         )
-    if what[0] == "folder" and not (values.source and values.name):
+    if values.value_range:
+        low, *high = values.value_range
+        if len(high) != 1 or low >= high[0] or not values.source or values.name or values.resize:
+            raise UserError(
+                "--value_range=LOW,HIGH goes with --source=PATH and nothing but --workers: such"
+                " images are measured and not packed"
+            )
+    elif what[0] == "folder" and not (values.source and values.name):
         raise UserError(f"--source=PATH and --name=NAME are both needed:\n{USAGE}")
     return what[0], values
 
@@ -71,6 +84,8 @@ def main(argv: list[str]) -> int:
 
 def _prepare_folder(values: flags.FlagValues) -> str:
     """Prepare a folder; return the recipe to go on with, and its flags."""
+    if values.value_range:
+        return _measure_folder(values)
     import tensorflow_datasets as tfds
 
     from mae_jax.data.pack import prepare_folder
@@ -96,6 +111,29 @@ def _prepare_folder(values: flags.FlagValues) -> str:
         held_out = "validation" if "validation" in splits else "test"
         statistics += f" --config.data.split=train --config.evals.reconstruct.split={held_out}"
     return f"configs/folder.py {statistics} --config.data.source={values.name}"
+
+
+def _measure_folder(values: flags.FlagValues) -> str:
+    """Print the statistics of a folder's bands; return the recipe to go on with, and its flags."""
+    from mae_jax.data.measure import measure_folder
+
+    path, value_range = values.source.removeprefix("folder:"), values.value_range
+    workers = values.workers or len(os.sched_getaffinity(0))
+    summary = measure_folder(path, value_range, workers, cli.progress)
+    print(f"{path}: {summary['images']:,} images of {summary['channels']} bands")
+    print("band  smallest   largest      mean       std   (mean and std of scaled values)")
+    rows = zip(*(summary[key] for key in ("low", "high", "mean", "std")), strict=True)
+    for band, (low, high, mean, std) in enumerate(rows, 1):
+        print(f"{band:4}{low:10.6g}{high:10.6g}{mean:10.4f}{std:10.4f}")
+    if bad := list(summary["bad"].items()):
+        print(f"{len(bad):,} cannot be read: {cli.first_ten(bad)}")
+    numbers = {key: tuple(round(x, 4) for x in summary[key]) for key in ("mean", "std")}
+    numbers["value_range"] = tuple(int(x) if x == int(x) else x for x in value_range)
+    settings = " ".join(f"--config.data.{key}='{value}'" for key, value in numbers.items())
+    return (
+        f"configs/folder.py --config.data.source=folder:{path}"
+        f" --config.model.channels={summary['channels']} {settings}"
+    )
 
 
 def _prepare_tfds(name: str, values: flags.FlagValues) -> str:

@@ -36,6 +36,8 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_enum("statistics", "visible", sources, "to undo norm_pixels", flag_values=values)
     ratios = cli.Parser(cli.numbers)
     flags.DEFINE(ratios, "ratios", None, "mask ratios to draw side by side", flag_values=values)
+    text = "one or three bands to show, such as 4,3,2; none = the first"
+    flags.DEFINE(cli.Parser(cli.whole_numbers), "bands", None, text, flag_values=values)
     flags.DEFINE_bool("errors", False, "draw the error of each pixel", flag_values=values)
     flags.DEFINE_bool("attention", False, "draw the cls token's attention", flag_values=values)
     flags.DEFINE_bool("pca", False, "draw patch features as colours", flag_values=values)
@@ -52,7 +54,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
 def read_images(
     paths: Sequence[str], values: flags.FlagValues, spec: Any
 ) -> tuple[list[str], np.ndarray]:
-    """Return names and centre crops, uint8 [B, H, W, C], of the first --limit images.
+    """Return names and centre crops, [B, H, W, C], of the first --limit images.
 
     Raises:
       UserError: a path is no data source, an image cannot be read, or there is none.
@@ -60,7 +62,7 @@ def read_images(
     examples: list[cli.Example] = []
     for source in cli.open_images(paths, values, split="test"):
         for index in range(min(len(source), values.limit - len(examples))):
-            example = cli.read_example(source, index, (*spec.image_size, spec.channels))
+            example = cli.read_example(source, index, spec)
             if example.error:
                 raise UserError(f"{example.name} cannot be read: {example.error}")
             examples.append(example)
@@ -73,22 +75,24 @@ def main(argv: list[str]) -> int:
 
     from mae_jax import pretrained
     from mae_jax.commands import pictures
+    from mae_jax.evals import figures
     from mae_jax.interop import write
 
     drawn: dict[str, np.ndarray] = {}
     with write.whole(Path(values.out)) as part:
         model, params = pretrained.load(weights, **cli.weight_options(values))
+        bands = figures.choose_bands(values.bands or (), model.spec.channels)
         names, images = read_images(paths, values, model.spec)
         plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem) for name in names]
         plain = [f"{i:02d}-{name}" for i, name in enumerate(plain)]
         features = values.attention or values.pca or values.neighbours
         if model.spec.decoder or values.errors or values.ratios or not features:
-            drawn = pictures.draw_reconstructions(model, params, images, plain, values)
+            drawn = pictures.draw_reconstructions(model, params, images, plain, values, bands)
         if values.attention:
             for name, image in zip(plain, images, strict=True):
-                drawn[f"{name}-attention"] = pictures.draw_attention(model, params, image)
+                drawn[f"{name}-attention"] = pictures.draw_attention(model, params, image, bands)
         if values.pca:
-            drawn["pca"] = pictures.draw_components(model, params, images)
+            drawn["pca"] = pictures.draw_components(model, params, images, bands)
         if values.neighbours:
             _, query = read_images([values.neighbours], values, model.spec)
             if len(query) != 1:
@@ -96,7 +100,7 @@ def main(argv: list[str]) -> int:
                     f"--neighbours={values.neighbours} has {len(query)} images: name the one whose"
                     " neighbours are wanted"
                 )
-            drawn["neighbours"] = pictures.draw_neighbours(model, params, images, query)
+            drawn["neighbours"] = pictures.draw_neighbours(model, params, images, query, bands)
         part.mkdir()
         for name, picture in drawn.items():
             Image.fromarray(picture).save(part / f"{name}.{values.format}")

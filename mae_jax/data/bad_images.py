@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mae_jax.data import transforms
+from mae_jax.data.folder import FolderSource
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.errors import UserError
@@ -15,7 +16,9 @@ SEARCHED = 2000  # a source of up to so many records is searched for all that is
 LISTED = 50  # unreadable records in an error message
 
 
-def read(source: Source, index: int, channels: int) -> tuple[dict[str, Any], Picture]:
+def read(
+    source: Source, index: int, channels: int, dtype: type[np.number] = np.uint8
+) -> tuple[dict[str, Any], Picture]:
     """Return a record of a source and its decoded image.
 
     Raises:
@@ -24,16 +27,30 @@ def read(source: Source, index: int, channels: int) -> tuple[dict[str, Any], Pic
     record = source[index]
     if "unreadable" in record:
         raise BadImage(record["unreadable"])
-    return record, transforms.decode(record["image"], channels)
+    return record, transforms.decode(record["image"], channels, dtype)
 
 
-def describe(source: Source, index: int, channels: int) -> str | None:
+def describe(
+    source: Source, index: int, channels: int, dtype: type[np.number] = np.uint8
+) -> str | None:
     """Return 'NAME: why it cannot be read', or None if a record can be read."""
     try:
-        read(source, index, channels)
+        read(source, index, channels, dtype)
         return None
     except BadImage as error:
         return f"{source[index]['name']}: {error}"
+
+
+def require_bands(source: Source, channels: int, dtype: type[np.number], way_out: str = "") -> None:
+    """Raise UserError if the first file of a folder has other bands than are wanted."""
+    if isinstance(source, FolderSource):
+        try:
+            read(source, 0, channels, dtype)
+        except transforms.WrongBands as error:
+            text = f"{error}".partition(":")[0] + f": {way_out}" if way_out else f"{error}"
+            raise UserError(f"{source[0]['name']}: {text}") from None
+        except BadImage:  # one bad image is no reason to stop
+            pass
 
 
 @dataclasses.dataclass
@@ -43,6 +60,7 @@ class BadImageLog:
     source: Source
     max_bad_fraction: float
     channels: int = 3
+    dtype: type[np.number] = np.uint8
     _reasons: dict[int, str] = dataclasses.field(default_factory=dict, init=False)
 
     @property
@@ -57,7 +75,7 @@ class BadImageLog:
         """
         new = sorted({int(index) for index in bad if index >= 0} - self._reasons.keys())
         for index in new:
-            reason = describe(self.source, index, self.channels)
+            reason = describe(self.source, index, self.channels, self.dtype)
             name = self.source[index]["name"]
             self._reasons[index] = reason or f"{name}: was unreadable for a moment"
         if new and self.count > self.max_bad_fraction * len(self.source):
@@ -69,7 +87,7 @@ class BadImageLog:
         if len(self.source) <= SEARCHED:
             so_far = ""
             for index in set(range(len(self.source))) - self._reasons.keys():
-                if reason := describe(self.source, index, self.channels):
+                if reason := describe(self.source, index, self.channels, self.dtype):
                     self._reasons[index] = reason
         lines = [self._reasons[index] for index in sorted(self._reasons)]
         if len(lines) > LISTED:

@@ -1,7 +1,8 @@
-"""The crops that config.data.crop can name: (picture, size, rng) -> uint8 [height, width, C].
+"""The crops that config.data.crop can name: (picture, size, rng) -> [height, width, C].
 
-`size_HW` is (height, width). A crop that has the keyword-only arguments `scale`, `ratio` or
-`resizer` is given config.data.crop_scale, crop_ratio and resizer.
+A crop keeps the type of the picture, uint8 or float32. `size_HW` is (height, width). A crop that
+has the keyword-only arguments `scale`, `ratio` or `resizer` is given config.data.crop_scale,
+crop_ratio and resizer.
 """
 
 import numpy as np

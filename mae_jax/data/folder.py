@@ -19,6 +19,7 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2"),
     *(".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
+ARRAYS = ".npy"  # images in a folder without others; beside images they may be anything
 
 
 # Names of folders, in small letters -> the split that they hold.
@@ -63,9 +64,10 @@ def open_folder(path: str, split: str) -> FolderSource:
     """Return the images below a folder, flat or nested.
 
     What counts as an image: a file with an image's extension, whatever it turns out to hold, and a
-    file without extension that opens as an image. Other files, and names that start with a dot, are
-    passed over. Links are followed. The parent folder is the label when every image is at
-    PATH/CLASS/FILE, or at PATH/SPLIT/CLASS/FILE; otherwise there are no labels.
+    file without extension that opens as an image; of a folder without any of them, .npy. Other
+    files, and names that start with a dot, are passed over. Links are followed. The parent folder
+    is the label when every image is at PATH/CLASS/FILE, or at PATH/SPLIT/CLASS/FILE; otherwise
+    there are no labels.
 
     Splits are those of `divide`; see `splits.canonical` for their other names. Slices are
     taken from a shuffled order that depends on the names alone, so that 'train[:90%]' and
@@ -114,13 +116,17 @@ def list_images(path: str) -> tuple[list[str], dict[str, list[int]]]:
     except OSError as error:
         name = printable(os.fsdecode(error.filename))
         raise UserError(f"cannot list {name}: {error.strerror}") from error
-    files = sorted((os.path.relpath(x, root) for x in paths if _is_image(x)), key=os.fsencode)
+    images = [x for x in paths if _is_image(x)]
+    arrays = [x for x in paths if _extension(x) == ARRAYS]
+    if images and arrays:
+        _log_once(f"folder:{path}: {len(arrays):,} .npy beside {len(images):,} images are not read")
+    files = sorted((os.path.relpath(x, root) for x in images or arrays), key=os.fsencode)
     if not files:
         others = collections.Counter(printable(_extension(x)) for x in paths).most_common(5)
         held = ", ".join(f"{count} {ext or 'without extension'}" for ext, count in others)
         raise UserError(
             f"folder:{path} holds no image ({held or 'it is empty'}); images are recognised by"
-            f" their extension: {' '.join(IMAGE_EXTENSIONS)}"
+            f" their extension: {' '.join(IMAGE_EXTENSIONS)} {ARRAYS}"
         )
     return files, divide(path, files)
 

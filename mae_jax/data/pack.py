@@ -67,6 +67,13 @@ def prepare_folder(
     listed, parts = list_images(source)
     names = [split or "train" for split in parts]
     images = {split: open_folder(source, split) for split in names}
+    bad_images.require_bands(
+        images[names[0]],
+        3,
+        np.uint8,
+        "such images are not packed, but read in place. `mae-jax prepare folder"
+        f" --source={source} --value_range=LOW,HIGH` prints their means and how to train",
+    )
     plan = {
         "source": images[names[0]].root,
         "files": len(listed),

@@ -1,4 +1,4 @@
-"""From a source to uint8 batches of this host's rows, in an order that (seed, step) decides.
+"""From a source to batches of this host's rows, in an order that (seed, step) decides.
 
 The global batches are consecutive stretches of an endless shuffled sequence of record indices. A
 host decodes only its own rows of them, and what is random about an example depends on its place in
@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.config import resolve
-from mae_jax.data import augment, bad_images, crops, transforms
+from mae_jax.data import augment, bad_images, bands, crops, transforms
 from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.data.workers import read_ahead
@@ -55,30 +55,32 @@ def train_batches(
       rows: which rows of the global batch to load, sorted; None = all.
 
     Returns:
-      Dicts of image: uint8 [rows, H, W, C]; label: int32 [rows], -1 = none; index: int32 [rows], of
-      the record in the source; bad: int32 [rows], -1, or the record that should have stood here but
-      cannot be read, and was replaced by one drawn at random.
+      Dicts of image: uint8 [rows, H, W, C], float32 with data.value_range; label: int32 [rows],
+      -1 = none; index: int32 [rows], of the record in the source; bad: int32 [rows], -1, or the
+      record that should have stood here but cannot be read, and was replaced by one drawn at
+      random.
 
     Raises:
       UserError: see `steps_per_epoch`; while iterating: no readable record was found.
     """
     rows = np.arange(batch_size) if rows is None else rows
+    dtype = bands.pixel_type(data.get("value_range", ()))
     if data.get("synthetic"):
-        return synthetic_batches(rows, image_size, channels)
+        return synthetic_batches(rows, image_size, channels, dtype)
     crop, flip, distort = make_crop(data), data.flip, make_augment(data)
 
     def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
         drawn, bad = index, -1
         for _ in range(MAX_DRAWS):
             try:
-                record, picture = bad_images.read(source, index, channels)
+                record, picture = bad_images.read(source, index, channels, dtype)
                 break
             except BadImage:
                 bad, index = drawn, int(rng.integers(len(source)))
         else:
             raise Unreadable(
                 f"{MAX_DRAWS} images drawn one after another cannot be read, the first being"
-                f" {bad_images.describe(source, drawn, channels)}"
+                f" {bad_images.describe(source, drawn, channels, dtype)}"
             )
         image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
         if distort is not None:
@@ -91,7 +93,7 @@ def train_batches(
     # rows. Everything is lazy: what is not chosen is not read.
     examples = order.shuffle()[:per_epoch].repeat().random_map(load)[start_step * batch_size :]
     shape = (*image_size, channels)
-    return read_ahead(examples, batch_size, rows, shape, data.workers, len(source))
+    return read_ahead(examples, batch_size, rows, shape, data.workers, len(source), dtype)
 
 
 def eval_batches(
@@ -104,6 +106,7 @@ def eval_batches(
     limit: int | None = None,
     crop: Callable[[Picture, tuple[int, int]], np.ndarray] = crops.center,
     workers: int = -1,
+    dtype: type[np.number] = np.uint8,
 ) -> Iterator[Batch]:
     """Return every image once, in order, by one crop, not flipped; the last batch is padded.
 
@@ -111,8 +114,9 @@ def eval_batches(
 
     Args:
       limit: read only so many images, from the first on; None = all.
-      crop: (picture, (height, width)) -> uint8 [H, W, C].
+      crop: (picture, (height, width)) -> [H, W, C].
       workers: config.data.workers.
+      dtype: of the images; see `bands.pixel_type`.
 
     Returns:
       Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
@@ -120,26 +124,30 @@ def eval_batches(
     """
     rows = np.arange(batch_size) if rows is None else rows
     count = len(source) if limit is None else min(limit, len(source))
-    black = np.zeros((*image_size, channels), np.uint8)
+    black = np.zeros((*image_size, channels), dtype)
 
     def load(index: int) -> dict[str, Any]:
         if index >= count:
             return _example(black, -1, 0, -1) | {"valid": False}
         try:
-            record, picture = bad_images.read(source, index, channels)
+            record, picture = bad_images.read(source, index, channels, dtype)
         except BadImage:
             return _example(black, -1, index, index) | {"valid": True}
         return _example(crop(picture, image_size), record["label"], index, -1) | {"valid": True}
 
     examples = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(load)
-    return read_ahead(examples, batch_size, rows, black.shape, workers, count)
+    return read_ahead(examples, batch_size, rows, black.shape, workers, count, dtype)
 
 
 def synthetic_batches(
-    rows: np.ndarray, image_size: tuple[int, int], channels: int
+    rows: np.ndarray,
+    image_size: tuple[int, int],
+    channels: int,
+    dtype: type[np.number] = np.uint8,
 ) -> Iterator[Batch]:
     """Yield the same random batch for ever, without labels: tells a slow model from slow input."""
-    image = np.random.default_rng(0).integers(0, 256, (len(rows), *image_size, channels), np.uint8)
+    shape = (len(rows), *image_size, channels)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8).astype(dtype)
     none = np.full(len(rows), -1, np.int32)
     while True:
         yield {"image": image, "label": none, "index": rows.astype(np.int32), "bad": none}
@@ -167,6 +175,17 @@ def check(data: ConfigDict) -> None:
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or data[name][0] > data[name][1]:
             raise UserError(f"config.data.{name}={data[name]!r}: give two numbers (low, high)")
+    value_range = tuple(data.get("value_range", ()))
+    if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
+        raise UserError(
+            f"config.data.value_range={value_range!r}: give the values that become 0 and 1, such as"
+            " (0, 10000), or () for 8-bit images"
+        )
+    if value_range and isinstance(make_augment(data), augment.RandAugment):
+        raise UserError(
+            f"config.data.augment={data.augment!r} is for 8-bit images, and"
+            f" config.data.value_range={value_range!r} is given: set augment to ''"
+        )
 
 
 def make_crop(data: ConfigDict) -> Crop:

@@ -1,7 +1,8 @@
-"""Decode, resize and flip images on the host: files in, uint8 arrays out.
+"""Decode, resize and flip images on the host: files in, uint8 or float32 arrays out.
 
 Pillow's bicubic filter (antialiased, rounded to uint8) is the reference for pixels, since the
-published recipe resizes with it. Channels that are not three are resized one by one.
+published recipe resizes with it. Channels that are not three are resized one by one, and so are
+those of float32 images, by the same filter and without rounding.
 """
 
 import contextlib
@@ -15,7 +16,10 @@ import simplejpeg
 from numpy.random import Generator
 from PIL import Image, UnidentifiedImageError
 
-Picture = np.ndarray  # uint8 [H, W, C], of the size of its file
+from mae_jax.data import bands
+from mae_jax.data.bands import BadImage, WrongBands
+
+Picture = np.ndarray  # uint8 or float32 [H, W, C], of the size of its file
 Box = tuple[int, int, int, int]  # left, top, width, height
 Range = tuple[float, float]  # low, high
 
@@ -26,6 +30,7 @@ TRIES = 10  # to draw a random box that fits, before the fallback
 MAX_STRETCH = 16  # how many times as long as the crop a resized picture may be
 
 ORIENTATION = 0x0112  # the EXIF tag
+SAMPLES, BITS, PLANAR = 277, 258, 284  # TIFF tags: bands, their bits, 2 = one after the other
 UPRIGHT = {  # its value -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,15 +42,13 @@ UPRIGHT = {  # its value -> what turns the picture upright
 }
 
 
-class BadImage(ValueError):
-    """Content that cannot be read as an image; the message says why."""
-
-
 # --- decoding ---
 
 
-def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
-    """Return an image as a person would see it.
+def decode(
+    image: bytes | np.ndarray, channels: int = 3, dtype: type[np.number] = np.uint8
+) -> Picture:
+    """Return an image as a person would see it, or as float32 with the numbers that its file has.
 
     CMYK, grey and palettes are converted. 16-bit pixels keep their upper 8 bits. An animation gives
     its first frame. Transparent parts become white, since what a file stores there is arbitrary.
@@ -56,11 +59,14 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
       image: an encoded file, or a uint8 array [H, W] or [H, W, C].
       channels: 1 makes grey, 3 RGB. An image must have any other number itself: nothing is
         converted.
+      dtype: np.float32 reads TIFF, .npy and arrays alone, and converts no channels.
 
     Raises:
       BadImage: it cannot be read, has no pixels, or more than MAX_PIXELS.
     """
     try:
+        if dtype == np.float32:
+            return bands.read_numbers(image, channels)
         if isinstance(image, np.ndarray):
             return _convert(_from_array(image, channels), channels)
         return _convert(_from_file(image, channels), channels)
@@ -77,6 +83,8 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> Picture:
 def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     if not data:
         raise BadImage("empty")
+    if bands.is_npy(data) or (bands.is_tiff(data) and not _pillow_reads(data, channels)):
+        return _from_array(bands.eight_bits(bands.read(data), channels), channels)
     if channels == 3 and _is_plain_jpeg(data):
         # The same pixels as Pillow's in half the time, and without its 15 microseconds to read a
         # header. What simplejpeg refuses is left to Pillow.
@@ -94,8 +102,24 @@ def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise BadImage("pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits")
+        raise WrongBands(
+            "pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits, or give"
+            " config.data.value_range"
+        )
     return picture.transpose(turn) if turn is not None else picture
+
+
+def _pillow_reads(data: bytes, channels: int) -> bool:
+    """Return whether a TIFF is a photograph, of up to 4 bands, that Pillow knows."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF",)) as picture:
+            tags = picture.tag_v2  # type: ignore[attr-defined]
+            samples = tags.get(SAMPLES, 1)
+            if tags.get(PLANAR, 1) == 2 and max(tags.get(BITS, (1,))) > 8:
+                return False  # Pillow 13 gives noise
+            return samples <= 4 and (channels in (1, 3) or len(picture.getbands()) == samples)
+    except UnidentifiedImageError:  # 16 bits of colour, many bands
+        return False
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
@@ -149,11 +173,11 @@ def _convert(picture: Image.Image | np.ndarray, channels: int) -> Picture:
     array = np.asarray(picture)
     array = array[..., None] if array.ndim == 2 else array
     if array.shape[-1] != channels:
-        raise BadImage(f"{array.shape[-1]} channels where {channels} are wanted")
+        raise bands.wrong_channels(array.shape[-1], channels)
     return array
 
 
-# --- resizing a part of a picture to uint8 [height, width, C] ---
+# --- resizing a part of a picture to [height, width, C] ---
 
 
 def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
@@ -176,11 +200,12 @@ def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarr
 
     def resize(part: np.ndarray) -> np.ndarray:
         kind = fast.PixelType.U8x3 if part.ndim == 3 else fast.PixelType.U8
+        kind = fast.PixelType.F32 if part.dtype == np.float32 else kind
         image = fast.ImageData(*box[2:], kind, part.tobytes())
         for size in ((width, box[3]), (width, height)):
             source, image = image, fast.ImageData(*size, kind)
             resizer.resize(source, image, options)
-        return np.frombuffer(image.get_buffer(), np.uint8).reshape(height, width, *part.shape[2:])
+        return np.frombuffer(image.get_buffer(), part.dtype).reshape(height, width, *part.shape[2:])
 
     return _by_planes(_cut(picture, box), resize)
 
@@ -271,16 +296,16 @@ def _edit(image_HWC: np.ndarray, edit: Callable[[Image.Image], Image.Image]) -> 
     """Return an image after an edit by Pillow."""
 
     def convert(part: np.ndarray) -> np.ndarray:
-        mode = "RGB" if part.ndim == 3 else "L"
+        mode = "F" if part.dtype == np.float32 else "RGB" if part.ndim == 3 else "L"
         image = edit(Image.frombytes(mode, part.shape[1::-1], part.tobytes()))
         shape = (image.height, image.width, *part.shape[2:])
-        return np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
+        return np.frombuffer(image.tobytes(), part.dtype).reshape(shape)
 
     return _by_planes(image_HWC, convert)
 
 
 def _by_planes(image_HWC: np.ndarray, edit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return an image after an edit of it if it is RGB, else of each plane [H, W]."""
-    if image_HWC.shape[-1] == 3:
+    """Return an image after an edit of it if it is 8-bit RGB, else of each plane [H, W]."""
+    if image_HWC.shape[-1] == 3 and image_HWC.dtype == np.uint8:
         return edit(image_HWC)
     return np.stack([edit(plane) for plane in np.moveaxis(image_HWC, -1, 0)], -1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import mmap
 import multiprocessing
 import os
@@ -43,18 +42,20 @@ def read_ahead(
     shape: tuple[int, ...],
     workers: int,
     images: int,
+    dtype: type[np.number] = np.uint8,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return this host's rows of consecutive global batches; PREFETCH batches are read ahead.
 
     Dropping the iterator stops its threads and processes.
 
     Args:
-      examples: dicts of one `image`, uint8, and of scalars. Every `batch_size` are a global batch;
+      examples: dicts of one `image` and of scalars. Every `batch_size` are a global batch;
         others than `rows` are not read.
       shape: of an image.
       workers: config.data.workers: how many processes read; 0 = threads of this process, -1 = see
         `choose_processes`.
       images: how many different images there are to read.
+      dtype: of an image.
 
     Raises:
       UserError: the processes that were asked for cannot share memory.
@@ -65,8 +66,8 @@ def read_ahead(
     if processes < workers:
         _log_once(f"config.data.workers={workers}: {processes} read, one for each core")
     processes = min(processes, len(rows))
-    slots = (PREFETCH, len(rows), *shape)
-    if processes and (lack := _lack_of_memory(math.prod(slots))):
+    slots = np.dtype((dtype, (PREFETCH, len(rows), *shape)))
+    if processes and (lack := _lack_of_memory(slots.itemsize)):
         if workers > 0:
             way_out = "lower config.batch_size, or read by threads (config.data.workers=0)"
             raise UserError(f"config.data.workers={workers} {lack}: {way_out}")
@@ -74,7 +75,7 @@ def read_ahead(
         processes = 0
     if processes:
         return _read_in_processes(local, slots, processes)
-    small = math.prod(shape) <= SMALL_IMAGE
+    small = np.dtype((dtype, shape)).itemsize <= SMALL_IMAGE
     return _read_in_threads(local, len(rows), THREADS_FOR_SMALL if small else min(THREADS, cores))
 
 
@@ -149,16 +150,17 @@ def _read_in_threads(
 
 
 def _read_in_processes(
-    local: _Rows, slots: tuple[int, ...], workers: int
+    local: _Rows, slots: np.dtype, workers: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches; `slots` is the shape of the images of those that are in memory at a time."""
+    """Yield batches; `slots` are shape and type of the images that are in memory at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_jax.data.pipeline"])  # imported once for all processes
     pickled = cloudpickle.dumps(local)
     readers: list[tuple[Any, Connection]] = []
     # What multiprocessing does at the end of a program would wait for the workers for ever.
     stop = util.Finalize(None, _stop, (readers,), exitpriority=1)
-    file = _share_memory(math.prod(slots))
+    places, batch_size = slots.shape[:2]
+    file = _share_memory(slots.itemsize)
     images = _open_memory(file, slots)
     try:
         for worker in range(workers):
@@ -169,11 +171,11 @@ def _read_in_processes(
             readers.append((process, ours))
             theirs.close()
             reduction.send_handle(ours, file, process.pid)
-        for batch in range(len(local) // slots[1]):
+        for batch in range(len(local) // batch_size):
             columns = [_receive(*reader) for reader in readers]
-            rows = [_rows_of(worker, workers, batch, slots[1]) for worker in range(workers)]
+            rows = [_rows_of(worker, workers, batch, batch_size) for worker in range(workers)]
             order = np.argsort(np.concatenate(rows))
-            result = {"image": images[batch % slots[0]].copy()}
+            result = {"image": images[batch % places].copy()}
             for _, connection in readers:
                 with contextlib.suppress(OSError):  # a lost worker is met at its next rows
                     connection.send_bytes(b"free")
@@ -186,21 +188,22 @@ def _read_in_processes(
 
 
 def _work(
-    connection: Connection, slots: tuple[int, ...], pickled: bytes, worker: int, workers: int
+    connection: Connection, slots: np.dtype, pickled: bytes, worker: int, workers: int
 ) -> None:
     """Read one worker's rows of all batches; leave signals to the parent, which saves first."""
     follow_parent(signal.SIGINT, signal.SIGTERM)
+    places, batch_size = slots.shape[:2]
     with contextlib.suppress(EOFError, ConnectionError):  # the parent reads no more
         images = _open_memory(reduction.recv_handle(connection), slots)
         try:
             local = cloudpickle.loads(pickled)
-            for batch in range(len(local) // slots[1]):
-                if batch >= slots[0]:
+            for batch in range(len(local) // batch_size):
+                if batch >= places:
                     connection.recv_bytes()
                 examples = []
-                for row in _rows_of(worker, workers, batch, slots[1]):
-                    example = local[batch * slots[1] + int(row)]
-                    images[batch % slots[0], row] = example.pop("image")
+                for row in _rows_of(worker, workers, batch, batch_size):
+                    example = local[batch * batch_size + int(row)]
+                    images[batch % places, row] = example.pop("image")
                     examples.append(example)
                 connection.send({key: np.array([x[key] for x in examples]) for key in examples[0]})
         except (UserError, EOFError, ConnectionError) as error:
@@ -257,8 +260,8 @@ def _share_memory(size: int) -> int:
     return file
 
 
-def _open_memory(file: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.ndarray(shape, np.uint8, mmap.mmap(file, math.prod(shape)))
+def _open_memory(file: int, slots: np.dtype) -> np.ndarray:
+    return np.ndarray(slots.shape, slots.base, mmap.mmap(file, slots.itemsize))
 
 
 def _lack_of_memory(needed: int) -> str:

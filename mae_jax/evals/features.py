@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import distributed, sharding
-from mae_jax.data import bad_images, crops, pipeline
+from mae_jax.data import bad_images, bands, crops, pipeline
 from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import Picture
@@ -66,6 +66,7 @@ class Batches:
         self._mesh, self._channels = mesh, config.model.channels
         self._image_size = tuple(config.model.image_size)
         self._workers = config.data.get("workers", -1)
+        self._dtype = bands.pixel_type(config.data.get("value_range", ()))
 
     def read(
         self, source: Source, crop: Crop = crops.center, limit: int | None = None
@@ -88,6 +89,7 @@ class Batches:
             limit=limit,
             crop=crop,
             workers=self._workers,
+            dtype=self._dtype,
         ):
             distributed.raise_if_stopping()
             local = {name: batch[name] for name in ("image", "label", "index")}
@@ -95,7 +97,7 @@ class Batches:
             readable += int(local["counted"].sum())
             yield local, self.put(local)
         if not multihost_utils.process_allgather(np.int32(readable)).sum():
-            first = bad_images.describe(source, 0, self._channels)
+            first = bad_images.describe(source, 0, self._channels, self._dtype)
             raise UserError(f"no image can be read, nothing can be measured; the first is {first}")
 
     def put(self, local: dict[str, np.ndarray]) -> dict[str, Array]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data import bad_images
+from mae_jax.data import bad_images, bands
 from mae_jax.data.sources import Ranges, Source
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
@@ -73,7 +73,9 @@ class Subset:
         return self.source[self.indices[index]]
 
 
-def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subset:
+def draw_per_class(
+    source: Source, count: int, channels: int, seed: int, dtype: type[np.number] = np.uint8
+) -> Subset:
     """Draw `count` readable images of each class at random, and return them class by class.
 
     Records are read in a random order until there are enough, and not all.
@@ -89,7 +91,7 @@ def draw_per_class(source: Source, count: int, channels: int, seed: int) -> Subs
             break
         label = source[index]["label"]
         wanted = 0 <= label < len(names) and len(drawn[label]) < count
-        if wanted and bad_images.describe(source, index, channels) is None:
+        if wanted and bad_images.describe(source, index, channels, dtype) is None:
             drawn[label].append(index)
             missing -= 1
     if missing:
@@ -120,8 +122,9 @@ class Evaluator:
                 " image per class, and at least one draw"
             )
         channels = config.model.channels
+        dtype = bands.pixel_type(config.data.get("value_range", ()))
         self._few = {
-            shots: [draw_per_class(bank, shots, channels, seed) for seed in range(cfg.draws)]
+            shots: [draw_per_class(bank, shots, channels, seed, dtype) for seed in range(cfg.draws)]
             for shots in cfg.shots
         }
         self._name = f"{cfg.get('prefix', 'eval')}/fewshot{{}}_{cfg.feature}"

@@ -1,8 +1,11 @@
 """Draw what a model makes of images, as sheets of columns with titles and a caption."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from mae_jax.errors import UserError
 
 TILE = 160  # smaller images are enlarged to at least this width or height
 MARGIN = 6
@@ -77,6 +80,26 @@ def sheet(columns: Sequence[tuple[str, np.ndarray]], caption: str) -> np.ndarray
     for number, text in enumerate(lines):
         draw.text((MARGIN, bottom + number * LINE), text, "black", font)
     return np.asarray(canvas)
+
+
+def choose_bands(bands: Sequence[int], channels: int) -> tuple[int, ...]:
+    """Return which bands are shown, counted from 1: the given ones, the first three, or one.
+
+    Raises:
+      UserError: they are not one or three of those that there are.
+    """
+    chosen = tuple(bands) or tuple(range(1, 4) if channels >= 3 else (1,))
+    if len(chosen) not in (1, 3) or not 1 <= min(chosen) <= max(chosen) <= channels:
+        raise UserError(
+            f"bands={chosen}: give one or three of the bands 1 to {channels}, such as 1 or 3,2,1"
+        )
+    return chosen
+
+
+def bands_of(levels_BHWC: Any, bands: Sequence[int]) -> np.ndarray:
+    """Return these bands of images of levels as uint8, rounded and clipped to 0..255."""
+    shown = np.asarray(levels_BHWC)[..., np.array(bands) - 1]
+    return np.clip(np.round(shown), 0, 255).astype(np.uint8)
 
 
 def rgb(images: np.ndarray) -> np.ndarray:

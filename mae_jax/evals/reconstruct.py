@@ -23,7 +23,7 @@ from mae_jax.evals import Report, figures, pixels
 from mae_jax.evals.features import Batches, fetch
 from mae_jax.metrics.summary import kind_of_images
 from mae_jax.models import masking
-from mae_jax.models.patchify import patchify, unpatchify
+from mae_jax.models.patchify import patchify, to_levels, unpatchify
 from mae_jax.models.spec import patch_grid
 
 MASK_SEED = 0
@@ -50,6 +50,8 @@ class Evaluator:
         model, data = config.model, config.data
         self._cfg, self._config, self._predict = cfg, config, predict["reconstruction"]
         self._patch_size = tuple(model.patch_size)
+        self._value_range = tuple(data.get("value_range", ()))
+        self._bands = figures.choose_bands(cfg.get("bands", ()), model.channels)
         self._grid = patch_grid(tuple(model.image_size), self._patch_size)
         score = resolve(config.masking.name, masking)
         self._score = partial(score, batch=1, grid=self._grid, ratio=config.mask_ratio)
@@ -107,7 +109,7 @@ class Evaluator:
         loss_BL = jnp.square(out["pred_BLT"] - out["target_BLT"]).mean(-1)
         squared_BL, pictures = jnp.zeros_like(loss_BL), {}
         if self._in_levels:
-            levels_BLP = patchify(arrays["image"].astype(jnp.float32), self._patch_size)
+            levels_BLP = patchify(to_levels(arrays["image"], self._value_range), self._patch_size)
             pred_BLP = pixels.predicted_levels(
                 out["pred_BLT"],
                 levels_BLP,
@@ -118,9 +120,9 @@ class Evaluator:
                 std=tuple(self._config.data.std),
             )
             squared_BL = jnp.square(pred_BLP - levels_BLP).sum(-1)
-            rounded_BLP = jnp.round(pred_BLP[:PICTURES]).astype(jnp.uint8)
-            pred_BHWC = unpatchify(rounded_BLP, self._patch_size, self._grid)
-            pictures = {"image_BHWC": arrays["image"][:PICTURES], "pred_BHWC": pred_BHWC}
+            both = (x[:PICTURES] for x in (levels_BLP, pred_BLP))
+            shown = [unpatchify(x, self._patch_size, self._grid) for x in both]
+            pictures = dict(zip(("image_BHWC", "pred_BHWC"), shown, strict=True))
         sums = [(x * mask_BL).sum(-1) for x in (jnp.ones_like(mask_BL), loss_BL, squared_BL)]
         return {"sums_B3": jnp.stack(sums, -1), "mask_BL": mask_BL, **pictures}
 
@@ -131,8 +133,9 @@ class Evaluator:
         """
         rows = np.zeros((len(local["image"]), 3), np.float32)
         for i in np.flatnonzero(local["counted"]):
-            image_1HWC: Any = local["image"][i : i + 1].astype(float)
-            levels_LP: Any = patchify(image_1HWC, self._patch_size)[0]
+            image_1HWC = to_levels(jnp.asarray(local["image"][i : i + 1]), self._value_range)
+            levels_1HWC: Any = np.asarray(image_1HWC, float)
+            levels_LP: Any = patchify(levels_1HWC, self._patch_size)[0]
             mask_L = mask_BL[self._batches.rows[i]]
             guesses = (
                 pixels.mean_colour(levels_LP, mask_L, self._config.model.channels),
@@ -147,9 +150,10 @@ class Evaluator:
     def _picture(self, out: dict[str, np.ndarray], shown: np.ndarray, step: int) -> np.ndarray:
         """Return the figure of those of the first images that are shown."""
         cfg, config = self._cfg, self._config
-        images = [
-            x[:PICTURES][shown] for x in (out["image_BHWC"], out["mask_BL"], out["pred_BHWC"])
-        ]
+        image, pred = (
+            figures.bands_of(out[name][shown], self._bands) for name in ("image_BHWC", "pred_BHWC")
+        )
+        images = (image, out["mask_BL"][:PICTURES][shown], pred)
         caption = (
             f"Step {step:,}. {cfg.source or config.data.source}, {cfg.split}"
             f" ({kind_of_images(self._trained_on)}): {config.mask_ratio:.0%} of the patches are"

@@ -25,6 +25,7 @@ def infer(
     target: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    value_range: tuple[float, ...] | None = None,
 ) -> tuple[ModelSpec, list[str]]:
     """Return the network that a state dict is of, and notes on what had to be assumed.
 
@@ -59,6 +60,7 @@ def infer(
             colours = (OTHER_COLOURS[key],) * channels
             notes.append(f"{key} of {channels} channels is not known: taken as {colours[0]}")
         fields[key] = colours
+    fields["value_range"] = value_range or _said(file, "value_range", _floats, ())
     rows, columns = patch_size
     size = _image_size(file, (rows, columns), image_size)
     return ModelSpec(size, (rows, columns), channels, **fields), notes

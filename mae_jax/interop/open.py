@@ -39,6 +39,7 @@ def open_weights(
     target: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    value_range: tuple[float, ...] | None = None,
     allow_unused: bool = False,
     averaged: bool = False,
 ) -> Weights:
@@ -53,6 +54,7 @@ def open_weights(
       heads, decoder_heads: where the file does not say.
       target, mean, std: instead of what the file says; "pixels" or "norm_pixels", and a number for
         each channel.
+      value_range: of a file's images, the values that become 0 and 1; see `ModelSpec`.
       allow_unused: read on if the file has tensors that the network has not.
       averaged: take the averaged weights of a run with config.ema.
 
@@ -67,7 +69,8 @@ def open_weights(
     if target not in (None, "pixels", "norm_pixels"):
         raise UserError(f"target={target!r} is unknown: choose pixels or norm_pixels")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    given = {"target": target, "mean": mean and tuple(mean), "std": std and tuple(std)}
+    numbers = {"mean": mean, "std": std, "value_range": value_range}
+    given = {"target": target, **{name: x and tuple(x) for name, x in numbers.items()}}
     ours = source.is_dir() and any((source / x).is_dir() for x in ("checkpoints", "state"))
     if ours:
         weights = _open_ours(source, averaged)

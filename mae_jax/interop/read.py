@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +136,10 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     image = _plain(_json(directory / "preprocessor_config.json"))
     config = _plain(config)
     config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
+    scale: Any = image.get("rescale_factor")
+    known = isinstance(scale, int | float) and 1e-12 < scale < 1e12
+    if known and not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        config["value_range"] = (0.0, 1 / scale)
     for name in HF_WEIGHTS:
         if (directory / name).exists():
             return _content(directory / name), config

@@ -81,11 +81,13 @@ def hf(path: Path, spec: ModelSpec, params: Mapping) -> None:
     if not (spec.decoder or spec.classes):
         state = {name.removeprefix("vit."): x for name, x in state.items()}
     height, width = spec.image_size
+    low, high = spec.value_range or (0, 255)
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": height, "width": width},
         "resample": 3,  # bicubic
-        "image_mean": spec.mean,
+        "rescale_factor": 1 / (high - low),  # there is no offset there: it goes into the mean
+        "image_mean": [mean + low / (high - low) for mean in spec.mean],
         "image_std": spec.std,
     }
     path.mkdir()

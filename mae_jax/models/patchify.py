@@ -8,9 +8,23 @@ from mae_jax.models.spec import ModelSpec
 
 
 def normalize(images_BHWC: Array, spec: ModelSpec) -> Array:
-    """Return levels 0..255 as float32: scaled to 0..1, minus the mean, over the deviation."""
-    scaled_BHWC = jnp.asarray(images_BHWC, jnp.float32) / 255
+    """Return images as float32: scaled to 0..1, minus the mean, over the deviation.
+
+    spec.value_range says which values become 0 and 1; without it they are 0 and 255.
+    """
+    low, high = spec.value_range or (0, 255)
+    values_BHWC = jnp.asarray(images_BHWC, jnp.float32)
+    scaled_BHWC = (values_BHWC - low if low else values_BHWC) / (high - low)
     return (scaled_BHWC - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+
+
+def to_levels(images_BHWC: Array, value_range: tuple[float, ...]) -> Array:
+    """Return images as float32 levels, in which the ends of the value range are 0 and 255."""
+    values_BHWC = jnp.asarray(images_BHWC, jnp.float32)
+    if not value_range:
+        return values_BHWC
+    low, high = value_range
+    return (values_BHWC - low) * (255 / (high - low))
 
 
 def patchify(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:

@@ -89,6 +89,7 @@ class ModelSpec:
 
     Args:
       mean, std: one number for each channel, of pixels scaled to 0..1.
+      value_range: pixel values that are scaled to 0 and 1; () = those of 8 bits, 0 and 255.
       target_dim: how many numbers the decoder predicts for each patch (T); 0 = `patch_dim`.
       tokens_in_encoder: the encoder sees hidden patches too, as mask tokens (paper, Table 1c).
       target, mask_ratio: what the decoder predicts, and the share of hidden patches in training.
@@ -111,6 +112,7 @@ class ModelSpec:
     pool: Literal["avg", "cls"] = "cls"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    value_range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         patch_grid(self.image_size, self.patch_size)
@@ -184,6 +186,7 @@ class ModelSpec:
             "pool": model.get("pool", "cls"),
             "mean": tuple(config["data"]["mean"]),
             "std": tuple(config["data"]["std"]),
+            "value_range": tuple(config["data"].get("value_range", ())),
         }
         return cls(**fields | changes)
 
@@ -234,7 +237,7 @@ class ModelSpec:
             "mask_ratio": self.mask_ratio,
             "target": {"name": self.target},
             "model": model,
-            "data": {"mean": self.mean, "std": self.std},
+            "data": {"mean": self.mean, "std": self.std, "value_range": self.value_range},
         }
 
 

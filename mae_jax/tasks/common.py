@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import optim, sharding
 from mae_jax.config import steps
-from mae_jax.data import pipeline
-from mae_jax.data.bad_images import BadImageLog
+from mae_jax.data import bad_images, bands, pipeline
 from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import UserError
@@ -48,6 +47,7 @@ class TrainImages:
         source = (open_labelled if labelled else open_source)(
             data.source, data.split, data.data_dir
         )
+        bad_images.require_bands(source, spec.channels, bands.pixel_type(spec.value_range))
         classes = (source.num_classes or 0) if labelled else 0
         return cls(source, data, spec, config.batch_size, config.seed, classes)
 
@@ -58,7 +58,8 @@ class TrainImages:
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of what a task reads of one example."""
         shape = (*self.spec.image_size, self.spec.channels)
-        inputs = {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
+        dtype = bands.pixel_type(self.spec.value_range)
+        inputs = {"image": jax.ShapeDtypeStruct(shape, dtype)}
         if self.classes:
             inputs["label"] = jax.ShapeDtypeStruct((), np.int32)
         return inputs
@@ -70,7 +71,9 @@ class TrainImages:
         several hosts, the first reports its own count.
         """
         data, channels = self.data, self.spec.channels
-        unreadable = BadImageLog(self.source, data.max_bad_fraction, channels)
+        unreadable = bad_images.BadImageLog(
+            self.source, data.max_bad_fraction, channels, bands.pixel_type(self.spec.value_range)
+        )
         for batch in pipeline.train_batches(
             self.source,
             data,
