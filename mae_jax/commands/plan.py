@@ -89,8 +89,8 @@ def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dic
     compiled = topology.is_tpu or topology.kind == "cpu" or devices[0].platform == "gpu"
     asked = [dict(config.mesh)]
     if topology.clock and not mesh_given:
-        sizes = (len(devices) // topology.slices, 1)
-        asked += [{"data": -1, "fsdp": size, "tensor": 1} for size in sizes]
+        alternatives = (len(devices) // topology.slices, 1)
+        asked += [{"data": -1, "fsdp": fsdp, "tensor": 1} for fsdp in alternatives]
     meshes: list[dict[str, int]] = []
     for sizes in asked:
         mesh = sharding.resolve(sizes, len(devices), topology.platform, topology.slices)

@@ -49,6 +49,11 @@ REFUSED = (
 )
 
 
+# The unpickler in Python, of which single instructions can be left out; the types of the standard
+# library leave out its attributes.
+PythonUnpickler: Any = pickle._Unpickler
+
+
 class Ignored:
     """An object of another program, of which nothing is kept."""
 
@@ -88,7 +93,7 @@ def _check_directory(file: io.BufferedIOBase) -> None:
     file.seek(0)
 
 
-class _Reader(pickle._Unpickler):
+class _Reader(PythonUnpickler):
     """An unpickler of state dicts, which looks names up in a table of its own and nowhere else.
 
     It is the one in Python, of which single instructions can be left out. Its methods raise
@@ -137,7 +142,7 @@ class _Reader(pickle._Unpickler):
         self._allowed |= {("torch", name): dtype for name, dtype in STORAGES.items()}
         self.dispatch = {
             code: self._counted(method)
-            for code, method in pickle._Unpickler.dispatch.items()
+            for code, method in PythonUnpickler.dispatch.items()
             if bytes([code]) not in REFUSED
         }
         for code, method in (
@@ -187,7 +192,8 @@ class _Reader(pickle._Unpickler):
         _set(self.stack[-1], items)
 
     def load_dict(self) -> None:
-        items, content = self.pop_mark(), {}
+        items = self.pop_mark()
+        content: dict = {}
         _set(content, items)
         self.append(content)
 
