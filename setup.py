@@ -65,7 +65,6 @@ setup(
         "tpu": ["jax[tpu]", "gcsfs"],
         "gcs": ["gcsfs"],  # for gs://BUCKET/... as a workdir
         "fast": ["cykooz-resizer>=4"],  # for config.data.resizer = "fast"
-        "tiff": ["imagecodecs"],  # for TIFF of many bands that is compressed by LZW, JPEG, ...
         "plan": ["libtpu==0.0.42"],  # the TPU compiler, 0.5 GB; it runs on any x86 Linux machine
         "quickstart": ["scikit-image>=0.25", "scikit-learn>=1.6"],  # for the images in them
         # The peers that tests/with_torch compares with; reading and writing their files needs none.
