@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import mmap
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import grain
@@ -33,6 +34,17 @@ FEW = 2000  # images of which threads read all, unless processes are asked for
 
 class WorkerLost(RuntimeError):
     """The loss of a process that reads images; the run goes on when it is started again."""
+
+
+class Slots(NamedTuple):
+    """Shape and type of the images of all batches that are in memory at a time."""
+
+    shape: tuple[int, ...]  # batches, rows, and the shape of an image
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_ahead(
@@ -66,8 +78,8 @@ def read_ahead(
     if processes < workers:
         _log_once(f"config.data.workers={workers}: {processes} read, one for each core")
     processes = min(processes, len(rows))
-    slots = np.dtype((dtype, (PREFETCH, len(rows), *shape)))
-    if processes and (lack := _lack_of_memory(slots.itemsize)):
+    slots = Slots((PREFETCH, len(rows), *shape), np.dtype(dtype))
+    if processes and (lack := _lack_of_memory(slots.nbytes)):
         if workers > 0:
             way_out = "lower config.batch_size, or read by threads (config.data.workers=0)"
             raise UserError(f"config.data.workers={workers} {lack}: {way_out}")
@@ -75,7 +87,7 @@ def read_ahead(
         processes = 0
     if processes:
         return _read_in_processes(local, slots, processes)
-    small = np.dtype((dtype, shape)).itemsize <= SMALL_IMAGE
+    small = math.prod(shape) * slots.dtype.itemsize <= SMALL_IMAGE
     return _read_in_threads(local, len(rows), THREADS_FOR_SMALL if small else min(THREADS, cores))
 
 
@@ -149,10 +161,8 @@ def _read_in_threads(
 # has no name and the pipes end with their processes: nothing is left behind, however a run ends.
 
 
-def _read_in_processes(
-    local: _Rows, slots: np.dtype, workers: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches; `slots` are shape and type of the images that are in memory at a time."""
+def _read_in_processes(local: _Rows, slots: Slots, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches, read by so many processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_jax.data.pipeline"])  # imported once for all processes
     pickled = cloudpickle.dumps(local)
@@ -160,7 +170,7 @@ def _read_in_processes(
     # What multiprocessing does at the end of a program would wait for the workers for ever.
     stop = util.Finalize(None, _stop, (readers,), exitpriority=1)
     places, batch_size = slots.shape[:2]
-    file = _share_memory(slots.itemsize)
+    file = _share_memory(slots.nbytes)
     images = _open_memory(file, slots)
     try:
         for worker in range(workers):
@@ -187,9 +197,7 @@ def _read_in_processes(
         stop()
 
 
-def _work(
-    connection: Connection, slots: np.dtype, pickled: bytes, worker: int, workers: int
-) -> None:
+def _work(connection: Connection, slots: Slots, pickled: bytes, worker: int, workers: int) -> None:
     """Read one worker's rows of all batches; leave signals to the parent, which saves first."""
     follow_parent(signal.SIGINT, signal.SIGTERM)
     places, batch_size = slots.shape[:2]
@@ -260,8 +268,8 @@ def _share_memory(size: int) -> int:
     return file
 
 
-def _open_memory(file: int, slots: np.dtype) -> np.ndarray:
-    return np.ndarray(slots.shape, slots.base, mmap.mmap(file, slots.itemsize))
+def _open_memory(file: int, slots: Slots) -> np.ndarray:
+    return np.ndarray(*slots, mmap.mmap(file, slots.nbytes))
 
 
 def _lack_of_memory(needed: int) -> str:
