@@ -72,6 +72,7 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(name: str) -> nn.Module:
+    """Return the LayerNorm of every network here."""
     return LayerNorm(name=name)
 
 
