@@ -180,8 +180,9 @@ def by_clock(rating: Clock, program: hlo.Program, result: dict[str, Any]) -> dic
     """
     step = clock.cycles(program) / (rating.ghz * 1e9)
     least = min(step, result["roofline"]["step"]) if rating.is_rough else step
+    unrated = [row for row in clock.unrated(program) if row["bytes"] >= 2**20]
     return {
-        **{"ghz": rating.ghz, "step": step, "unrated": clock.unrated(program)},
+        **{"ghz": rating.ghz, "step": step, "unrated": unrated},
         "steps": [least, step],
         "hours": [seconds * result["steps"] / 3600 for seconds in (least, step)],
     }

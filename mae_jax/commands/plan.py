@@ -206,9 +206,8 @@ def clock_facts(result: dict) -> dict[str, str]:
         "  not in it: links beside products": f"{1e3 * line['links']['beside']:.1f} ms",
     }
     for row in line["unrated"]:
-        if row["bytes"] >= 2**20:
-            copies = " beside" if row["beside"] else ""
-            cells[f"  not in it: MiB by {row['kind']}{copies}"] = f"{row['bytes'] / 2**20:,.0f}"
+        copies = " beside" if row["beside"] else ""
+        cells[f"  not in it: MiB by {row['kind']}{copies}"] = f"{row['bytes'] / 2**20:,.0f}"
     return cells | {
         "images/s": span(rates, ",.0f"),
         "reading cores per host": span(cores, ".0f"),
