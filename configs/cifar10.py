@@ -47,7 +47,11 @@ def get_config(arg=None):
         train, test = f"folder:{args['data']}/train", f"folder:{args['data']}/test"
     config.data.source = train
     config.evals.reconstruct.update(
-        source=test, split="train" if args["data"] else "test", images=500, batch_size=100
+        # A slice of a folder shows every class; its first images are all of one.
+        source=test,
+        split="train[:5%]" if args["data"] else "test[:5%]",
+        images=500,
+        batch_size=100,
     )
     config.evals.reconstruct.every = "25 epochs"
     config.checkpoint.update(every="25 epochs" if not small else "2 epochs", keep_every="")
