@@ -24,7 +24,7 @@ LIBTPU = "0.0.42"
 
 
 class Clock(NamedTuple):
-    """How the TPU compiler rates a chip in the cycles that it estimates for each operation."""
+    """The rating of a chip by the TPU compiler, in the cycles that it estimates for operations."""
 
     ghz: float  # by which cycles become seconds
     product: float  # rate of a product of two 8192 x 8192 bf16 matrices, of the chip's peak
@@ -32,7 +32,7 @@ class Clock(NamedTuple):
 
     @property
     def is_rough(self) -> bool:
-        """Whether the memory is rated so slow that the estimate is an upper bound only."""
+        """True if the memory is rated so slow that the estimate is an upper bound only."""
         return self.addition < 0.8
 
 
@@ -65,7 +65,7 @@ class Topology(NamedTuple):
 
     @property
     def clock(self) -> Clock | None:
-        """How the compiler rates the chip, or None if it does not."""
+        """The rating of the chip by the compiler, or None if there is none."""
         return CLOCKS.get(self.kind)
 
     @property

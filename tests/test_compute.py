@@ -1,4 +1,4 @@
-"""How a network is run where: cuDNN's attention against ours, and what is decided automatically."""
+"""Networks run as their devices allow: cuDNN's attention against ours, and automatic choices."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -46,7 +46,7 @@ def compilation_cache(workdir: str) -> str:
 
 
 class Parts(NamedTuple):
-    """What a run is made of, before anything is written."""
+    """The parts of a run, before anything is written."""
 
     mesh: Any
     task: Any
