@@ -138,7 +138,7 @@ class Checkpointer:
             raise SaveError(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:
-        earlier = ", ".join(path.name for path in _numbered(self.root)) or "none"
+        earlier = ", ".join(path.name for path in numbered(self.root)) or "none"
         code = re.search(r"os_error_code='(\d+)'", str(error))  # in the words of TensorStore
         reason = os.strerror(int(code[1])) if code else f"{error!r:.300}"
         return (
@@ -195,7 +195,7 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
     if (base / "state").is_dir():
         candidates = [base]
     else:
-        candidates = _numbered(base / "checkpoints") or _numbered(base)
+        candidates = numbered(base / "checkpoints") or numbered(base)
     if not candidates:
         foreign = base.is_file() or (base / "config.json").exists()
         hint = f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
@@ -246,7 +246,7 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
-def _numbered(directory: epath.Path) -> list[epath.Path]:
+def numbered(directory: epath.Path) -> list[epath.Path]:
     """Return the checkpoints in a directory, newest first."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted((p for p in paths if p.name.isdigit()), key=lambda p: -int(p.name))

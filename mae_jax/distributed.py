@@ -6,6 +6,7 @@ all of them with an error: hosts that went on alone would be N runs that write t
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import itertools
 import json
@@ -320,3 +321,9 @@ def log_once(line: str) -> None:
     """Print a line, on host 0 only."""
     if jax.process_index() == 0:
         print(line, flush=True)
+
+
+@functools.cache
+def announce(line: str) -> None:
+    """Print a line the first time that it is said, on host 0 only."""
+    log_once(line)

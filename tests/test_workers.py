@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_pipeline import Noise, assert_same, config, evaluate, stream, train
 
+from mae_jax import distributed
 from mae_jax.data import workers
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    workers._log_once.cache_clear()
+    distributed.announce.cache_clear()
 
 
 @pytest.mark.parametrize(

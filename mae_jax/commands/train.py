@@ -192,8 +192,8 @@ def disk_failure(error: OSError, workdir: str) -> str | None:
         return None
     if "://" not in workdir:
         reason += f" ({shutil.disk_usage(workdir).free / 2**20:,.0f} MiB are free there)"
-    saved = [int(path.name) for path in (root / "checkpoints").glob("*") if path.name.isdigit()]
-    start = f"checkpoint {max(saved)}" if saved else "the first step, for there is no checkpoint"
+    saved = checkpoint.numbered(root / "checkpoints")  # the newest first
+    start = f"checkpoint {saved[0].name}" if saved else "the first step, for there is no checkpoint"
     return f"{reason}. Make room: the same command goes on from {start}"
 
 

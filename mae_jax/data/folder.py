@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 
 from mae_jax import files as disk
 from mae_jax.data import arrayrecord, splits
-from mae_jax.distributed import log_once
+from mae_jax.distributed import announce
 from mae_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (
@@ -28,7 +27,6 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_log_once = functools.cache(log_once)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +71,12 @@ def open_folder(path: str, split: str) -> FolderSource:
     taken from a shuffled order that depends on the names alone, so that 'train[:90%]' and
     'train[90%:]' hold images of every sub-folder.
     """
+    return choose(path, *list_images(path), split)
+
+
+def choose(path: str, files: list[str], parts: dict[str, list[int]], split: str) -> FolderSource:
+    """Return the images of a split, of what `list_images` returned for the folder."""
     root = os.path.expanduser(path)
-    files, parts = list_images(path)
     parents = [os.path.dirname(name) for name in files]
     if list(parts) != [""]:
         parents = [parent.partition(os.sep)[2] for parent in parents]
@@ -119,7 +121,7 @@ def list_images(path: str) -> tuple[list[str], dict[str, list[int]]]:
     images = [x for x in paths if _is_image(x)]
     arrays = [x for x in paths if _extension(x) == ARRAYS]
     if images and arrays:
-        _log_once(f"folder:{path}: {len(arrays):,} .npy beside {len(images):,} images are not read")
+        announce(f"folder:{path}: {len(arrays):,} .npy beside {len(images):,} images are not read")
     files = sorted((os.path.relpath(x, root) for x in images or arrays), key=os.fsencode)
     if not files:
         others = collections.Counter(printable(_extension(x)) for x in paths).most_common(5)
@@ -154,7 +156,7 @@ def divide(path: str, files: list[str]) -> dict[str, list[int]]:
             " elsewhere, or name one folder, such as folder:"
             + os.path.join(path, next(top for top in sorted(named) if named[top]))
         )
-    _log_once(f"folder:{path}: its folders {folders} are splits")
+    announce(f"folder:{path}: its folders {folders} are splits")
     parts: dict[str, list[int]] = {}
     for i, top in enumerate(tops):
         parts.setdefault(str(named[top]), []).append(i)
@@ -168,7 +170,7 @@ def _announce_unknown_classes(path: str, parents: list[str], parts: dict[str, li
         unknown = sorted({parents[i] for i in part} - trained)
         if trained and unknown:
             listed = ", ".join(map(printable, unknown))[:200]
-            _log_once(f"folder:{path}: {name} has classes that train has no image of: {listed}")
+            announce(f"folder:{path}: {name} has classes that train has no image of: {listed}")
 
 
 def printable(name: str) -> str:

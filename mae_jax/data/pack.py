@@ -23,7 +23,7 @@ from PIL import Image
 
 from mae_jax import files
 from mae_jax.data import arrayrecord, bad_images
-from mae_jax.data.folder import FolderSource, list_images, open_folder
+from mae_jax.data.folder import FolderSource, choose, list_images
 from mae_jax.data.process import follow_parent
 from mae_jax.data.transforms import ORIENTATION, BadImage
 from mae_jax.errors import UserError
@@ -66,7 +66,7 @@ def prepare_folder(
         raise UserError(f"--name={name} is a dataset that tfds knows; choose another name")
     listed, parts = list_images(source)
     names = [split or "train" for split in parts]
-    images = {split: open_folder(source, split) for split in names}
+    images = {split: choose(source, listed, parts, split) for split in names}
     bad_images.require_bands(
         images[names[0]],
         3,

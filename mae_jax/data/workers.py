@@ -1,7 +1,6 @@
 """Read examples ahead of the training step, in threads or in processes, and keep their order."""
 
 import contextlib
-import functools
 import math
 import mmap
 import multiprocessing
@@ -20,7 +19,7 @@ import grain
 import numpy as np
 
 from mae_jax.data.process import follow_parent
-from mae_jax.distributed import log_once
+from mae_jax.distributed import announce
 from mae_jax.errors import UserError
 
 THREADS = 16  # at most, that read images if no processes do
@@ -76,14 +75,14 @@ def read_ahead(
     cores = usable_cores()
     processes = choose_processes(workers, images, cores)
     if processes < workers:
-        _log_once(f"config.data.workers={workers}: {processes} read, one for each core")
+        announce(f"config.data.workers={workers}: {processes} read, one for each core")
     processes = min(processes, len(rows))
     slots = Slots((PREFETCH, len(rows), *shape), np.dtype(dtype))
     if processes and (lack := _lack_of_memory(slots.nbytes)):
         if workers > 0:
             way_out = "lower config.batch_size, or read by threads (config.data.workers=0)"
             raise UserError(f"config.data.workers={workers} {lack}: {way_out}")
-        _log_once(f"threads read the images, since processes {lack}")
+        announce(f"threads read the images, since processes {lack}")
         processes = 0
     if processes:
         return _read_in_processes(local, slots, processes)
@@ -114,9 +113,6 @@ def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         quota, period = map(int, cpu_max.read_text().split())
         cores = min(cores, max(quota // period, 1))
     return cores
-
-
-_log_once = functools.cache(log_once)
 
 
 class _Rows(grain.MapDataset):
