@@ -231,14 +231,6 @@ def main(argv: list[str]) -> int:
                 facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
             run(config, workdir, heartbeat, profile=values.profile)
-    except OSError as error:
-        reason = disk_failure(error, workdir)
-        if reason is None:
-            raise
-        print(f"mae-jax train: {reason}", file=sys.stderr)
-        if distributed.alone_with(error):
-            distributed.leave(1)
-        return 1
     except (train.NonFiniteError, WorkerLost) as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
         if isinstance(error, train.NonFiniteError):  # on all hosts alike
@@ -247,11 +239,18 @@ def main(argv: list[str]) -> int:
             distributed.leave(distributed.PREEMPTED)
         return distributed.PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
-        if not distributed.alone_with(error):
+        alone, status = distributed.alone_with(error), 1
+        if isinstance(error, OSError) and (reason := disk_failure(error, workdir)):
+            print(f"mae-jax train: {reason}", file=sys.stderr)
+        elif not alone:
             raise
-        if (status := explain("train", error)) is None:
+        elif (known := explain("train", error)) is not None:
+            status = known
+        else:
             traceback.print_exc()
-        distributed.leave(status or 1)
+        if alone:
+            distributed.leave(status)
+        return status
     if jax.process_index() == 0:
         own_images = config.data.source.startswith("folder:")
         print("\n".join(summary.lines(workdir, own_images)))
