@@ -27,7 +27,7 @@ def read(
     record = source[index]
     if "unreadable" in record:
         raise BadImage(record["unreadable"])
-    return record, transforms.decode(record["image"], channels, dtype)
+    return record, transforms.decode(record["image"], channels, dtype=dtype)
 
 
 def describe(

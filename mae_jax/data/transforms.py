@@ -46,7 +46,7 @@ UPRIGHT = {  # its value -> what turns the picture upright
 
 
 def decode(
-    image: bytes | np.ndarray, channels: int = 3, dtype: type[np.number] = np.uint8
+    image: bytes | np.ndarray, channels: int = 3, *, dtype: type[np.number] = np.uint8
 ) -> Picture:
     """Return an image as a person would see it, or as float32 with the numbers that its file has.
 
