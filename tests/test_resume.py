@@ -210,7 +210,7 @@ def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterru
 
 
 def test_a_workdir_that_is_deleted_under_the_run_is_said(folder):
-    run = Run(folder, folder / "deleted")
+    run = Run(folder, folder / "deleted", "--config.train_for=100000 steps")  # it does not end
     run.until_step(3)
     (folder / "deleted").rename(folder / "elsewhere")
     assert run.end() == 1, "\n".join(run.said)
