@@ -55,6 +55,9 @@ class Checkpointer:
           SaveError: this save or the one before it failed; older checkpoints are intact.
         """
         self.wait()
+        if "://" not in os.fspath(self.root) and not self.root.is_dir():
+            # Orbax would make the folder again, and the run would go on in an empty one.
+            raise SaveError(f"{self.root} is gone; checkpoint {step} was not written")
         self._step = step
         self._mebibytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
         with self._explained():
