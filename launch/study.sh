@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# Measure what pre-training is worth on 1,797 small digits: fine-tuning against training from scratch,
-# probes against features that have learned nothing, and four mask ratios, with three seeds each.
+# Measure what pre-training is worth: fine-tuning against training from scratch, frozen features
+# against those that have learned nothing, and masks.
 #
-#   bash launch/study.sh
+#   bash launch/study.sh cifar10 DATA     50,000 photographs of 32 pixels: 8 hours of 2 CPU cores
+#   bash launch/study.sh digits           1,797 digits: 20 minutes
 #
-# It takes about 20 minutes on 2 idle CPU cores. The same command again continues where it was stopped.
+# DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg, see docs/cifar10.md. Ctrl-C stops the study, whose
+# runs save where they are; the same command again continues.
 #
-# WORKDIR          the folder of the runs, the table (study.md) and the figure (default: workdir/study)
+# WORKDIR          the folder of the runs, the table (study.md) and the figure
+#                  (default: workdir/study-cifar10 or workdir/study-digits)
 # PYTHON and VENV  see launch/setup.sh
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-workdir=${WORKDIR:-$root/workdir/study}
+usage="Which study? bash launch/study.sh cifar10 DATA, or bash launch/study.sh digits"
+name=${1:-}
+[ -f "$root/launch/study_$name.py" ] || fail "$usage"
+[ "$name" = digits ] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
+workdir=${WORKDIR:-$root/workdir/study-$name}
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
+data=${2:+$(cd -- "$2" && pwd)}
 cd "$root"
-exec "$python" launch/study.py "$workdir"
+exec "$python" "launch/study_$name.py" "$workdir" ${data:+"$data"}

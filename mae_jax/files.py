@@ -53,6 +53,9 @@ def require_place(path: str | os.PathLike, what: str) -> None:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{what}={path}: buckets need gcsfs: pip install gcsfs")
+    # gcsfs would ask for the kind of bucket, for its experimental features, and warn at every file
+    # where it may not ask.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def require_local(path: str | os.PathLike, what: str) -> None:
@@ -89,6 +92,9 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a whole file, or leave the old one."""
+    if "://" in os.fspath(path):  # an object of a bucket appears whole; renaming would copy it
+        epath.Path(path).write_bytes(content)
+        return
     with replacing(path) as part:
         part.write_bytes(content)
 
