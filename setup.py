@@ -11,14 +11,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mae_jax/__init__.py").read
 
 
 class BuildWithRecipes(build_py):
-    """The build of the package, in which `mae_jax.configs` is the folder configs/.
+    """The build of the package, in which `mae_jax.configs` and `mae_jax.weights` are folders beside it.
 
-    An entry for it in `package_dir` would do the same, but an editable install would then no longer
+    Entries for them in `package_dir` would do the same, but an editable install would then no longer
     put the checkout itself on the path, where users' recipes find `configs.pretrain`.
     """
 
     def get_package_dir(self, package):
-        return "configs" if package == "mae_jax.configs" else super().get_package_dir(package)
+        beside = {"mae_jax.configs": "configs", "mae_jax.weights": "weights"}
+        return beside.get(package) or super().get_package_dir(package)
 
 
 setup(
@@ -28,8 +29,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
-    package_data={"mae_jax.data": ["imagenet_subsets.json"]},
+    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.weights"],
+    package_data={
+        "mae_jax.data": ["imagenet_subsets.json"],
+        "mae_jax.weights": ["*/*.safetensors", "*/*.json", "*/README.md"],
+    },
     package_dir={"": "."},  # an editable install puts the checkout on the path
     cmdclass={"build_py": BuildWithRecipes},
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},

@@ -154,7 +154,8 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
 
     Args:
       path: an official or timm .pth or .safetensors file, a Hugging Face directory, a workdir of
-        this project, or one of its checkpoints.
+        this project, one of its checkpoints, or the name of weights that come with the package:
+        cifar10-s.
       **options: arguments of `interop.open.open_weights`, such as `image_size`.
 
     Raises:

@@ -46,6 +46,7 @@ def open_weights(
     """Read weights of any format, all of them or nothing.
 
     Args:
+      path: a file, a folder, or the name of weights that come with the package: cifar10-s.
       part: "all" or "encoder".
       key: where a file of another program has its weights, such as teacher; see `read.open_file`.
       image_size: (height, width), or the side of a square, to make a model for; the positions,
@@ -63,7 +64,7 @@ def open_weights(
         network; there are no averaged weights.
     """
     files.require_place(path, "weights")
-    source = epath.Path(path)  # a workdir may be in a bucket
+    source = epath.Path(shipped(path) or path)  # a workdir may be in a bucket
     if part not in ("all", "encoder"):
         raise UserError(f"part={part!r} is unknown: choose all or encoder")
     if target not in (None, "pixels", "norm_pixels"):
@@ -99,6 +100,20 @@ def open_weights(
     if size and tuple(size) != weights.spec.image_size:
         weights = _resize(weights, (size[0], size[1]))
     return weights
+
+
+def shipped(name: str | os.PathLike) -> Path | None:
+    """Return the folder of weights that come with the package, such as cifar10-s; None = no such.
+
+    A file or folder of that name in the current folder is meant instead.
+    """
+    package = Path(__file__).parents[1]
+    if Path(name).parts[1:] or Path(name).exists():
+        return None
+    for weights in (package / "weights", package.parent / "weights"):  # installed; a checkout
+        if (weights / name / "model.safetensors").exists():
+            return weights / name
+    return None
 
 
 def _open_theirs(path: epath.Path, key: str, allow_unused: bool, options: dict) -> Weights:
