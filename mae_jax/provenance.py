@@ -128,7 +128,9 @@ def _require_shared(root: epath.Path) -> None:
             root.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
         except OSError as error:
-            reason = f" ({error})"
+            reason = f": {error}"
+            if "://" in os.fspath(root):
+                reason = f": is there such a bucket, and may you write to it? ({error})"
     if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):
         raise UserError(f"--workdir={root} cannot be written to{reason}")
     seen = np.atleast_1d(multihost_utils.process_allgather(np.int32(probe.exists())))

@@ -149,7 +149,8 @@ def started(run, count: int = 1) -> bool:
 
 
 def run_in(bucket, folder: Path, name: str, *flags: str) -> test_resume.Run:
-    return test_resume.Run(folder, f"gs://{BUCKET}/{name}", *flags)
+    rarely = "--config.checkpoint.every=10 steps"  # a save takes two seconds
+    return test_resume.Run(folder, f"gs://{BUCKET}/{name}", rarely, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +166,14 @@ def on_disk(folder):
 
 
 def test_a_run_in_a_bucket_is_killed_and_ends_as_on_a_disk(bucket, folder, on_disk):
-    for kill in range(4):
+    for steps in (12, 4, 13, 2):
         run = run_in(bucket, folder, "killed")
-        run.until(lambda run=run, kill=kill: started(run, 3 + 2 * kill))
+        run.until(lambda run=run, steps=steps: started(run, steps))
         assert run.end(signal.SIGKILL) == -signal.SIGKILL, "\n".join(run.said)
     run = run_in(bucket, folder, "killed")
     assert run.end() == 0, "\n".join(run.said)
     assert any("resumed at step" in line for line in run.said)
-    assert not [line for line in run.said if re.search("gcsfs|WARNING|Traceback", line)]
+    assert not [line for line in run.said if re.search("gcsfs|Traceback", line)]
     test_resume.assert_same_run(download(bucket, "killed", folder / "copy"), on_disk)
 
 
@@ -180,8 +181,9 @@ def test_a_damaged_newest_checkpoint_in_a_bucket_is_passed_over(bucket, folder, 
     run = run_in(bucket, folder, "damaged")
     run.until(lambda: started(run, 14))
     assert run.end(signal.SIGTERM) == 75, "\n".join(run.said)
-    steps = {re.match(r"damaged/checkpoints/(\d+)/", x) for x in objects(bucket, "damaged/")}
-    newest, before = sorted((int(x[1]) for x in steps if x), reverse=True)[:2]
+    names = "\n".join(objects(bucket, "damaged/"))
+    steps = set(map(int, re.findall(r"^damaged/checkpoints/(\d+)/", names, re.MULTILINE)))
+    newest, before = sorted(steps, reverse=True)[:2]
     largest = max(
         (x for x in objects(bucket, f"damaged/checkpoints/{newest}/state/")),
         key=lambda x: len(content(bucket, x)),
@@ -203,25 +205,25 @@ def test_a_server_that_is_busy_slow_and_away_is_asked_again(bucket, folder, on_d
 
     def fault(method, path):
         number = next(count)
-        if number % 10 == 9:
+        if number % 50 == 9:
             time.sleep(1)
-        return {3: 429, 6: 503}.get(number % 13)
+        return {3: 429, 20: 503}.get(number % 40)
 
     bucket.fault = fault
     run = run_in(bucket, folder, "busy")
     assert run.end() == 0, "\n".join(run.said)
-    assert bucket.faults > 20
+    assert bucket.faults > 10
     test_resume.assert_same_run(download(bucket, "busy", folder / "copy"), on_disk)
 
 
 def test_a_bucket_that_is_not_there_or_takes_nothing_is_named(bucket, folder):
     run = test_resume.Run(folder, "gs://no-such-bucket/run")
-    assert run.end() == 1, "\n".join(run.said)
+    assert run.end() == 2, "\n".join(run.said)
     assert any("gs://no-such-bucket" in x and x.startswith("mae-jax train: ") for x in run.said)
 
     bucket.fault = lambda method, path: 403 if method in ("POST", "PUT") else None
     run = run_in(bucket, folder, "refused")
-    assert run.end() == 1, "\n".join(run.said)
+    assert run.end() == 2, "\n".join(run.said)
     assert any("gs://runs/refused" in x and x.startswith("mae-jax train: ") for x in run.said)
     assert not any("Traceback" in x for x in run.said), "\n".join(run.said)
 

@@ -21,6 +21,7 @@ from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
+from mae_jax.tasks.init_from import load_encoder, saved_spec
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,17 @@ class Task(train.Task):
     ) -> tuple[Array, tuple[dict, dict]]:
         del rng, train
         return self.objective(self.reconstruct(params, extra, batch)), (extra, {})
+
+    def load(self, path: Any, state: train.TrainState) -> train.TrainState:
+        """Return a fresh state with the parameters of a checkpoint (config.init_from).
+
+        Of a network for other patches only the encoder is taken, and adapted.
+        """
+        saved = saved_spec(path)
+        if saved is None or saved.patches == self.spec.patches:
+            return super().load(path, state)
+        encoder = load_encoder(path, state.params["encoder"], self.spec)
+        return replace(state, params=state.params | {"encoder": encoder})
 
     def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
