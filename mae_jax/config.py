@@ -23,11 +23,13 @@ REMOVED_KEYS = {
 # Keys that a recipe need not name, and what a config without them means. On the command line they
 # can be given like any other.
 OPTIONAL_KEYS: dict[str, Any] = {
+    "data.augment": "",  # or jitter-b0.4-c0.4-s0.4-h0.1, rand-m9-mstd0.5-inc1, a dotted path
     "data.repeat": 1,  # masks of each image that is read; an epoch has as many masks as images
     "masking.cell": 2,  # of models/masks.py
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "target.components": 96,  # of the target pca
 }
 
 

@@ -63,6 +63,7 @@ NUMBERS = {
     "mask_ratio": Range(0, 1, "()"),
     "masking.cell": whole(1, 2**14),
     "masking.sigma_*": Range(0, 1000, "(]"),
+    "target.components": whole(1, 2**20),
     "smoothing": SHARE,
     "erase": SHARE,
     "ema": Range(0, 1, "[)"),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, train
 from mae_jax.config import resolve_group
 from mae_jax.errors import UserError
-from mae_jax.models import mae, masking, masks, probe, targets
+from mae_jax.models import mae, masking, masks, pca, probe, targets
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
@@ -48,7 +48,7 @@ class Task(train.Task):
         """
         masked = config.masking
         score_patches = resolve_group(masked, "masking", masking, masks, others=masking.KEYS)
-        make_target = resolve_group(config.target, "target", targets)
+        make_target = resolve_group(config.target, "target", targets, pca)
         spec = ModelSpec.from_config(config.to_dict())
         masking.num_kept(spec.num_patches, spec.mask_ratio)  # refuses an impossible ratio
         check_scores(score_patches, config.masking.name, spec)
