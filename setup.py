@@ -18,7 +18,9 @@ class BuildWithRecipes(build_py):
     """
 
     def get_package_dir(self, package):
-        return "configs" if package == "mae_jax.configs" else super().get_package_dir(package)
+        if package.startswith("mae_jax.configs"):
+            return package.removeprefix("mae_jax.").replace(".", "/")
+        return super().get_package_dir(package)
 
 
 setup(
@@ -28,7 +30,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs.ablations"],
     package_data={"mae_jax.data": ["imagenet_subsets.json"]},
     package_dir={"": "."},  # an editable install puts the checkout on the path
     cmdclass={"build_py": BuildWithRecipes},

@@ -64,6 +64,7 @@ NUMBERS = {
     "masking.cell": whole(1, 2**14),
     "masking.sigma_*": Range(0, 1000, "(]"),
     "target.components": whole(1, 2**20),
+    "sweep.seeds": whole(1, 1000),
     "smoothing": SHARE,
     "erase": SHARE,
     "ema": Range(0, 1, "[)"),

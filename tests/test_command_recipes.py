@@ -177,7 +177,8 @@ def test_the_extra_tpu_brings_what_buckets_need(places):
 
 
 def test_the_wheel_has_every_recipe_and_data_file(places):
-    for folder, files in (("configs", "*.py"), ("mae_jax/data", "*.json")):
+    shipped_files = (("configs", "*.py"), ("configs/ablations", "*.py"), ("mae_jax/data", "*.json"))
+    for folder, files in shipped_files:
         inside = places["wheel"] / "mae_jax" / folder.removeprefix("mae_jax/")
         shipped = {path.name for path in inside.glob(files)}
         assert shipped == {path.name for path in (ROOT / folder).glob(files)} != set()

@@ -72,9 +72,10 @@ def parse(
     return config, values, file.stem
 
 
-def names() -> list[str]:
-    """Return the names of the installed recipes."""
-    return sorted({path.stem for path in INSTALLED.glob("*.py")} - {"__init__", "common"})
+def names(folder: str = "") -> list[str]:
+    """Return the names of the installed recipes, or of those in a folder: ablations/masks."""
+    stems = {path.stem for path in (INSTALLED / folder).glob("*.py")} - {"__init__", "common"}
+    return sorted((Path(folder) / stem).as_posix() for stem in stems)
 
 
 def find(name: str) -> Path:
@@ -82,14 +83,15 @@ def find(name: str) -> Path:
 
     Where there is no file configs/NAME.py, that path stands for the installed recipe.
     """
-    path = Path(name)
-    if path.is_file() and name not in names():
+    path, known = Path(name), [*names(), *names("ablations")]
+    if path.is_file() and name not in known:
         return path
-    if path.stem in names() and str(path) in (path.stem, f"configs/{path.stem}.py"):
-        return INSTALLED / f"{path.stem}.py"
+    recipe = re.sub(r"^configs/(.*)\.py$", r"\1", path.as_posix())
+    if recipe in known:
+        return INSTALLED / f"{recipe}.py"
     raise UserError(
         f"--config: there is no file {name!r} in {os.getcwd()}, and no recipe of that name"
-        + nearest(path.stem, names())
+        + nearest(path.stem, known)
     )
 
 
