@@ -18,8 +18,9 @@ class BuildWithRecipes(build_py):
     """
 
     def get_package_dir(self, package):
-        beside = {"mae_jax.configs": "configs", "mae_jax.weights": "weights"}
-        return beside.get(package) or super().get_package_dir(package)
+        if package.startswith(("mae_jax.configs", "mae_jax.weights")):
+            return package.removeprefix("mae_jax.").replace(".", "/")
+        return super().get_package_dir(package)
 
 
 setup(
@@ -29,7 +30,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.weights"],
+    packages=[
+        *find_packages(include=["mae_jax", "mae_jax.*"]),
+        "mae_jax.configs.ablations",
+        "mae_jax.weights",
+    ],
     package_data={
         "mae_jax.data": ["imagenet_subsets.json"],
         "mae_jax.weights": ["*/*.safetensors", "*/*.json", "*/README.md"],

@@ -3,7 +3,8 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,17 @@ RENAMED_KEYS = {
 REMOVED_KEYS = {
     "data.prefetch": "the constant PREFETCH of mae_jax/data/workers.py",
     "data.threads": "the constant THREADS of mae_jax/data/workers.py",
+}
+# Keys that a recipe need not name, and what a config without them means. On the command line they
+# can be given like any other.
+OPTIONAL_KEYS: dict[str, Any] = {
+    "data.augment": "",  # or jitter-b0.4-c0.4-s0.4-h0.1, rand-m9-mstd0.5-inc1, a dotted path
+    "data.repeat": 1,  # masks of each image that is read; an epoch has as many masks as images
+    "masking.cell": 2,  # of models/masks.py
+    "masking.roll": True,
+    "masking.sigma_coarse": 2.0,
+    "masking.sigma_fine": 0.5,
+    "target.components": 96,  # of the target pca
 }
 
 
@@ -59,12 +71,12 @@ def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
     return max(round(count), 1) if float(number) else 0
 
 
-def resolve(name: str, home: ModuleType, member: str = "") -> Any:
+def resolve(name: str, *homes: ModuleType, member: str = "") -> Any:
     """Return what a name in a config stands for.
 
     Args:
-      name: the name of a function or class in `home`, or a dotted path to one of a fork.
-      home: our module or package with the choices.
+      name: the name of a function or class in `homes`, or a dotted path to one of a fork.
+      homes: our modules or packages with the choices, searched in turn.
       member: where the choices are modules (tasks, evaluators), the class to take from each; a
         dotted path may then also name a module with a class of this name.
 
@@ -72,20 +84,49 @@ def resolve(name: str, home: ModuleType, member: str = "") -> Any:
       UserError: there is nothing of that name, or it cannot be called.
     """
     path, _, attribute = name.rpartition(".")
-    module = _import(name if path else f"{home.__name__}.{name}") if member else None
-    parent = _import(path) if path else home
+    module = _import(name if path else f"{homes[0].__name__}.{name}") if member else None
+    parents: list[Any] = [_import(path)] if path else list(homes)
     if module:
         resolved = getattr(module, member, None)
-    elif parent is None:
+    elif parents[0] is None:
         raise UserError(f"{name!r}: cannot import {path!r}: there is no such module")
     else:
-        resolved = getattr(parent, attribute, None) if path or attribute in choices(home) else None
+        holders = [home for home in parents if path or attribute in choices(home)]
+        resolved = getattr(holders[0], attribute, None) if holders else None
     if not callable(resolved):
         if module:
             raise UserError(f"{name!r} is a module without {member}")
         where = f"{path} has no {attribute!r}" if path else f"{name!r} is unknown"
-        raise UserError(where + nearest(attribute, choices(parent or home)))
+        known = [choice for home in parents for choice in choices(home)]
+        raise UserError(where + nearest(attribute, known))
     return resolved
+
+
+def resolve_group(
+    group: Mapping[str, Any], key: str, *homes: ModuleType, others: tuple[str, ...] = ()
+) -> Callable:
+    """Return the function that config.KEY.name stands for, with the group's other keys bound to it.
+
+    Args:
+      group: config.KEY.
+      homes: see `resolve`.
+      others: keys of the group that are not for the function.
+
+    Raises:
+      UserError: there is no such function, or it has no keyword-only parameter of some key's name.
+    """
+    function = resolve(group["name"], *homes)
+    options = {name: x for name, x in group.items() if name not in ("name", *others)}
+    if not options:
+        return function
+    known = inspect.getfullargspec(function).kwonlyargs
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"config.{key}.{name}: {group['name']!r} has no option {name!r}"
+                + (nearest(name, known) if known else " and no other")
+            )
+    return partial(function, **options)
 
 
 def choices(home: ModuleType) -> list[str]:

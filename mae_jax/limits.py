@@ -61,6 +61,10 @@ NUMBERS = {
     "batch_size": whole(1, 2**24),
     "grad_accum": whole(1, 2**16),
     "mask_ratio": Range(0, 1, "()"),
+    "masking.cell": whole(1, 2**14),
+    "masking.sigma_*": Range(0, 1000, "(]"),
+    "target.components": whole(1, 2**20),
+    "sweep.seeds": whole(1, 1000),
     "smoothing": SHARE,
     "erase": SHARE,
     "ema": Range(0, 1, "[)"),
@@ -86,6 +90,7 @@ NUMBERS = {
     "probe.bn_group": whole(1, 2**24),
     "probe.attention_heads": whole(1, 2**12),
     "data.flip": SHARE,
+    "data.repeat": whole(1, 2**12),
     "data.max_bad_fraction": SHARE,
     "data.crop_scale": several(0, 1, "(]"),
     "data.crop_ratio": several(0, 100, "(]"),
@@ -107,6 +112,7 @@ NUMBERS = {
 }
 DURATIONS = ("train_for", "log_every", "checkpoint.*every", "evals.*.every", "optim.warmup")
 SWITCHES = (
+    "masking.roll",
     "masking.tokens_in_encoder",
     "online_probe",
     "model.remat",

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_jax import files
-from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS
+from mae_jax.config import OPTIONAL_KEYS, REMOVED_KEYS, RENAMED_KEYS
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 
@@ -41,7 +41,7 @@ FREE_KEYS = (
 # Old workdirs must resume with newer code. Whoever adds a key to a recipe adds it here, with the
 # value that does what the code did before: a config.json without the key counts as having that
 # value. A key that gets another name, or that goes, is added to mae_jax/config.py.
-ADDED_KEYS: dict[str, Any] = {
+ADDED_KEYS: dict[str, Any] = OPTIONAL_KEYS | {
     "data.resizer": "pillow",
     "data.synthetic": False,
     "data.value_range": [],

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from mae_jax.commands import recipes
+from mae_jax.config import OPTIONAL_KEYS, leaves
 
 ROOT = Path(__file__).parents[1]
 PRETRAIN = ROOT / "configs/pretrain.py"
@@ -49,6 +50,9 @@ PATH = "--config=configs/pretrain.py"
         ([PATH, "--config.mask_ratio=nan"], "config.mask_ratio=nan: give a number above 0"),
         ([PATH, "--config.mask_ratio=much"], "could not convert string to float"),
         ([PATH, "--config.seed=1.5"], "invalid literal for int"),
+        ([PATH, "--config.masking.cell=two"], "write --config.masking.cell=VALUE, with a int"),
+        ([PATH, "--config.masking.cell"], "write --config.masking.cell=VALUE, with a int"),
+        ([PATH, "--config.masking.cell=0"], "config.masking.cell=0: give a whole number from 1"),
         ([PATH, "--nope=1"], "nope"),
         ([PATH, "stray"], "unexpected argument 'stray'"),
         ([PATH, "--config.connect_seconds=3"], "is now config.hosts.connect_seconds"),
@@ -82,6 +86,13 @@ def test_recipes_take_arguments_overrides_and_lie_anywhere(tmp_path, package):
     assert config.model.image_size == (224, 448)
     assert config.is_locked
     assert (name, values.workdir) == ("mine", "DIR")
+
+
+def test_a_key_that_no_recipe_names_can_be_given_all_the_same():
+    config, *_ = parse(PATH, "--config.masking.roll=false", "--config.data.repeat=2")
+    assert config.masking.roll is False
+    assert config.data.repeat == 2
+    assert not set(OPTIONAL_KEYS) & {key for key, _ in leaves(parse(PATH)[0])}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +177,8 @@ def test_the_extra_tpu_brings_what_buckets_need(places):
 
 
 def test_the_wheel_has_every_recipe_and_data_file(places):
-    for folder, files in (("configs", "*.py"), ("mae_jax/data", "*.json")):
+    shipped_files = (("configs", "*.py"), ("configs/ablations", "*.py"), ("mae_jax/data", "*.json"))
+    for folder, files in shipped_files:
         inside = places["wheel"] / "mae_jax" / folder.removeprefix("mae_jax/")
         shipped = {path.name for path in inside.glob(files)}
         assert shipped == {path.name for path in (ROOT / folder).glob(files)} != set()

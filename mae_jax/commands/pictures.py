@@ -12,13 +12,14 @@ from absl import flags
 from PIL import Image
 
 from mae_jax import files
+from mae_jax.config import resolve
 from mae_jax.data import transforms
 from mae_jax.errors import UserError
 from mae_jax.evals import figures, pixels
-from mae_jax.models import masking
+from mae_jax.models import masking, masks
 from mae_jax.models.patchify import to_levels
 
-MASKS = ("random", "block", "grid")
+MASKS = ("random", "block", "grid", "granular", "green", "inverse_block")
 TRUE_CAPTION = (
     "Predictions are un-normalised with the true means and standard deviations of the hidden"
     " patches: the pictures hold information that the model never had."
@@ -60,7 +61,7 @@ def make_masks(values: flags.FlagValues, count: int, grid: tuple[int, int], rati
         return masking.keep_lowest(score_BL, int((~hidden).sum()))
     kept = masking.num_kept(grid[0] * grid[1], ratio)
     keys = jax.random.split(jax.random.key(values.seed), count)
-    draw = getattr(masking, values.mask)
+    draw = resolve(values.mask, masking, masks)
     score_BL = jnp.concatenate([draw(key, 1, grid, ratio) for key in keys])
     return masking.keep_lowest(score_BL, kept)
 

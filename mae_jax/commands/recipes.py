@@ -5,12 +5,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mae_jax import configs, limits
-from mae_jax.config import REMOVED_KEYS, RENAMED_KEYS, leaves
+from mae_jax.config import OPTIONAL_KEYS, REMOVED_KEYS, RENAMED_KEYS, leaves
 from mae_jax.errors import UserError, nearest
 
 INSTALLED = Path(configs.__path__[0])
@@ -39,6 +40,7 @@ def parse(
         print(values.get_help(include_special_flags=False))
         raise SystemExit(0)
     given = " ".join(arg for arg in argv if re.match(r"--config\b", arg))
+    argv, optional = _take_optional(argv)
     argv, file = _with_path(argv)
     _refuse_old(re.findall(r"--config\.([\w.]+)", given))
     whole = [f"mae-jax {command}", *argv]
@@ -47,6 +49,10 @@ def parse(
         rest = values(whole)[1:]
         config = values.config
         _ = config.task  # an error inside the recipe surfaces here
+        for key, value in optional.items():
+            group, _, name = key.rpartition(".")
+            with config.unlocked():
+                config[group][name] = value
     except flags.Error as error:
         # For an error inside a recipe, absl's message is the whole traceback.
         text = str(error).strip()
@@ -66,9 +72,10 @@ def parse(
     return config, values, file.stem
 
 
-def names() -> list[str]:
-    """Return the names of the installed recipes."""
-    return sorted({path.stem for path in INSTALLED.glob("*.py")} - {"__init__", "common"})
+def names(folder: str = "") -> list[str]:
+    """Return the names of the installed recipes, or of those in a folder: ablations/masks."""
+    stems = {path.stem for path in (INSTALLED / folder).glob("*.py")} - {"__init__", "common"}
+    return sorted((Path(folder) / stem).as_posix() for stem in stems)
 
 
 def find(name: str) -> Path:
@@ -76,14 +83,15 @@ def find(name: str) -> Path:
 
     Where there is no file configs/NAME.py, that path stands for the installed recipe.
     """
-    path = Path(name)
-    if path.is_file() and name not in names():
+    path, known = Path(name), [*names(), *names("ablations")]
+    if path.is_file() and name not in known:
         return path
-    if path.stem in names() and str(path) in (path.stem, f"configs/{path.stem}.py"):
-        return INSTALLED / f"{path.stem}.py"
+    recipe = re.sub(r"^configs/(.*)\.py$", r"\1", path.as_posix())
+    if recipe in known:
+        return INSTALLED / f"{recipe}.py"
     raise UserError(
         f"--config: there is no file {name!r} in {os.getcwd()}, and no recipe of that name"
-        + nearest(path.stem, names())
+        + nearest(path.stem, known)
     )
 
 
@@ -103,6 +111,27 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
             return [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]], file
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
+
+
+def _take_optional(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return a command line without the keys that no recipe need name, and those that it gives.
+
+    ml_collections refuses a key that the recipe has not.
+    """
+    rest, taken = [], {}
+    for arg in argv:
+        key, _, text = arg.removeprefix("--config.").partition("=")
+        if not arg.startswith("--config.") or key not in OPTIONAL_KEYS:
+            rest.append(arg)
+            continue
+        kind = type(OPTIONAL_KEYS[key])
+        try:
+            taken[key] = (
+                {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            )
+        except (ValueError, KeyError):
+            raise UserError(f"{arg}: write --config.{key}=VALUE, with a {kind.__name__}") from None
+    return rest, taken
 
 
 def _refuse_old(keys: Iterable[str]) -> None:

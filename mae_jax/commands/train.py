@@ -197,21 +197,13 @@ def disk_failure(error: OSError, workdir: str) -> str | None:
     return f"{reason}. Make room: the same command goes on from {start}"
 
 
-def main(argv: list[str]) -> int:
-    config, values, recipe = recipes.parse(argv, define, "train")
-    workdir = values.workdir or str(Path("workdir") / recipe)
-    for key in ("resume", "init_from"):
-        files.require_place(config.get(key, ""), f"--config.{key}")
-    files.require_place(workdir, "--workdir")
-    hosts = (values.coordinator, values.num_hosts, values.host)
-    # Only now: JAX takes seconds to import, and a mistyped flag should not.
+def connect(config: ConfigDict, values: flags.FlagValues, workdir: str) -> None:
+    """Start JAX as the flags say: its cache of compiled programs, and the other hosts."""
     import jax
-    from flax.traverse_util import flatten_dict
 
-    from mae_jax import distributed, provenance, train
-    from mae_jax.data.workers import WorkerLost
-    from mae_jax.metrics import summary
+    from mae_jax import distributed
 
+    hosts = (values.coordinator, values.num_hosts, values.host)
     if not values.compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif not getattr(jax.config, "jax_compilation_cache_dir", None):
@@ -224,13 +216,23 @@ def main(argv: list[str]) -> int:
         )
     else:
         distributed.refuse_to_run_alone(os.environ)
+
+
+def supervise(config: ConfigDict, workdir: str, profile: str = "") -> int:
+    """Run a config; print why it fails, if it does, and return the exit status."""
+    import jax
+    from flax.traverse_util import flatten_dict
+
+    from mae_jax import distributed, provenance, train
+    from mae_jax.data.workers import WorkerLost
+
     try:
         with distributed.watchdog(config.hosts.stall_seconds) as heartbeat:
             with distributed.agreement("config and code") as facts:
                 facts |= flatten_dict({"config": json.loads(config.to_json())}, sep=".")
                 facts["workdir"] = workdir
                 facts |= provenance.versions() | {"code of mae_jax": distributed.source_digest()}
-            run(config, workdir, heartbeat, profile=values.profile)
+            run(config, workdir, heartbeat, profile=profile)
     except (train.NonFiniteError, WorkerLost) as error:
         print(f"mae-jax train: {error}", file=sys.stderr)
         if isinstance(error, train.NonFiniteError):  # on all hosts alike
@@ -251,6 +253,22 @@ def main(argv: list[str]) -> int:
         if alone:
             distributed.leave(status)
         return status
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    config, values, recipe = recipes.parse(argv, define, "train")
+    workdir = values.workdir or str(Path("workdir") / recipe)
+    for key in ("resume", "init_from"):
+        files.require_place(config.get(key, ""), f"--config.{key}")
+    files.require_place(workdir, "--workdir")
+    connect(config, values, workdir)  # only now: JAX takes seconds to import
+    if status := supervise(config, workdir, values.profile):
+        return status
+    import jax
+
+    from mae_jax.metrics import summary
+
     if jax.process_index() == 0:
         own_images = config.data.source.startswith("folder:")
         print("\n".join(summary.lines(workdir, own_images)))

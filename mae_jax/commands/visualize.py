@@ -18,7 +18,8 @@ mae-jax visualize WEIGHTS IMAGES ... --out=DIR [FLAG ...]
 WEIGHTS: whatever mae-jax convert reads. IMAGES: files, text files (.txt) with the path of an image
 in every line, folders, or data sources such as bundled:photos. If the weights have a decoder, a
 reconstruction of each image is drawn, and one sheet of all.
---mask is random, block, grid, or a picture in which dark means hidden.
+--mask is a picture in which dark means hidden, or random, block, grid, granular, green or
+inverse_block.
 --ratios, --errors, --attention, --pca and --neighbours each draw one more picture.
 """
 
@@ -29,7 +30,9 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_string("out", None, "a new folder for the pictures", flag_values=values)
     flags.DEFINE_enum("format", "png", ("png", "pdf"), "of the pictures", flag_values=values)
     flags.DEFINE_integer("limit", 16, "images at most", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("mask", "random", "random, block, grid or a picture", flag_values=values)
+    flags.DEFINE_string(
+        "mask", "random", "a picture, or random, block, grid, granular, ...", flag_values=values
+    )
     flags.DEFINE_float("mask_ratio", None, "none = that of training", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of random masks", flag_values=values)
     sources = ("visible", "true")

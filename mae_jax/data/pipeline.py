@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.config import resolve
-from mae_jax.data import augment, bad_images, bands, crops, transforms
+from mae_jax.data import augment, bad_images, bands, crops, jitter, transforms
 from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.data.workers import read_ahead
@@ -181,7 +181,8 @@ def check(data: ConfigDict) -> None:
             f"config.data.value_range={value_range!r}: give the values that become 0 and 1, such as"
             " (0, 10000), or () for 8-bit images"
         )
-    if value_range and isinstance(make_augment(data), augment.RandAugment):
+    of_ours = isinstance(make_augment(data), augment.RandAugment | jitter.ColourJitter)
+    if value_range and of_ours:
         raise UserError(
             f"config.data.augment={data.augment!r} is for 8-bit images, and"
             f" config.data.value_range={value_range!r} is given: set augment to ''"
@@ -206,10 +207,12 @@ def make_crop(data: ConfigDict) -> Crop:
 
 
 def make_augment(data: ConfigDict) -> Augment | None:
-    """Return the RandAugment or the function of a fork that config.data.augment names, if any."""
+    """Return what config.data.augment names, if any: RandAugment, jitter, a fork's function."""
     name = data.get("augment", "")
     if "." in name and "-" not in name:
         return _resolve("augment", name, "image, rng", {})
+    if name.startswith("jitter"):
+        return jitter.parse(name)
     return augment.parse(name) if name else None
 
 

@@ -64,7 +64,9 @@ def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> di
     """Return the evaluators of `config.evals` by name."""
     require_distinct(config.evals)
     return {
-        name: resolve(cfg.type, sys.modules[__name__], "Evaluator")(cfg, config, predict, mesh)
+        name: resolve(cfg.type, sys.modules[__name__], member="Evaluator")(
+            cfg, config, predict, mesh
+        )
         for name, cfg in config.evals.items()
     }
 

@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mae_jax.config import resolve
+from mae_jax.config import resolve_group
 from mae_jax.data import sources
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, figures, pixels
 from mae_jax.evals.features import Batches, fetch
 from mae_jax.metrics.summary import kind_of_images
-from mae_jax.models import masking
+from mae_jax.models import masking, masks
 from mae_jax.models.patchify import patchify, to_levels, unpatchify
 from mae_jax.models.spec import patch_grid
 
@@ -53,7 +53,7 @@ class Evaluator:
         self._value_range = tuple(data.get("value_range", ()))
         self._bands = figures.choose_bands(cfg.get("bands", ()), model.channels)
         self._grid = patch_grid(tuple(model.image_size), self._patch_size)
-        score = resolve(config.masking.name, masking)
+        score = resolve_group(config.masking, "masking", masking, masks, others=masking.KEYS)
         self._score = partial(score, batch=1, grid=self._grid, ratio=config.mask_ratio)
         self._in_levels = config.target.name in pixels.CAPTIONS
         self._source = sources.open_source(cfg.source or data.source, cfg.split, data.data_dir)

@@ -2,7 +2,7 @@
 
 A masking strategy scores every patch of every image; the patches with the lowest scores are kept,
 in the order of their scores. To write your own, return scores from a function of the same arguments
-and name it in the config: `config.masking.name = "my_fork.masks.spiral"`.
+and name it in the config: `config.masking.name = "my_fork.masks.spiral"`. More masks: masks.py.
 """
 
 import math
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.errors import UserError
+
+KEYS = ("tokens_in_encoder",)  # of config.masking, which are no options of a mask function
 
 
 class Mask(NamedTuple):

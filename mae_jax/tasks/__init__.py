@@ -19,7 +19,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> train.Task:
       UserError: there is no such task, or a value of the config cannot work.
     """
     limits.check(config)
-    task = resolve(config.task, sys.modules[__name__], "Task").from_config(config, mesh)
+    task = resolve(config.task, sys.modules[__name__], member="Task").from_config(config, mesh)
     if config.get("online_probe", False):
         from mae_jax.models import probe
         from mae_jax.tasks import online

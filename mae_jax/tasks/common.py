@@ -44,6 +44,11 @@ class TrainImages:
         """
         data = config.data
         pipeline.check(data)
+        if config.batch_size % data.get("repeat", 1):
+            raise UserError(
+                f"batch_size={config.batch_size} is not divisible by config.data.repeat="
+                f"{data.repeat}, the masks of each image: choose a multiple"
+            )
         source = (open_labelled if labelled else open_source)(
             data.source, data.split, data.data_dir
         )
@@ -67,26 +72,32 @@ class TrainImages:
     def batches(self, start_step: int, rows: np.ndarray) -> Iterator[tuple[dict, dict, list[str]]]:
         """Yield (these rows of a batch, scalars to report, lines to log) from `start_step` on.
 
+        With data.repeat=M, which saves reading, an image that is read fills M rows of a batch.
+
         The scalar data/bad_images counts the unreadable images of this host since this start; of
         several hosts, the first reports its own count.
         """
         data, channels = self.data, self.spec.channels
+        repeat = data.get("repeat", 1)
+        images, copies = np.unique(rows // repeat, return_inverse=True)
         unreadable = bad_images.BadImageLog(
             self.source, data.max_bad_fraction, channels, bands.pixel_type(self.spec.value_range)
         )
         for batch in pipeline.train_batches(
             self.source,
             data,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // repeat,
             image_size=self.spec.image_size,
             channels=channels,
             seed=self.seed,
             start_step=start_step,
-            rows=rows,
+            rows=images,
         ):
             if self.classes and not data.get("synthetic"):
                 require_labels(batch["label"], self.classes)
             lines = unreadable.add(batch["bad"])
+            if repeat > 1:
+                batch = {name: x[copies] for name, x in batch.items()}
             yield batch, {"data/bad_images": unreadable.count}, lines
 
 

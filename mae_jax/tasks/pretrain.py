@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, train
-from mae_jax.config import resolve
+from mae_jax.config import resolve_group
 from mae_jax.errors import UserError
-from mae_jax.models import mae, masking, probe, targets
+from mae_jax.models import mae, masking, masks, pca, probe, targets
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
@@ -47,8 +47,9 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or the images cannot be opened.
         """
-        score_patches = resolve(config.masking.name, masking)
-        make_target = resolve(config.target.name, targets)
+        masked = config.masking
+        score_patches = resolve_group(masked, "masking", masking, masks, others=masking.KEYS)
+        make_target = resolve_group(config.target, "target", targets, pca)
         spec = ModelSpec.from_config(config.to_dict())
         masking.num_kept(spec.num_patches, spec.mask_ratio)  # refuses an impossible ratio
         check_scores(score_patches, config.masking.name, spec)

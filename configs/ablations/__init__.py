@@ -1,0 +1,1 @@
+"""Sweeps for `mae-jax sweep`: rows of changes of one recipe, a file for each table."""

@@ -1,0 +1,64 @@
+"""Colour jitter on the host, by Pillow: for the paper's Table 1e, which gives no strengths."""
+
+import dataclasses
+import re
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from mae_jax.errors import UserError
+
+KINDS = {"b": "brightness", "c": "contrast", "s": "saturation", "h": "hue"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourJitter:
+    """Random colours of a uint8 image [H, W, C] of 1 or 3 channels; safe to pickle.
+
+    Brightness, contrast and saturation are multiplied by factors uniform in 1 - s .. 1 + s, the hue
+    is turned by up to `hue` of the circle; in random order. Grey images have no saturation or hue.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        grey = image_HWC.shape[-1] == 1
+        image = Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if grey else image_HWC))
+        kinds = ["brightness", "contrast"] + ["saturation", "hue"] * (not grey)
+        for kind in rng.permutation(kinds):
+            strength = getattr(self, kind)
+            if strength:
+                image = shift(image, kind, rng.uniform(-strength, strength))
+        array = np.asarray(image)
+        return array[..., None] if grey else array
+
+
+def shift(image: Image.Image, kind: str, amount: float) -> Image.Image:
+    """Return an image with one of KINDS changed: by a factor of 1 + amount, a hue by a turn."""
+    if kind == "hue":
+        hue, saturation, value = image.convert("HSV").split()
+        turned = hue.point([(level + round(256 * amount)) % 256 for level in range(256)])
+        return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+    enhance: dict[str, type] = {
+        "brightness": ImageEnhance.Brightness,
+        "contrast": ImageEnhance.Contrast,
+        "saturation": ImageEnhance.Color,
+    }
+    return enhance[kind](image).enhance(1 + amount)
+
+
+def parse(name: str) -> ColourJitter:
+    """Return the jitter of a name such as jitter-b0.4-c0.4-s0.4-h0.1."""
+    part = r"-([bcsh])(\d+(?:\.\d+)?)"
+    found = {KINDS[letter]: float(number) for letter, number in re.findall(part, name)}
+    valid = re.fullmatch(f"jitter({part})+", name) and max(found.values()) <= 1
+    if not valid or found.get("hue", 0.0) > 0.5:
+        raise UserError(
+            f"config.data.augment={name!r}: write jitter-bB-cC-sS-hH, such as"
+            " jitter-b0.4-c0.4-s0.4-h0.1, with brightness, contrast and saturation up to 1 and hue"
+            " up to 0.5"
+        )
+    return ColourJitter(**found)
