@@ -26,6 +26,8 @@ COMPILED_FAST = {
     *("test_init_from", "test_knn", "test_load", "test_models", "test_probe", "test_recipes"),
     *("test_reconstruct", "test_results", "test_robustness", "test_sharding", "test_train"),
     "test_visualize",
+    "test_patches",
+    "test_segment",
 }
 
 

@@ -15,7 +15,15 @@ from mae_jax.data.segmentation import Pair
 from mae_jax.errors import UserError
 
 DATA = dict(classes=0, ignore=IGNORE, shift=False, palette="")
-READ = dict(flip=0.5, scales=(0.5, 2.0), distort=True, workers=0, value_range=(), synthetic=False)
+READ = dict(
+    flip=0.5,
+    scales=(0.5, 2.0),
+    distort=True,
+    workers=0,
+    resizer="pillow",
+    value_range=(),
+    synthetic=False,
+)
 
 
 @pytest.fixture

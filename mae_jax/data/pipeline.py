@@ -256,16 +256,21 @@ def make_crop(data: ConfigDict) -> Crop:
     resizer = data.get("resizer", "pillow")
     settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
     crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    if resizer not in transforms.RESIZERS:
-        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
-    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
-        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
+    require_resizer(resizer)
     if resizer != "pillow" and "resizer" not in crop.keywords:
         raise UserError(
             f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
             f" {data.crop!r}: leave it at pillow"
         )
     return crop
+
+
+def require_resizer(resizer: str) -> None:
+    """Raise a UserError if there is no such config.data.resizer here."""
+    if resizer not in transforms.RESIZERS:
+        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
+    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
+        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
 
 
 def make_augment(data: ConfigDict) -> Augment | None:

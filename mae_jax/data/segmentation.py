@@ -90,7 +90,13 @@ def stretch(pair: Pair, size_HW: Size) -> Pair:
     return _resize(pair, (0, 0, width, height), *size_HW)
 
 
-def random_crop(pair: Pair, size_HW: Size, scales: tuple[float, float], rng: Generator) -> Pair:
+def random_crop(
+    pair: Pair,
+    size_HW: Size,
+    scales: tuple[float, float],
+    rng: Generator,
+    resizer: str = "pillow",
+) -> Pair:
     """Cut a random part out of a pair that was resized by a random factor.
 
     The factor 1 makes the image as large as covers the crop; it is uniform in `scales`. Where the
@@ -113,7 +119,7 @@ def random_crop(pair: Pair, size_HW: Size, scales: tuple[float, float], rng: Gen
         )[:IGNORED]
         if np.count_nonzero(count) > 1 and count.max() < MAX_SHARE * count.sum():
             break
-    part = _resize(pair, (left, top, box_width, box_height), out_height, out_width)
+    part = _resize(pair, (left, top, box_width, box_height), out_height, out_width, resizer)
     return _pad(part, size_HW)
 
 
@@ -124,9 +130,11 @@ def flip(pair: Pair, probability: float, rng: Generator) -> Pair:
     return Pair(*(np.ascontiguousarray(x[:, ::-1]) for x in pair))
 
 
-def _resize(pair: Pair, box: transforms.Box, height: int, width: int) -> Pair:
+def _resize(
+    pair: Pair, box: transforms.Box, height: int, width: int, resizer: str = "pillow"
+) -> Pair:
     return Pair(
-        transforms.resize_pillow(pair.image, box, width, height),
+        transforms.RESIZERS[resizer](pair.image, box, width, height),
         label_maps.resize(pair.map, box, width, height),
     )
 
@@ -169,10 +177,11 @@ def train_batches(
         zeros = np.zeros((len(rows), *image_size), np.uint8)
         batches = pipeline.synthetic_batches(rows, image_size, channels, dtype)
         return (batch | {"map": zeros} for batch in batches)
-    scales = tuple(data.scales)
+    scales, resizer = tuple(data.scales), data.resizer
 
     def make(index: int, rng: Generator) -> pipeline.Example:
-        pair = random_crop(read(source, index, channels, dtype), image_size, scales, rng)
+        pair = read(source, index, channels, dtype)
+        pair = random_crop(pair, image_size, scales, rng, resizer)
         image, map_HW = flip(pair, data.flip, rng)
         if data.distort:
             image = distortion.photometric(image, rng)
