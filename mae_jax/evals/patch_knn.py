@@ -79,14 +79,12 @@ def predict(
         def image(query_LD: Array) -> Array:
             def merge(best: tuple[Array, Array], batch: tuple[Array, Array, Array]):
                 number, x_ND, counted_N = batch
-                close_LN = closeness(query_LD, x_ND, distance)
-                place_N = number * rows + jnp.arange(rows)
-                new = (
-                    jnp.where(counted_N, close_LN, -jnp.inf),
-                    jnp.broadcast_to(place_N, close_LN.shape),
-                )
+                close_LN = jnp.where(counted_N, closeness(query_LD, x_ND, distance), -jnp.inf)
+                # Of equal ones top_k takes the first. Few are kept before they are merged.
+                close_LK, row_LK = jax.lax.top_k(close_LN, min(most, rows))
+                new = close_LK, number * rows + row_LK
                 close, place = (jnp.concatenate(x, 1) for x in zip(best, new, strict=True))
-                top, chosen = jax.lax.top_k(close, most)  # of equal ones the first
+                top, chosen = jax.lax.top_k(close, most)
                 return (top, jnp.take_along_axis(place, chosen, 1)), None
 
             shape = (len(query_LD), most)
