@@ -28,6 +28,7 @@ COMPILED_FAST = {
     "test_visualize",
     "test_patches",
     "test_segment",
+    "test_segment_pictures",
 }
 
 

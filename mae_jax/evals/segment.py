@@ -7,7 +7,7 @@ largest. All of this but the network is linear and separable, and done by one ma
 and one for the columns of each window.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from mae_jax import distributed
 from mae_jax.data import bands, segmentation, transforms
-from mae_jax.data.label_maps import IGNORED
 from mae_jax.data.labels import require_disjoint
 from mae_jax.data.segmentation import Pair
 from mae_jax.data.workers import usable_cores
@@ -88,6 +87,75 @@ def decide(logits: np.ndarray, rows: Axis, columns: Axis) -> np.ndarray:
     ).astype(np.uint8)
 
 
+class Windows:
+    """Segmentation of images by windows of a network's size that slide over them.
+
+    Args:
+      compute: (params, extra, batch) -> logits of patches (B, rows, columns, Y).
+      batch_size: images at a time, over all hosts.
+      stride: from one window to the next at most, as a share of the window.
+    """
+
+    def __init__(
+        self, config: ConfigDict, compute: Callable, mesh: Mesh, batch_size: int, stride: float
+    ):
+        model = config.model
+        self._channels, self._stride = model.channels, stride
+        self.size, self._patch = tuple(model.image_size), tuple(model.patch_size)
+        self._dtype = bands.pixel_type(config.data.get("value_range", ()))
+        self.batches = Batches(config, mesh, batch_size)
+        self._logits = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
+
+    def __call__(self, state: Any, pairs: Sequence[Pair | None]) -> list[np.ndarray | None]:
+        """Return the class of each pixel of each image, of as many as this host has rows.
+
+        Every call of the network takes one window of each image of the batch, so that all hosts
+        make the same number of calls of the same shape.
+        """
+        axes = [self._axes(pair) if pair else None for pair in pairs]
+        windows = [
+            list(self._cut(pair, *axis)) if pair and axis else []
+            for pair, axis in zip(pairs, axes, strict=True)
+        ]
+        most = np.int32(max((len(x) for x in windows), default=0))
+        blank = np.zeros((*self.size, self._channels), self._dtype)
+        found = []
+        for number in range(int(multihost_utils.process_allgather(most).max())):
+            image = np.stack([x[number] if number < len(x) else blank for x in windows])
+            arrays = self.batches.put({"image": image})
+            logits = self._logits(state.params, state.extra, arrays)
+            found.append(np.asarray(logits)[self.batches.rows])
+        maps: list[np.ndarray | None] = []
+        for i, axis in enumerate(axes):
+            if axis is None:
+                maps.append(None)
+                continue
+            down, across = (len(x.starts) for x in axis)
+            logits = np.stack([x[i] for x in found[: down * across]])
+            maps.append(decide(logits.reshape(down, across, *logits.shape[1:]), *axis))
+        return maps
+
+    def _axes(self, pair: Pair) -> tuple[Axis, Axis]:
+        """Return the rows and the columns of an image."""
+        factor = max(w / side for w, side in zip(self.size, pair.map.shape, strict=True))
+        rows, columns = (
+            make_axis(side, max(round(side * factor), w), w, w // p, self._stride)
+            for side, w, p in zip(pair.map.shape, self.size, self._patch, strict=True)
+        )
+        return rows, columns
+
+    def _cut(self, pair: Pair, rows: Axis, columns: Axis) -> Iterator[np.ndarray]:
+        """Yield the windows of an image, row by row."""
+        height, width = pair.map.shape
+        window_h, window_w = self.size
+        box = (0, 0, width, height)
+        size = columns.starts[-1] + window_w, rows.starts[-1] + window_h
+        image = transforms.resize_pillow(pair.image, box, *size)
+        for top in rows.starts:
+            for left in columns.starts:
+                yield image[top : top + window_h, left : left + window_w]
+
+
 class Evaluator:
     """Segments every image of a split once, by the task's "segmentation".
 
@@ -120,15 +188,13 @@ class Evaluator:
         self._dtype = bands.pixel_type(data.get("value_range", ()))
         segmentation.look_at(self._source, model.channels, self._dtype)
         self._cfg, self._channels = cfg, model.channels
-        self._window, self._patch = tuple(model.image_size), tuple(model.patch_size)
-        self._batches = Batches(config, mesh, cfg.batch_size)
-        whole = NamedSharding(mesh, P())
-        self._logits = jax.jit(predict["segmentation"], out_shardings=whole)
+        compute = predict["segmentation"]
+        self._windows = Windows(config, compute, mesh, cfg.batch_size, cfg.stride)
         self._about = {
             "source": source,
             "split": cfg.split,
             "label_resolution": "that of each label map",
-            "window": list(self._window),
+            "window": list(self._windows.size),
             "stride": cfg.stride,
         }
 
@@ -139,13 +205,13 @@ class Evaluator:
         shown: list[tuple[np.ndarray, ...]] = []
         for pairs in self._read():
             distributed.raise_if_stopping()
-            for pair, predicted_HW in zip(pairs, self._segment(state, pairs), strict=True):
+            for pair, predicted_HW in zip(pairs, self._windows(state, pairs), strict=True):
                 if pair is None or predicted_HW is None:
                     continue
                 counts += iou.confusion(pair.map, predicted_HW, len(names))
                 images += 1
                 if len(shown) < PICTURES:
-                    shown.append(self._small(pair, predicted_HW))
+                    shown.append(small(pair, predicted_HW, self._windows.size))
         counts, images = add_up(counts), int(add_up(np.array(images)))
         pictures = {}
         if shown and jax.process_index() == 0:
@@ -162,7 +228,7 @@ class Evaluator:
 
         One batch is read while another is computed.
         """
-        size, rows, count = self._batches.size, self._batches.rows, len(self._source)
+        batches, count = self._windows.batches, len(self._source)
 
         def read(index: int) -> Pair | None:
             if index >= count:
@@ -174,67 +240,19 @@ class Evaluator:
 
         with ThreadPoolExecutor(usable_cores()) as pool:
             ahead = None
-            for start in range(0, count, size):
-                futures = [pool.submit(read, int(start + row)) for row in rows]
+            for start in range(0, count, batches.size):
+                futures = [pool.submit(read, int(start + row)) for row in batches.rows]
                 if ahead:
                     yield [future.result() for future in ahead]
                 ahead = futures
             yield [future.result() for future in ahead or ()]
 
-    def _segment(self, state: Any, pairs: list[Pair | None]) -> list[np.ndarray | None]:
-        """Return the class of each pixel of each image.
 
-        Every call of the network takes one window of each image of the batch, so that all hosts
-        make the same number of calls of the same shape.
-        """
-        axes = [self._axes(pair) if pair else None for pair in pairs]
-        windows = [
-            list(self._cut(pair, *axis)) if pair and axis else []
-            for pair, axis in zip(pairs, axes, strict=True)
-        ]
-        most = np.int32(max((len(x) for x in windows), default=0))
-        blank = np.zeros((*self._window, self._channels), self._dtype)
-        found = []
-        for number in range(int(multihost_utils.process_allgather(most).max())):
-            image = np.stack([x[number] if number < len(x) else blank for x in windows])
-            arrays = self._batches.put({"image": image})
-            logits = self._logits(state.params, state.extra, arrays)
-            found.append(np.asarray(logits)[self._batches.rows])
-        maps: list[np.ndarray | None] = []
-        for i, axis in enumerate(axes):
-            if axis is None:
-                maps.append(None)
-                continue
-            down, across = (len(x.starts) for x in axis)
-            logits = np.stack([x[i] for x in found[: down * across]])
-            maps.append(decide(logits.reshape(down, across, *logits.shape[1:]), *axis))
-        return maps
-
-    def _axes(self, pair: Pair) -> tuple[Axis, Axis]:
-        """Return the rows and the columns of an image."""
-        factor = max(w / side for w, side in zip(self._window, pair.map.shape, strict=True))
-        rows, columns = (
-            make_axis(side, max(round(side * factor), w), w, w // p, self._cfg.stride)
-            for side, w, p in zip(pair.map.shape, self._window, self._patch, strict=True)
-        )
-        return rows, columns
-
-    def _cut(self, pair: Pair, rows: Axis, columns: Axis) -> Iterator[np.ndarray]:
-        """Yield the windows of an image, row by row."""
-        height, width = pair.map.shape
-        window_h, window_w = self._window
-        box = (0, 0, width, height)
-        size = columns.starts[-1] + window_w, rows.starts[-1] + window_h
-        image = transforms.resize_pillow(pair.image, box, *size)
-        for top in rows.starts:
-            for left in columns.starts:
-                yield image[top : top + window_h, left : left + window_w]
-
-    def _small(self, pair: Pair, predicted_HW: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return image, truth and prediction, stretched to the size of a window for a picture."""
-        small = segmentation.stretch(pair, self._window)
-        drawn = segmentation.stretch(Pair(pair.image, predicted_HW), self._window)
-        return small.image, small.map, np.where(small.map == IGNORED, IGNORED, drawn.map)
+def small(pair: Pair, predicted_HW: np.ndarray, size_HW: Any) -> tuple[np.ndarray, ...]:
+    """Return image, truth and prediction, stretched to a size for a picture."""
+    drawn = segmentation.stretch(Pair(pair.image, predicted_HW), size_HW).map
+    image, truth = segmentation.stretch(pair, size_HW)
+    return image, truth, drawn
 
 
 def add_up(counts: np.ndarray) -> np.ndarray:

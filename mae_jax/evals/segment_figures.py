@@ -8,6 +8,7 @@ from mae_jax.data.label_maps import IGNORED
 from mae_jax.evals import figures
 
 GREY = 110  # where a pixel has no class
+WRONG = (214, 39, 40)  # the red of an error
 SWATCH = 14  # pixels of a legend's side
 
 
@@ -47,7 +48,7 @@ def sheet(
     table, rgb_BHWC = colours(len(names)), figures.rgb(images_BHWC)
     wrong_BHW1 = ((truth_BHW != predicted_BHW) & (truth_BHW != IGNORED))[..., None]
     pale_BHW1 = (rgb_BHWC.mean(-1, keepdims=True) / 2 + 127).astype(np.uint8)
-    error_BHWC = np.where(wrong_BHW1, np.array([214, 39, 40], np.uint8), pale_BHW1)
+    error_BHWC = np.where(wrong_BHW1, np.array(WRONG, np.uint8), pale_BHW1)
     columns = [
         ("image", rgb_BHWC),
         ("truth", table[truth_BHW]),
