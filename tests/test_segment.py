@@ -344,6 +344,16 @@ def test_images_that_are_trained_on_are_not_measured_unless_it_is_meant(root):
     assert evaluate(config, state).scalars["eval/images"] == 3
 
 
+def test_a_run_can_be_planned_by_counts_alone(root):
+    config = config_of(root, **{"data.source": "counted:2000:0", "data.classes": 150})
+    task = tasks.build(config)
+    assert len(task.examples) == 2000 and task.examples.classes == 150
+    assert task.flops_per_example > 2 * 12 * 32 * 150
+    config.data.classes = 0
+    with pytest.raises(UserError, match="classes=0: how many"):
+        tasks.build(config)
+
+
 def test_recipes_differ_as_they_say():
     long, short = recipe.get_config("variant=B/16"), recipe.get_config("variant=B/16,recipe=short")
     assert long.train_for == "40000 steps" and long.model.image_size == (512, 512)

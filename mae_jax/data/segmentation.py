@@ -11,8 +11,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.random import Generator
 
-from mae_jax.data import bad_images, bands, distortion, label_maps, pipeline, segfolder, transforms
-from mae_jax.data.label_maps import IGNORED
+from mae_jax.data import (
+    bad_images,
+    bands,
+    distortion,
+    label_maps,
+    pipeline,
+    segfolder,
+    sources,
+    transforms,
+)
+from mae_jax.data.label_maps import IGNORED, Legend
 from mae_jax.data.segfolder import PairSource
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.errors import UserError
@@ -38,6 +47,10 @@ def open_pairs(data: Any, source: str, split: str) -> PairSource:
     Raises:
       UserError: there are none, or what the labels mean is not known.
     """
+    if source.startswith("counted:"):  # no files: to plan a run by
+        images = sources.open_source(source, split)
+        classes = data.get("classes", 0) or images.num_classes or 0
+        return PairSource(images, [], Legend.from_config({"classes": classes}))
     if not source.startswith(PREFIX):
         raise UserError(
             f"{source!r} has no label maps, which are needed here: give segfolder:PATH, with"
@@ -69,6 +82,8 @@ def look_at(source: PairSource, channels: int, dtype: type[np.number]) -> None:
     Raises:
       UserError: see `read`; or none of these pairs can be read.
     """
+    if not source.maps:
+        return  # counted examples without files
     bad_images.require_bands(source.images, channels, dtype)
     indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist()
     reasons = []
