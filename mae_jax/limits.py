@@ -89,6 +89,10 @@ NUMBERS = {
     "optim.momentum": Range(0, 1, "[)"),
     "probe.bn_group": whole(1, 2**24),
     "probe.attention_heads": whole(1, 2**12),
+    "optim.power": Range(0, 1000),
+    "data.classes": whole(0, 255),
+    "data.ignore": whole(0, 2**16 - 1),
+    "data.scales": several(0, 100, "(]"),
     "data.flip": SHARE,
     "data.repeat": whole(1, 2**12),
     "data.max_bad_fraction": SHARE,
@@ -102,6 +106,9 @@ NUMBERS = {
     "evals.*.batch_size": whole(1, 2**24),
     "evals.*.bands": whole(1, 1024, several=True),
     "evals.*.images": whole(1, 2**31),
+    "evals.*.classes": whole(0, 255),
+    "evals.*.ignore": whole(0, 2**16 - 1),
+    "evals.*.stride": Range(0, 1, "(]"),
     "evals.*.draws": whole(1, 1000),
     "evals.*.ks": whole(1, 2**31, several=True),
     "evals.*.shots": whole(1, 2**31, several=True),
@@ -118,6 +125,10 @@ SWITCHES = (
     "model.remat",
     "data.synthetic",
     "evals.*.of_training_images",
+    "frozen",
+    "data.shift",
+    "data.distort",
+    "evals.*.shift",
 )
 TEXTS = (
     *("task", "resume", "init_from", "start", "features", "*.name", "probe.head", "*.pool"),
@@ -129,6 +140,11 @@ TEXTS = (
         "evals.*.prefix",
         "evals.*.predict",
         "evals.*.imagenet_*",
+        "evals.*.distances",
+        "evals.*.bank_dtype",
+        "evals.*.palette",
+        "data.palette",
+        "head.layers",
     ),
 )
 

@@ -108,6 +108,18 @@ def cosine_schedule(peak: float, total: int, warmup: int, min_lr: float = 0.0) -
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total, warmup + 1), min_lr)
 
 
+def poly_schedule(
+    peak: float, total: int, warmup: int, power: float, min_lr: float = 0.0
+) -> optax.Schedule:
+    """Return the learning rate by the 0-based step: linear warm-up from 0, then a polynomial.
+
+    After the warm-up it is min_lr + (peak - min_lr) * (1 - t) ** power, where t goes from 0 to 1,
+    which would be reached one step after the last (as in segmentation recipes since DeepLab).
+    """
+    decay = optax.polynomial_schedule(peak, min_lr, power, max(total - warmup, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
 def adamw(
     schedule: optax.Schedule,
     *,

@@ -88,7 +88,8 @@ class Task(Protocol):
 
         `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL. `features`: name -> (B, D).
         `block_features`, if there are any: name -> (depth, B, D), after each block.
-        `logits`: (B, Y).
+        `patch_features`, if there are any, of a block, the fourth argument: (B, L, D).
+        `logits`: (B, Y). `segmentation`: logits of patches (B, rows, columns, Y).
         """
         ...
 

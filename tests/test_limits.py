@@ -1,12 +1,18 @@
 """Every value of every recipe is refused by name, or taken, when it is zero, negative, huge, not a
 number or of another type; what is refused is refused before anything is written."""
 
+import functools
 import importlib
+import tempfile
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
+from PIL import Image
+from segments import write_folder
 from tiny import DECODER, GREY, MODEL
 
 from mae_jax import limits
@@ -20,6 +26,10 @@ KINDS = ("zero", "negative", "huge", "nan", "type")
 LEGAL = {
     "linprobe:optim.blr": "",  # a head that cannot learn
     "knn:optim.blr": "",
+    "segment:optim.blr": "",
+    "data.classes": "zero",  # as many as classes.txt names
+    "data.ignore": "zero",
+    "optim.power": "zero",
     "finetune:ema": "",  # its averaged weights are evaluated
     "seed": "zero",
     "smoothing": "zero",
@@ -55,8 +65,17 @@ LEGAL = {
 }
 
 
+@functools.cache
+def pairs():
+    """Return a folder of images with label maps, of which no pixel is a 0 or without a class."""
+    root = write_folder(Path(tempfile.mkdtemp()) / "pairs", train=9, test=3, size=(16, 16))
+    for file in root.rglob("labels/*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) % 2 + 1).save(file)
+    return root
+
+
 def recipe(name):
-    """Return a recipe with a small model, on digits that need no download."""
+    """Return a recipe with a small model, on digits or pairs that need no download."""
     arguments = {"finetune": "scratch=true", "knn": "", "linprobe": "", "robustness": ""}
     config = importlib.import_module(f"mae_jax.configs.{name}").get_config(arguments.get(name, ""))
     config.model.update(MODEL | {"image_size": (16, 16)})
@@ -64,7 +83,12 @@ def recipe(name):
         config.model.update(DECODER)
     config.data.update(GREY, source="bundled:digits", split="train[:64]", augment="")
     config.batch_size = 16
-    if "features" in config:
+    if name.startswith("segment"):
+        config.features, config.init_from, config.head.layers = "random", "", "last"
+        config.data.update(source=f"segfolder:{pairs()}", split="train[:8]")
+        config.batch_size = 8
+        del config.data["augment"]
+    elif "features" in config:
         config.features, config.init_from = "random", ""
         config.probe.update(bn_group=8, attention_heads=4)
     if "mix" in config:
@@ -78,11 +102,11 @@ def recipe(name):
     for cfg in config.evals.values():
         cfg.batch_size = 16
         if "split" in cfg:
-            cfg.split = "test[:16]"
+            cfg.split = "test[:2]" if name.startswith("segment") else "test[:16]"
         if "source" in cfg:
             cfg.source = ""
         if "bank_split" in cfg:
-            cfg.update(bank_split="train[:64]")
+            cfg.update(bank_split=config.data.split)
             cfg.update({key: (1,) for key in ("ks", "shots") if key in cfg})
         if "select_split" in cfg:
             cfg.select_split = "train[64:80]"

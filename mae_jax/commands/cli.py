@@ -132,6 +132,14 @@ def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> l
     return opened
 
 
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Return names for files, numbered, from those of images."""
+    plain = [
+        re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(x))[0]) for x in names
+    ]
+    return [f"{i:02d}-{name}" for i, name in enumerate(plain)]
+
+
 def _listed(path: str) -> list[str]:
     """Return the files in the lines of a .txt, relative to its folder; or the file itself."""
     if not path.endswith(".txt"):

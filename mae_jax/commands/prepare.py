@@ -3,9 +3,11 @@
 import os
 import re
 import sys
+from pathlib import Path
 
 from absl import flags
 
+from mae_jax import files
 from mae_jax.commands import cli
 from mae_jax.errors import UserError
 
@@ -20,9 +22,15 @@ mae-jax prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
     ImageNet, from the directory of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 mae-jax prepare imagenet_v2|imagenet_a|imagenet_r|imagenet_sketch [--manual_dir=DIR]
     Other test images of ImageNet's classes, from the archive in DIR, or downloaded.
+mae-jax prepare ade20k --zip=ADEChallengeData2016.zip --out=DIR
+mae-jax prepare voc --tar=VOCtrainval_11-May-2012.tar --out=DIR
+    Images with label maps, unpacked into DIR/SPLIT/images and DIR/SPLIT/labels. See docs/dense.md.
 mae-jax prepare NAME[/CONFIG][:VERSION] [--data_dir=DIR] [--manual_dir=DIR]
     Any other tfds dataset. One that is there as TFRecord gets ArrayRecord files beside them.
 """
+
+
+ARCHIVES = {"ade20k": "zip", "voc": "tar"}  # what is unpacked -> the flag that names its archive
 
 
 def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
@@ -33,6 +41,9 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         ("name", None, "name of the new dataset"),
         ("data_dir", "", "where datasets live; '' = tfds's own"),
         ("manual_dir", "", "where you put the archives"),
+        ("zip", None, "ADE20K's archive"),
+        ("tar", None, "VOC 2012's archive"),
+        ("out", None, "a new folder for images and label maps"),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, text in (
@@ -48,10 +59,15 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         problem = f"unexpected argument {what[1]!r}" if what else "nothing to prepare"
         raise UserError(f"{problem}; write one of:\n{USAGE}")
     folder = {"source", "name", "resize", "workers", "value_range"}
-    used = folder if what[0] == "folder" else {"manual_dir"}
+    archive = ARCHIVES.get(what[0])
+    used = folder if what[0] == "folder" else {archive, "out"} if archive else {"manual_dir"}
     for name in values:
-        if values[name].present and name not in used | {"data_dir"}:
+        if values[name].present and name not in used | ({"data_dir"} if not archive else set()):
             raise UserError(f"--{name} means nothing to `mae-jax prepare {what[0]}`:\n{USAGE}")
+    if archive and not (values[archive].value and values.out):
+        raise UserError(f"--{archive}=FILE and --out=DIR are both needed:\n{USAGE}")
+    if archive:
+        files.require_local(values.out, "--out")
     if "://" in values.data_dir:
         raise UserError(
             f"--data_dir={values.data_dir}: prepare in a local directory, then copy the result"
@@ -70,6 +86,8 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
 
 def main(argv: list[str]) -> int:
     what, values = parse(argv)
+    if what in ARCHIVES:
+        return _unpack(what, values)
     data_dir = f" --config.data.data_dir={values.data_dir}" if values.data_dir else ""
     try:
         recipe = _prepare_folder(values) if what == "folder" else _prepare_tfds(what, values)
@@ -79,6 +97,21 @@ def main(argv: list[str]) -> int:
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         return 130
     print(f"Next: mae-jax train --config={recipe}{data_dir}")
+    return 0
+
+
+def _unpack(what: str, values: flags.FlagValues) -> int:
+    """Unpack an archive of images with label maps."""
+    from mae_jax.data import dense_archives
+
+    path, out = str(values[ARCHIVES[what]].value), Path(values.out)
+    unpack, meaning = {
+        "ade20k": (dense_archives.unpack_ade20k, ",shift=true"),
+        "voc": (dense_archives.unpack_voc, ""),
+    }[what]
+    counts = unpack(path, out, cli.progress)
+    print(f"{out}: " + ", ".join(f"{split} {count:,} pairs" for split, count in counts.items()))
+    print(f"Next: mae-jax train --config=segment:init=WORKDIR,source=segfolder:{out}{meaning}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """Visualize: reconstructions, attention and features of any weights, on one's own images."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ reconstruction of each image is drawn, and one sheet of all.
 --mask is a picture in which dark means hidden, or random, block, grid, granular, green or
 inverse_block.
 --ratios, --errors, --attention, --pca and --neighbours each draw one more picture.
+Of a run of segmentation: image, truth, prediction and error, the truth of segfolder:PATH.
 """
 
 
@@ -72,38 +72,51 @@ def read_images(
     return [x.name for x in examples], np.stack([x.image_HWC for x in examples])
 
 
+def draw(weights: str, paths: list[str], values: flags.FlagValues) -> dict[str, np.ndarray]:
+    """Return the pictures that the flags ask for, by name."""
+    from mae_jax import pretrained
+    from mae_jax.commands import pictures
+    from mae_jax.evals import figures
+
+    drawn: dict[str, np.ndarray] = {}
+    model, params = pretrained.load(weights, **cli.weight_options(values))
+    bands = figures.choose_bands(values.bands or (), model.spec.channels)
+    names, images = read_images(paths, values, model.spec)
+    plain = cli.plain_names(names)
+    features = values.attention or values.pca or values.neighbours
+    if model.spec.decoder or values.errors or values.ratios or not features:
+        drawn = pictures.draw_reconstructions(model, params, images, plain, values, bands)
+    if values.attention:
+        for name, image in zip(plain, images, strict=True):
+            drawn[f"{name}-attention"] = pictures.draw_attention(model, params, image, bands)
+    if values.pca:
+        drawn["pca"] = pictures.draw_components(model, params, images, bands)
+    if values.neighbours:
+        _, query = read_images([values.neighbours], values, model.spec)
+        if len(query) != 1:
+            raise UserError(
+                f"--neighbours={values.neighbours} has {len(query)} images: name the one whose"
+                " neighbours are wanted"
+            )
+        drawn["neighbours"] = pictures.draw_neighbours(model, params, images, query, bands)
+    return drawn
+
+
 def main(argv: list[str]) -> int:
     weights, paths, values = parse(argv)
     from PIL import Image
 
-    from mae_jax import pretrained
-    from mae_jax.commands import pictures
-    from mae_jax.evals import figures
+    from mae_jax.configs.common import pretraining
     from mae_jax.interop import write
 
-    drawn: dict[str, np.ndarray] = {}
     with write.whole(Path(values.out)) as part:
-        model, params = pretrained.load(weights, **cli.weight_options(values))
-        bands = figures.choose_bands(values.bands or (), model.spec.channels)
-        names, images = read_images(paths, values, model.spec)
-        plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem) for name in names]
-        plain = [f"{i:02d}-{name}" for i, name in enumerate(plain)]
-        features = values.attention or values.pca or values.neighbours
-        if model.spec.decoder or values.errors or values.ratios or not features:
-            drawn = pictures.draw_reconstructions(model, params, images, plain, values, bands)
-        if values.attention:
-            for name, image in zip(plain, images, strict=True):
-                drawn[f"{name}-attention"] = pictures.draw_attention(model, params, image, bands)
-        if values.pca:
-            drawn["pca"] = pictures.draw_components(model, params, images, bands)
-        if values.neighbours:
-            _, query = read_images([values.neighbours], values, model.spec)
-            if len(query) != 1:
-                raise UserError(
-                    f"--neighbours={values.neighbours} has {len(query)} images: name the one whose"
-                    " neighbours are wanted"
-                )
-            drawn["neighbours"] = pictures.draw_neighbours(model, params, images, query, bands)
+        run = pretraining(weights) if "://" in weights or Path(weights).is_dir() else None
+        if run and run.get("task") == "segment":
+            from mae_jax.commands import segment_pictures
+
+            drawn = segment_pictures.draw(weights, run, paths, values)
+        else:
+            drawn = draw(weights, paths, values)
         part.mkdir()
         for name, picture in drawn.items():
             Image.fromarray(picture).save(part / f"{name}.{values.format}")

@@ -26,6 +26,7 @@ from mae_jax.errors import UserError
 MAX_DRAWS = 100  # attempts to find a readable record in place of an unreadable one
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, Any]  # arrays and numbers of one record, `image` among them
 Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -63,37 +64,72 @@ def train_batches(
     Raises:
       UserError: see `steps_per_epoch`; while iterating: no readable record was found.
     """
-    rows = np.arange(batch_size) if rows is None else rows
     dtype = bands.pixel_type(data.get("value_range", ()))
     if data.get("synthetic"):
+        rows = np.arange(batch_size) if rows is None else rows
         return synthetic_batches(rows, image_size, channels, dtype)
     crop, flip, distort = make_crop(data), data.flip, make_augment(data)
 
-    def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
-        drawn, bad = index, -1
-        for _ in range(MAX_DRAWS):
-            try:
-                record, picture = bad_images.read(source, index, channels, dtype)
-                break
-            except BadImage:
-                bad, index = drawn, int(rng.integers(len(source)))
-        else:
-            raise Unreadable(
-                f"{MAX_DRAWS} images drawn one after another cannot be read, the first being"
-                f" {bad_images.describe(source, drawn, channels, dtype)}"
-            )
+    def make(index: int, rng: np.random.Generator) -> Example:
+        record, picture = bad_images.read(source, index, channels, dtype)
         image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
         if distort is not None:
             image = distort(image, rng)
-        return _example(image, record["label"], index, bad)
+        return {"image": image, "label": np.int32(record["label"])}
+
+    return shuffled_batches(
+        source,
+        make,
+        batch_size=batch_size,
+        shape=(*image_size, channels),
+        dtype=dtype,
+        seed=seed,
+        start_step=start_step,
+        rows=rows,
+        workers=data.workers,
+    )
+
+
+def shuffled_batches(
+    source: Source,
+    make: Callable[[int, np.random.Generator], Example],
+    *,
+    batch_size: int,
+    shape: tuple[int, ...],
+    dtype: type[np.number],
+    seed: int,
+    start_step: int,
+    rows: np.ndarray | None,
+    workers: int,
+) -> Iterator[Batch]:
+    """Return the endless batches of `train_batches`, whose examples `make` reads.
+
+    Args:
+      make: (index of a record, random numbers) -> the arrays of an example, one of them `image`;
+        raises BadImage, before it draws a number, if the record cannot be read.
+      shape, dtype: of an image.
+    """
+    rows = np.arange(batch_size) if rows is None else rows
+
+    def load(index: int, rng: np.random.Generator) -> Example:
+        drawn, bad, first = index, -1, None
+        for _ in range(MAX_DRAWS):
+            try:
+                return _numbered(make(index, rng), index, bad)
+            except BadImage as error:
+                first = first or error
+                bad, index = drawn, int(rng.integers(len(source)))
+        raise Unreadable(
+            f"{MAX_DRAWS} images drawn one after another cannot be read, the first being"
+            f" {source[drawn]['name']}: {first}"
+        )
 
     per_epoch = steps_per_epoch(len(source), batch_size) * batch_size
     order = grain.MapDataset.range(len(source)).seed(seed % 2**32)
     # random_map seeds by place in the endless sequence, so it comes before any choice of steps and
     # rows. Everything is lazy: what is not chosen is not read.
     examples = order.shuffle()[:per_epoch].repeat().random_map(load)[start_step * batch_size :]
-    shape = (*image_size, channels)
-    return read_ahead(examples, batch_size, rows, shape, data.workers, len(source), dtype)
+    return read_ahead(examples, batch_size, rows, shape, workers, len(source), dtype)
 
 
 def eval_batches(
@@ -122,21 +158,48 @@ def eval_batches(
       Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
       index 0. An image that cannot be read is black too, its index stands in `bad`.
     """
+    blank = {"image": np.zeros((*image_size, channels), dtype), "label": np.int32(-1)}
+
+    def make(index: int) -> Example:
+        record, picture = bad_images.read(source, index, channels, dtype)
+        return {"image": crop(picture, image_size), "label": np.int32(record["label"])}
+
+    return ordered_batches(
+        source, make, blank, batch_size=batch_size, rows=rows, limit=limit, workers=workers
+    )
+
+
+def ordered_batches(
+    source: Source,
+    make: Callable[[int], Example],
+    blank: Example,
+    *,
+    batch_size: int,
+    rows: np.ndarray | None,
+    limit: int | None = None,
+    workers: int = -1,
+) -> Iterator[Batch]:
+    """Return the batches of `eval_batches`, whose examples `make` reads.
+
+    Args:
+      make: index of a record -> the arrays of an example, one of them `image`; raises BadImage if
+        it cannot be read.
+      blank: the example that stands for padding and for what cannot be read.
+    """
     rows = np.arange(batch_size) if rows is None else rows
     count = len(source) if limit is None else min(limit, len(source))
-    black = np.zeros((*image_size, channels), dtype)
 
-    def load(index: int) -> dict[str, Any]:
+    def load(index: int) -> Example:
         if index >= count:
-            return _example(black, -1, 0, -1) | {"valid": False}
+            return _numbered(blank, 0, -1) | {"valid": False}
         try:
-            record, picture = bad_images.read(source, index, channels, dtype)
+            return _numbered(make(index), index, -1) | {"valid": True}
         except BadImage:
-            return _example(black, -1, index, index) | {"valid": True}
-        return _example(crop(picture, image_size), record["label"], index, -1) | {"valid": True}
+            return _numbered(blank, index, index) | {"valid": True}
 
     examples = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(load)
-    return read_ahead(examples, batch_size, rows, black.shape, workers, count, dtype)
+    image = blank["image"]
+    return read_ahead(examples, batch_size, rows, image.shape, workers, count, image.dtype.type)
 
 
 def synthetic_batches(
@@ -153,9 +216,9 @@ def synthetic_batches(
         yield {"image": image, "label": none, "index": rows.astype(np.int32), "bad": none}
 
 
-def _example(image_HWC: np.ndarray, label: int, index: int, bad: int) -> dict[str, Any]:
-    numbers = {"label": label, "index": index, "bad": bad}
-    return {"image": image_HWC, **{name: np.int32(number) for name, number in numbers.items()}}
+def _numbered(example: Example, index: int, bad: int) -> Example:
+    """Return an example with its record, and the one that should have stood here, if any."""
+    return example | {"index": np.int32(index), "bad": np.int32(bad)}
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -194,16 +257,21 @@ def make_crop(data: ConfigDict) -> Crop:
     resizer = data.get("resizer", "pillow")
     settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
     crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    if resizer not in transforms.RESIZERS:
-        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
-    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
-        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
+    require_resizer(resizer)
     if resizer != "pillow" and "resizer" not in crop.keywords:
         raise UserError(
             f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
             f" {data.crop!r}: leave it at pillow"
         )
     return crop
+
+
+def require_resizer(resizer: str) -> None:
+    """Raise a UserError if there is no such config.data.resizer here."""
+    if resizer not in transforms.RESIZERS:
+        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
+    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
+        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
 
 
 def make_augment(data: ConfigDict) -> Augment | None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import tensorflow_datasets as tfds
 
-from mae_jax.data import bundled, splits
+from mae_jax.data import bundled, segfolder, splits
 from mae_jax.data.folder import open_folder
 from mae_jax.data.splits import Ranges
 from mae_jax.errors import UserError
@@ -51,7 +51,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
 
     Args:
       source: a tfds dataset "name[/config][:version]" in ArrayRecord, "folder:PATH",
-        "bundled:photos" or "bundled:digits".
+        "segfolder:PATH" (the images of pairs, without their label maps), "bundled:photos" or
+        "bundled:digits".
       split: a split, or slices of some as in tfds: "train", "train[:90%]", "train[:100]+test".
       data_dir: where tfds datasets live; "" = the tfds default.
 
@@ -60,6 +61,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
     """
     if source.startswith("folder:"):
         return open_folder(source.removeprefix("folder:"), split)
+    if source.startswith("segfolder:"):
+        return segfolder.open_images(source.removeprefix("segfolder:"), split)
     if source == "bundled:digits":
         return _open_digits(split)
     if source == "bundled:photos":
@@ -69,7 +72,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
     if not re.fullmatch(r"\w+(/[^:]+)?(:([\d*]+(\.[\d*]+){2}|experimental_latest))?", source):
         raise UserError(
             f"data source {source!r} is none of: a tfds dataset name[/config][:version],"
-            " folder:PATH, bundled:photos, bundled:digits" + _did_you_mean(source, [])
+            " folder:PATH, bundled:photos, bundled:digits, segfolder:PATH"
+            + _did_you_mean(source, [])
         )
     return _open_tfds(source, split, data_dir)
 

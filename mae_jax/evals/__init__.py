@@ -43,7 +43,9 @@ class Evaluator(Protocol):
       config: the whole config: images, model, sources.
       predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
         gives `cls` and `mean` (B, D); "block_features", which a task may leave out, gives them
-        after each block (depth, B, D), the last as in "features"; "logits" (B, Y);
+        after each block (depth, B, D), the last as in "features"; "patch_features", whose fourth
+        argument is a block from 1 on, the patch tokens after it (B, L, D); "logits" (B, Y);
+        "segmentation" logits of each patch (B, rows, columns, Y);
         "reconstruction", of a batch with mask scores, latent_BND, pred_BLT, target_BLT and mask_BL.
       mesh: where the state and the batches live.
 
@@ -78,6 +80,13 @@ def reported(cfg: Mapping[str, Any]) -> set[str]:
         return {f"{prefix}/loss", f"{prefix}/images"}
     if cfg["type"] == "logistic":
         return {f"{prefix}/logistic_{cfg['feature']}"}
+    if cfg["type"] == "segment":
+        return {f"{prefix}/miou"}
+    if cfg["type"] == "patch_logistic":
+        return {f"{prefix}/miou_logistic"}
+    if cfg["type"] == "patch_knn":
+        kinds = [x.strip() for x in str(cfg["distances"]).split(",")]
+        return {f"{prefix}/miou_knn{k}_{kind}" for k in cfg["ks"] for kind in kinds}
     numbers = {"knn": cfg.get("ks"), "fewshot": cfg.get("shots")}.get(cfg["type"]) or ()
     return {f"{prefix}/{cfg['type']}{number}_{cfg['feature']}" for number in numbers}
 

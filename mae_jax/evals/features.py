@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import distributed, sharding
-from mae_jax.data import bad_images, bands, crops, pipeline
+from mae_jax.data import bad_images, bands, crops, pipeline, segmentation
 from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
+from mae_jax.data.segfolder import PairSource
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
@@ -64,9 +65,15 @@ class Batches:
         self.size = -(-batch_size // ways) * ways
         self.rows = sharding.host_rows(mesh, self.size)
         self._mesh, self._channels = mesh, config.model.channels
-        self._image_size = tuple(config.model.image_size)
-        self._workers = config.data.get("workers", -1)
         self._dtype = bands.pixel_type(config.data.get("value_range", ()))
+        self._sizes: dict[str, Any] = dict(
+            batch_size=self.size,
+            image_size=tuple(config.model.image_size),
+            channels=self._channels,
+            rows=self.rows,
+            workers=config.data.get("workers", -1),
+            dtype=self._dtype,
+        )
 
     def read(
         self, source: Source, crop: Crop = crops.center, limit: int | None = None
@@ -79,20 +86,22 @@ class Batches:
         Raises:
           UserError: no image can be read; after the last batch, on every host.
         """
+        batches = pipeline.eval_batches(source, limit=limit, crop=crop, **self._sizes)
+        return self._both(source, batches)
+
+    def read_pairs(
+        self, source: PairSource
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Array]]]:
+        """Yield each batch of pairs twice, as `read` does; `map` takes the place of `label`."""
+        return self._both(source, segmentation.eval_batches(source, **self._sizes))
+
+    def _both(
+        self, source: Source, batches: Iterator[pipeline.Batch]
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Array]]]:
         readable = 0
-        for batch in pipeline.eval_batches(
-            source,
-            batch_size=self.size,
-            image_size=self._image_size,
-            channels=self._channels,
-            rows=self.rows,
-            limit=limit,
-            crop=crop,
-            workers=self._workers,
-            dtype=self._dtype,
-        ):
+        for batch in batches:
             distributed.raise_if_stopping()
-            local = {name: batch[name] for name in ("image", "label", "index")}
+            local = {name: x for name, x in batch.items() if name not in ("valid", "bad")}
             local["counted"] = batch["valid"] & (batch["bad"] < 0)
             readable += int(local["counted"].sum())
             yield local, self.put(local)
@@ -122,6 +131,24 @@ def feature_of(predict: Mapping[str, Callable], name: str) -> Compute:
     return compute
 
 
+def block_numbers(cfg: ConfigDict, depth: int) -> tuple[int, ...]:
+    """Return the blocks that cfg.layers names, from 1 to the last one, which is always among them.
+
+    Raises:
+      UserError: there are no such blocks.
+    """
+    layers = cfg.get("layers", "last")
+    asked = list(range(1, depth + 1)) if layers == "all" else [depth]
+    if layers not in ("all", "last"):
+        asked = [int(x) if x.strip().isdecimal() else 0 for x in str(layers).split(",")]
+    if not 1 <= min(asked) <= max(asked) <= depth:
+        raise UserError(
+            f"{cfg.type} with layers={layers!r}: give 'last', 'all', or numbers of blocks from"
+            f" 1 to {depth}, such as '{depth // 2 or 1},{depth}'"
+        )
+    return tuple(sorted({*asked, depth}))
+
+
 class Blocks(NamedTuple):
     """The blocks of an encoder whose features an evaluator measures, by cfg.layers.
 
@@ -143,20 +170,12 @@ class Blocks(NamedTuple):
         if layers == "last":
             last = feature_of(predict, cfg.feature)
             return cls((depth,), lambda *args: [last(*args)])
-        asked = list(range(1, depth + 1))
-        if layers != "all":
-            asked = [int(x) if x.strip().isdecimal() else 0 for x in str(layers).split(",")]
-        if not 1 <= min(asked) <= max(asked) <= depth:
-            raise UserError(
-                f"{cfg.type} with layers={layers!r}: give 'last', 'all', or numbers of blocks from"
-                f" 1 to {depth}, such as '{depth // 2 or 1},{depth}'"
-            )
+        numbers = block_numbers(cfg, depth)
         if "block_features" not in predict:
             raise UserError(
                 f"{cfg.type} with layers={layers!r}: there are no features of blocks here (pixels"
                 " and classifiers have none): give layers='last'"
             )
-        numbers = tuple(sorted({*asked, depth}))
 
         def compute(params: Any, extra: Any, batch: dict) -> list[Array]:
             x_MBD = predict["block_features"](params, extra, batch)[cfg.feature]

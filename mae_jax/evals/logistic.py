@@ -137,6 +137,52 @@ def classify(linear: Linear, scale: Scale, x_BD: Array) -> Array:
     return jnp.where(jnp.isfinite(x_BD).all(-1), best_B, -1)
 
 
+class Fitter:
+    """The fit of a classifier to a bank that a mesh holds, with the best of STRENGTHS."""
+
+    def __init__(self, mesh: Mesh):
+        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH))
+        self.number = jax.jit(number, out_shardings=split)
+        self._both = jax.jit(jnp.logical_and, out_shardings=split)
+        self._standardise = jax.jit(standardise, out_shardings=(split, whole))
+        self._fit = jax.jit(fit, out_shardings=whole)
+        self._cross_entropy = jax.jit(cross_entropy, out_shardings=whole)
+
+    def __call__(
+        self, bank: Bank, classes: int, held: np.ndarray, name: str
+    ) -> tuple[Linear, Scale, float]:
+        """Return the classifier of a bank, its scale, and the held-out cross-entropy.
+
+        Args:
+          held: the rows (T, B) on which the strength is chosen.
+          name: of the split, for the error message.
+
+        Raises:
+          UserError: no features are finite.
+        """
+        bank, scale = self._standardise(bank)
+        if not fetch(bank.counted).any():
+            raise UserError(
+                f"logistic regression: the features of all images of {name} are not finite"
+            )
+        rest, tenth = (
+            bank._replace(counted=self._both(bank.counted, chosen)) for chosen in (~held, held)
+        )
+        linear = Linear(
+            np.zeros((bank.x.shape[-1], classes), np.float32), np.zeros(classes, np.float32)
+        )
+        best = np.inf, STRENGTHS[0], linear
+        for strength in STRENGTHS:  # each fit starts where the one before ended
+            distributed.raise_if_stopping()
+            linear = self._fit(rest, strength, linear)
+            loss = float(fetch(self._cross_entropy(linear, tenth)))
+            if not loss < best[0]:
+                break
+            best = loss, strength, linear
+        loss, strength, linear = best
+        return self._fit(bank, strength, linear), scale, loss
+
+
 class Evaluator:
     """Classifies the images of one split by a logistic regression on those of another.
 
@@ -151,12 +197,7 @@ class Evaluator:
         self._cfg = cfg
         self._blocks = Blocks.of(cfg, config, predict)
         self._extractor = Extractor(config, self._blocks.compute, mesh, cfg.batch_size)
-        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH))
-        self._number = jax.jit(number, out_shardings=split)
-        self._both = jax.jit(jnp.logical_and, out_shardings=split)
-        self._standardise = jax.jit(standardise, out_shardings=(split, whole))
-        self._fit = jax.jit(fit, out_shardings=whole)
-        self._cross_entropy = jax.jit(cross_entropy, out_shardings=whole)
+        self._fitter = Fitter(mesh)
         self._predict = jax.jit(classify)
 
     def run(self, state: Any) -> Report:
@@ -170,9 +211,10 @@ class Evaluator:
         label_TB, counted_TB = fetch((features.label, features.counted))
         classes = np.unique(label_TB[counted_TB])
         held = hold_out(len(self._bank), label_TB.shape)
-        label = self._number(features.label, classes)
+        label = self._fitter.number(features.label, classes)
         fits = [
-            self._fit_block(Bank(x, label, features.counted), classes, held) for x in features.x
+            self._fitter(Bank(x, label, features.counted), len(classes), held, cfg.bank_split)
+            for x in features.x
         ]
         right, images = np.zeros(len(numbers), int), 0
         for batch in self._extractor.batches(state, self._queries):
@@ -193,31 +235,3 @@ class Evaluator:
             best = numbers[int(np.argmin([loss for _, _, loss in fits]))]
             scalars |= {f"{name}_best": accuracies[best], f"{name}_best_block": best}
         return Report(scalars)
-
-    def _fit_block(
-        self, bank: Bank, classes: np.ndarray, held: np.ndarray
-    ) -> tuple[Linear, Scale, float]:
-        """Return the classifier of one block, its scale, and the held-out cross-entropy."""
-        bank, scale = self._standardise(bank)
-        if not fetch(bank.counted).any():
-            raise UserError(
-                f"logistic regression: the features of all images of {self._cfg.bank_split} are not"
-                " finite"
-            )
-        rest, tenth = (
-            bank._replace(counted=self._both(bank.counted, chosen)) for chosen in (~held, held)
-        )
-        linear = Linear(
-            np.zeros((bank.x.shape[-1], len(classes)), np.float32),
-            np.zeros(len(classes), np.float32),
-        )
-        best = np.inf, STRENGTHS[0], linear
-        for strength in STRENGTHS:  # each fit starts where the one before ended
-            distributed.raise_if_stopping()
-            linear = self._fit(rest, strength, linear)
-            loss = float(fetch(self._cross_entropy(linear, tenth)))
-            if not loss < best[0]:
-                break
-            best = loss, strength, linear
-        loss, strength, linear = best
-        return self._fit(bank, strength, linear), scale, loss

@@ -10,7 +10,7 @@ from etils import epath
 from mae_jax.metrics import figure, writer
 
 PERCENT = re.compile(
-    r"top[15]|/(knn|fewshot|logistic)(?!.*_block$)|_mce$|_error_"
+    r"top[15]|/(knn|fewshot|logistic|miou|pixel_accuracy)(?!.*_block$)|_mce$|_error_"
 )  # metrics that are percentages
 ERRORS = {
     "rmse": "this model",

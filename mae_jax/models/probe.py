@@ -3,6 +3,7 @@
 Shape suffixes as in models/vit.py, and R heads that are trained side by side.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from einops import rearrange
 from jax import Array
 
 from mae_jax.models.attention import xavier
-from mae_jax.models.vit import layer_norm
+from mae_jax.models.vit import Encoder, layer_norm
 
 EPSILON = 1e-6  # of batch and layer norm; docs/REFERENCE.md section 4
 MOMENTUM = 0.9  # share of the old running statistics that stays; PyTorch calls it 0.1
@@ -68,6 +69,21 @@ def pool_blocks(last_BND: Array, blocks_MBND: Array) -> dict[str, Array]:
     """
     pooled = jax.vmap(pool)(blocks_MBND[1:])
     return jax.tree.map(lambda x, last: x.at[-1].set(last), pooled, pool(last_BND))
+
+
+def patch_tokens(encoder: Encoder, params: dict, patches_BLP: Array, block: int) -> Array:
+    """Return the patch tokens (B, L, D) after a block, counted from 1, in float32.
+
+    Those of the last block come after the final norm, as in `pool_blocks`. No later block is run.
+    """
+    spec = encoder.spec
+    if block < spec.encoder.depth:
+        blocks = jax.tree.map(lambda x: x[:block], params["stack"]["blocks"])
+        params = {**params, "stack": {"blocks": blocks}}
+        spec = replace(spec, encoder=replace(spec.encoder, depth=block))
+        encoder = Encoder(spec, encoder.compute, final_norm=False)
+    tokens_BND: Any = encoder.apply({"params": params}, patches_BLP)
+    return tokens_BND[:, 1:].astype(jnp.float32)
 
 
 def bare_norm(x_BD: Array) -> Array:

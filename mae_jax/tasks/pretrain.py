@@ -143,11 +143,19 @@ class Task(train.Task):
         tokens: Any = encoder.apply({"params": params["encoder"]}, patches_BLP, return_blocks=True)
         return probe.pool_blocks(*tokens)
 
+    def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
+        """Return the patch tokens (B, L, D) after a block, counted from 1; nothing is hidden."""
+        del extra
+        patches_BLP = patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
+        encoder = Encoder(self.spec, self.network.compute)
+        return probe.patch_tokens(encoder, params["encoder"], patches_BLP, block)
+
     def predict(self) -> Mapping[str, Callable]:
         return {
             "reconstruction": self.reconstruct,
             "features": self.features,
             "block_features": self.block_features,
+            "patch_features": self.patch_features,
         }
 
     def optimizer(
