@@ -11,10 +11,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mae_jax/__init__.py").read
 
 
 class BuildWithRecipes(build_py):
-    """The build of the package, in which `mae_jax.configs` and `mae_jax.weights` are folders beside it.
+    """The build of the package, which takes mae_jax.configs and mae_jax.weights from beside it.
 
-    Entries for them in `package_dir` would do the same, but an editable install would then no longer
-    put the checkout itself on the path, where users' recipes find `configs.pretrain`.
+    Entries for them in `package_dir` would do the same, but an editable install would then no
+    longer put the checkout on the path, where users' recipes find `configs.pretrain`.
     """
 
     def get_package_dir(self, package):
