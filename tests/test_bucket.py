@@ -145,7 +145,7 @@ def download(storage, name: str, folder: Path) -> Path:
 
 def started(run, count: int = 1) -> bool:
     """Whether a process has made so many updates."""
-    return sum(bool(re.match(r"step \d+/", line)) for line in run.said) >= count
+    return sum(bool(re.match(r"step +\d+/", line)) for line in run.said) >= count
 
 
 def run_in(bucket, folder: Path, name: str, *flags: str) -> test_resume.Run:
@@ -233,7 +233,7 @@ def test_two_hosts_write_one_run_into_a_bucket(bucket, folder):
     assert alone.end() == [0], alone.text()
     workdir = f"gs://{BUCKET}/two"
     run = hosts.apart(folder, workdir, 2, 1)
-    run.until(lambda: any(line.startswith("step 7/") for line in run.output[0]))
+    run.until(lambda: any(re.match(r"step +7/", line) for line in run.output[0]))
     run.processes[1].send_signal(signal.SIGKILL)
     alone_left, killed = run.end()
     assert alone_left and killed == -signal.SIGKILL, run.text()

@@ -37,8 +37,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
 SchedulerParameters=bf_interval=5,sched_min_interval=1000000
-NodeName=one NodeHostname={host} Port={ports[1]} CPUs={cores} RealMemory=1000
-NodeName=two NodeHostname={host} Port={ports[2]} CPUs={cores} RealMemory=1000
+NodeName=localhost NodeHostname={host} Port={ports[1]} CPUs={cores} RealMemory=1000
+NodeName={host} Port={ports[2]} CPUs={cores} RealMemory=1000
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE
 PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE
 """
@@ -53,13 +53,9 @@ def cluster(tmp_path_factory):
     for parent in folder.parents[:3]:
         parent.chmod(0o755)
     ports = [hosts.free_port() for _ in range(3)]
+    host = socket.gethostname().split(".")[0]
     (folder / "slurm.conf").write_text(
-        CONFIG.format(
-            host=socket.gethostname().split(".")[0],
-            folder=folder,
-            ports=ports,
-            cores=os.cpu_count(),
-        )
+        CONFIG.format(host=host, folder=folder, ports=ports, cores=os.cpu_count())
     )
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
@@ -71,8 +67,8 @@ def cluster(tmp_path_factory):
     for command in (
         munged,
         ["slurmctld", "-D", "-i"],
-        ["slurmd", "-D", "-N", "one"],
-        ["slurmd", "-D", "-N", "two"],
+        ["slurmd", "-D", "-N", "localhost"],  # names of nodes that hosts find each other by
+        ["slurmd", "-D", "-N", host],
     ):
         with open(folder / "daemons.log", "a") as log:
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
