@@ -37,8 +37,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
 SchedulerParameters=bf_interval=5,sched_min_interval=1000000
-NodeName=localhost NodeHostname={host} Port={ports[1]} CPUs={cores} RealMemory=1000
-NodeName={host} Port={ports[2]} CPUs={cores} RealMemory=1000
+NodeName=mae-one NodeHostname={host} Port={ports[1]} CPUs={cores} RealMemory=1000
+NodeName=mae-two NodeHostname={host} Port={ports[2]} CPUs={cores} RealMemory=1000
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE
 PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE
 """
@@ -67,17 +67,20 @@ def cluster(tmp_path_factory):
     for command in (
         munged,
         ["slurmctld", "-D", "-i"],
-        ["slurmd", "-D", "-N", "localhost"],  # names of nodes that hosts find each other by
-        ["slurmd", "-D", "-N", host],
+        ["slurmd", "-D", "-N", "mae-one"],
+        ["slurmd", "-D", "-N", "mae-two"],
     ):
         with open(folder / "daemons.log", "a") as log:
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         time.sleep(1)
+    names = Path("/etc/hosts").read_text()  # the processes find each other by them
+    Path("/etc/hosts").write_text(f"{names}127.0.0.1 mae-one mae-two\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", environment["SLURM_CONF"])
         patch.setenv("MUNGE_SOCKET", f"{folder}/munge.socket")
         until(lambda: asked("sinfo", "-h", "-o", "%t %D").strip() == "idle 2", 60)
         yield folder
+    Path("/etc/hosts").write_text(names)
     for daemon in daemons[::-1]:
         daemon.kill()
         daemon.wait()

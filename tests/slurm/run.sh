@@ -4,6 +4,8 @@
 #   sudo apt-get install slurm-wlm munge
 #   sudo bash tests/slurm/run.sh [PYTEST_ARGUMENT ...]        about 10 minutes on 2 idle cores
 #
+# It adds the names of the nodes to /etc/hosts, and takes them away again.
+#
 # PYTHON and VENV: see launch/setup.sh.
 set -euo pipefail
 
