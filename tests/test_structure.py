@@ -21,7 +21,7 @@ FLOORS = [
     {"evals"},
     {
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
-        *("optim", "sharding", "metrics", "interop"),
+        *("optim", "optimizers", "sharding", "metrics", "interop"),
     },
     {
         "models",
