@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`mae_jax.load`, imported when it is first used: JAX takes seconds to import."""
-    if name != "load":
+    """`mae_jax.load` and `pretrain`, imported when first used: JAX takes seconds to import."""
+    if name not in ("load", "pretrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mae_jax.pretrained import load
+    from mae_jax import api
 
-    return load
+    return getattr(api, name)

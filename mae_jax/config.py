@@ -29,6 +29,10 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
+    "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls
+    "optim.name": "adamw",  # or lion, muon
+    "optim.schedule": "cosine",  # or wsd: warm-up, stable, decay
     "target.components": 96,  # of the target pca
 }
 

@@ -85,6 +85,8 @@ NUMBERS = {
     "optim.weight_decay": Range(0, 1000),
     "optim.layer_decay": Range(0, 1, "(]"),
     "optim.eps": Range(0, 1, "(]"),
+    "optim.clip_norm": Range(0, 10**6),
+    "optim.cooldown": Range(0, 1, "(]"),
     "optim.b[12]": Range(0, 1, "[)"),
     "optim.momentum": Range(0, 1, "[)"),
     "probe.bn_group": whole(1, 2**24),
@@ -131,7 +133,17 @@ SWITCHES = (
     "evals.*.shift",
 )
 TEXTS = (
-    *("task", "resume", "init_from", "start", "features", "*.name", "probe.head", "*.pool"),
+    *(
+        "task",
+        "resume",
+        "init_from",
+        "optim.schedule",
+        "start",
+        "features",
+        "*.name",
+        "probe.head",
+        "*.pool",
+    ),
     *("model.*dtype", "model.attention", "data.source", "data.split", "data.crop", "data.augment"),
     *("data.data_dir", "data.resizer", "evals.*.type", "evals.*.source", "evals.*split"),
     *(

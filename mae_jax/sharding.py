@@ -40,7 +40,7 @@ RULES = (
     (r"pred/kernel$", P("fsdp")),  # E T: T may be odd (588 for 14 x 14 pixels)
     (r"(patch_embed|embed|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
-    (r"(scale|bias|token|count|step|mean|var)$", P()),
+    (r"(scale|bias|token|count|step|mean|var|ns_coeffs)$", P()),
 )
 # An array that nothing splits, with more elements than this and more than a thousandth of the whole
 # state, is a mistake in the rules.

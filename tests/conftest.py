@@ -25,7 +25,8 @@ COMPILED_FAST = {
     *("test_classifier", "test_convert", "test_finetune", "test_fit"),
     *("test_init_from", "test_knn", "test_load", "test_models", "test_probe", "test_recipes"),
     *("test_reconstruct", "test_results", "test_robustness", "test_sharding", "test_train"),
-    *("test_patches", "test_segment", "test_segment_pictures", "test_sweep", "test_visualize"),
+    *("test_optimizers", "test_patches", "test_segment", "test_segment_pictures", "test_sweep"),
+    "test_visualize",
 }
 
 

@@ -18,6 +18,7 @@ from tiny import DECODER, GREY, MODEL
 from mae_jax import limits
 from mae_jax.commands import train
 from mae_jax.commands.recipes import names
+from mae_jax.config import OPTIONAL_KEYS
 from mae_jax.errors import UserError
 
 KINDS = ("zero", "negative", "huge", "nan", "type")
@@ -171,6 +172,17 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_key(name, kind):
         else:
             failures.append(f"{key}={bad!r} was taken")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("key", OPTIONAL_KEYS)
+def test_a_key_that_no_recipe_names_has_its_limits_too(key):
+    config, default = recipe("pretrain"), OPTIONAL_KEYS[key]
+    limits.check(changed(config, key, default))
+    for kind in ("type", "nan", "negative"):
+        bad = wrong(kind, default)
+        if bad is not None and (kind == "type" or not isinstance(default, str)):
+            with pytest.raises(UserError, match=f"config.{key}="):
+                limits.check(changed(config, key, bad))
 
 
 @pytest.mark.parametrize("key", ["init_from", "resume"])

@@ -15,13 +15,13 @@ FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
 
 # A module imports from its own floor or from those below it.
 FLOORS = [
-    {"__main__", "commands"},
+    {"__main__", "commands", "api"},
     {"tasks", "plan", "gpu_estimate"},
     {"train", "report", "schedule", "profiling", "pretrained"},
     {"evals"},
     {
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
-        *("optim", "sharding", "metrics", "interop"),
+        *("optim", "optimizers", "sharding", "metrics", "interop"),
     },
     {
         "models",

@@ -87,7 +87,7 @@ def test_a_sweep_runs_rows_resumes_and_writes_one_table(tmp_path, capsys):
 
 
 def test_a_dry_run_shows_what_each_run_takes_and_writes_nothing(tmp_path, capsys):
-    argv = ["--config=ablations/decoder", f"--workdir={tmp_path / 'run'}", "--dry_run"]
+    argv = ["--config=ablations/decoder", f"--workdir={tmp_path / 'run'}", "--dry-run"]
     assert sweep.main([*argv, "--only=depth_1,depth_8"]) == 0
     out = capsys.readouterr().out
     cells = {line.split()[1]: line.split()[3::2] for line in out.splitlines() if "depth_" in line}

@@ -1,8 +1,8 @@
 """Crops and colours of the images that are trained on: the paper's Table 1e.
 
-    mae-jax sweep --config=configs/ablations/augmentation.py --workdir=DIR --dry-run
+    mae-jax sweep --config=configs/ablations/augmentation.py --workdir=DIR --dry_run
 
-Hardware and hours: --dry-run says them for each row. Arguments: configs/ablations/common.py.
+Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: the paper's numbers, which the table repeats; we have not measured them. The paper gives
 no strengths of its colour jitter: those here are ours.
 """

@@ -1,8 +1,8 @@
 """Depth and width of the decoder: the paper's Tables 1a and 1b.
 
-    mae-jax sweep --config=configs/ablations/decoder.py --workdir=DIR --dry-run
+    mae-jax sweep --config=configs/ablations/decoder.py --workdir=DIR --dry_run
 
-Hardware and hours: --dry-run says them for each row. Arguments: configs/ablations/common.py.
+Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: the paper's numbers, which the table repeats; we have not measured them.
 """
 

@@ -1,9 +1,9 @@
 """Which patches are hidden: the paper's Table 1f, and masks since.
 
-    mae-jax sweep --config=configs/ablations/masks.py --workdir=DIR --dry-run
+    mae-jax sweep --config=configs/ablations/masks.py --workdir=DIR --dry_run
     mae-jax sweep --config=configs/ablations/masks.py:base=cifar10,data=PATH --workdir=DIR
 
-Hardware and hours: --dry-run says them for each row. Arguments: configs/ablations/common.py.
+Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: the paper's numbers, which the table repeats. For masks since the paper, arXiv 2512.15715
 has 35.3 -> 54.3 % k-NN by cells of 2 (ViT-H), and arXiv 2407.13036 83.17 -> 83.57 % fine-tuned by
 green noise (ViT-B): with other data and lengths. We have measured none of them.

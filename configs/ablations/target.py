@@ -1,8 +1,8 @@
 """What is predicted, and of which patches: the paper's Table 1d without its tokenizer.
 
-    mae-jax sweep --config=configs/ablations/target.py --workdir=DIR --dry-run
+    mae-jax sweep --config=configs/ablations/target.py --workdir=DIR --dry_run
 
-Hardware and hours: --dry-run says them for each row. Arguments: configs/ablations/common.py.
+Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: the paper's numbers, which the table repeats; we have not measured them. Loss on all
 patches is not in the table; the text says that it costs about half a percent.
 """

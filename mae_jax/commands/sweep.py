@@ -145,6 +145,7 @@ def write_table(config: ConfigDict, rows: Mapping[str, Mapping[str, Any]], workd
 
 
 def main(argv: list[str]) -> int:
+    argv = [arg.replace("--dry-run", "--dry_run") for arg in argv]  # as other tools spell it
     config, values, recipe = recipes.parse(argv, define, "sweep")
     rows = expand(config)
     runs = chosen(rows, values.only)

@@ -149,7 +149,7 @@ class Task(train.Task):
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         o, batch_size = self.config.optim, self.config.batch_size
         schedule = common.learning_rate(o, batch_size, total_steps, steps_per_epoch)
-        return common.adamw(o, schedule, decayed=DECAYED, scales=self.scales), schedule
+        return common.optimizer(o, schedule, decayed=DECAYED, scales=self.scales), schedule
 
     def scales(self, params: Any) -> Any:
         """Return learning-rate multipliers; 0 freezes a parameter (and its weight decay)."""

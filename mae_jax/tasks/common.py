@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import optim, sharding
+from mae_jax import optim, optimizers, sharding
 from mae_jax.config import steps
 from mae_jax.data import bad_images, bands, pipeline
 from mae_jax.data.labels import open_labelled, require_labels
@@ -117,11 +117,19 @@ def compute(model: ConfigDict, mesh: Mesh | None) -> ComputeConfig:
 def learning_rate(
     o: Mapping[str, Any], batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """Return the schedule of config.optim: linear warm-up, then half a cosine."""
+    """Return the schedule of config.optim: linear warm-up, then half a cosine, or `schedule`.
+
+    Raises:
+      UserError: there is no schedule of that name.
+    """
     warmup = steps(o["warmup"], batch_size, steps_per_epoch)
-    return optim.cosine_schedule(
-        optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
-    )
+    shape = optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
+    name = o.get("schedule", "cosine")
+    if name == "cosine":
+        return optim.cosine_schedule(*shape)
+    if name != "wsd":
+        raise UserError(f"config.optim.schedule={name!r}: give cosine or wsd")
+    return optimizers.stable_decay(*shape, o.get("cooldown", 0.2))
 
 
 def adamw(
@@ -138,6 +146,22 @@ def adamw(
         weight_decay=o["weight_decay"],
         **rules,
     )
+
+
+def optimizer(
+    o: Mapping[str, Any], schedule: optax.Schedule, **rules: Any
+) -> optax.GradientTransformation:
+    """Return the optimizer of config.optim: AdamW, or what `name` and `clip_norm` ask for.
+
+    Args:
+      rules: see `adamw`.
+
+    Raises:
+      UserError: there is no optimizer of that name.
+    """
+    if o.get("name", "adamw") == "adamw" and not o.get("clip_norm"):
+        return adamw(o, schedule, **rules)
+    return optimizers.by_name(o, schedule, **rules)
 
 
 def refuse(key: str, value: Any, way_out: str) -> None:

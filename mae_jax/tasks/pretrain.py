@@ -163,7 +163,7 @@ class Task(train.Task):
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         batch_size = self.examples.batch_size
         schedule = common.learning_rate(self.optim, batch_size, total_steps, steps_per_epoch)
-        return common.adamw(self.optim, schedule), schedule
+        return common.optimizer(self.optim, schedule), schedule
 
 
 def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
