@@ -19,7 +19,7 @@ Arguments:
     source      pairs of images and label maps
     test        the split to measure on
     recipe      dinov2 (crops of 512, scales 0.5 to 2, distortion, 40,000 steps, a polynomial rate),
-                or short (60 epochs of crops of the size of the pre-training, at an eighth of it)
+                or short (60 epochs, crops of the size of the pre-training, scales 1 to 2)
     classes     0 = as many as PATH/classes.txt names
     ignore      the number of pixels without a class
     shift       true = 0 means without a class, and classes begin at 1, as in ADE20K
