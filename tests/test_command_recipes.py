@@ -173,11 +173,15 @@ def test_train_finds_the_installed_recipe_from_any_folder(places, tmp_path, plac
 def test_the_extra_tpu_brings_what_buckets_need(places):
     (metadata,) = places["wheel"].glob("*.dist-info/METADATA")
     required = [line for line in metadata.read_text().splitlines() if "gcsfs" in line]
-    assert [re.findall(r"extra == .(\w+)", line) for line in required] == [["tpu"], ["gcs"]]
+    extras = [re.findall(r"extra == .(\w+)", line) for line in required]
+    assert extras == [["tpu"], ["gcs"], ["test"]]
 
 
 def test_the_wheel_has_every_recipe_and_data_file(places):
-    shipped_files = (("configs", "*.py"), ("configs/ablations", "*.py"), ("mae_jax/data", "*.json"))
+    shipped_files = (
+        *(("configs", "*.py"), ("configs/ablations", "*.py"), ("mae_jax/data", "*.json")),
+        *(("weights/cifar10-s", "*.safetensors"), ("weights/cifar10-s", "*config.json")),
+    )
     for folder, files in shipped_files:
         inside = places["wheel"] / "mae_jax" / folder.removeprefix("mae_jax/")
         shipped = {path.name for path in inside.glob(files)}

@@ -1,6 +1,7 @@
 """mae_jax.load: any weights as a model to call, inside jit or not."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 
@@ -171,7 +172,9 @@ def test_a_run_with_mask_tokens_in_the_encoder_is_loaded_with_them(tmp_path):
         assert convert.main([str(tmp_path), str(out), f"--to={to}", "--part=encoder"]) == 0
 
 
-def test_a_bucket_is_not_taken_for_a_local_path():
+def test_a_bucket_is_not_taken_for_a_local_path(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: (x != "gcsfs" and found(x)) or None)
     with pytest.raises(ValueError, match="gs://nowhere/a.pth: buckets need gcsfs"):
         mae_jax.load("gs://nowhere/a.pth")
 
