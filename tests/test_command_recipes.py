@@ -133,7 +133,7 @@ def places(tmp_path_factory):
     """A copy of the checkout, and its wheel unpacked."""
     folder = tmp_path_factory.mktemp("installed")
     checkout, wheel = folder / "checkout", folder / "wheel"
-    for name in ("mae_jax", "configs"):
+    for name in ("mae_jax", "configs", "weights"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
