@@ -111,7 +111,7 @@ def finetune(args):
 
 def probe(args):
     config = probe_recipe(
-        f"init={args['init']},test=test,batch_size=512,epochs=20,select=10,small=true,"
+        f"init={args['init']},test=test,batch_size=512,epochs=8,select=10,small=true,"
         f"head={args['task']}"
     )
     config.features = "pixels" if args["pixels"] else config.features

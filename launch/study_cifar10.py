@@ -18,7 +18,7 @@ from study import SEEDS, Run, last_value
 
 LABELS = (10, 1, 100)
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-RATES = (2e-3, 4e-3, 8e-3)  # of fine-tuning and of training from scratch
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # of fine-tuning and of training from scratch
 KINDS = ("block", "grid")
 SHORT = 8  # epochs of pre-training in comparisons of masks
 FULL = "pretrain"

@@ -80,6 +80,8 @@ def cluster(tmp_path_factory):
         patch.setenv("MUNGE_SOCKET", f"{folder}/munge.socket")
         until(lambda: asked("sinfo", "-h", "-o", "%t %D").strip() == "idle 2", 60)
         yield folder
+        asked("scancel", "--user=root")
+        until(lambda: asked("squeue", "-h").strip() == "", 60)
     Path("/etc/hosts").write_text(names)
     for daemon in daemons[::-1]:
         daemon.kill()
