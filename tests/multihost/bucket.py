@@ -23,7 +23,7 @@ import hosts
 import pytest
 import test_resume
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUCKET = "runs"
 
 
