@@ -1,6 +1,12 @@
 """Masked Autoencoders (He et al., 2021) in JAX and Flax, for TPU and GPU meshes."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Of every bucket gcsfs would ask what kind it is, for its experimental features, and warn at every
+# file where it may not ask. It reads this when it is imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def __getattr__(name: str):

@@ -53,9 +53,6 @@ def require_place(path: str | os.PathLike, what: str) -> None:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{what}={path}: buckets need gcsfs: pip install gcsfs")
-    # gcsfs would ask for the kind of bucket, for its experimental features, and warn at every file
-    # where it may not ask.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def require_local(path: str | os.PathLike, what: str) -> None:

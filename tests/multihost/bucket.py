@@ -166,7 +166,7 @@ def on_disk(folder):
 
 
 def test_a_run_in_a_bucket_is_killed_and_ends_as_on_a_disk(bucket, folder, on_disk):
-    for steps in (12, 4, 13, 2):
+    for steps in (22, 4, 14, 2):  # the save at 20 waits for that at 10
         run = run_in(bucket, folder, "killed")
         run.until(lambda run=run, steps=steps: started(run, steps))
         assert run.end(signal.SIGKILL) == -signal.SIGKILL, "\n".join(run.said)
