@@ -145,6 +145,18 @@ def test_fine_tuning_starts_from_an_encoder_of_other_channels_and_patches(
     assert shardings[0] == shardings[1]
 
 
+def test_pre_training_starts_from_the_encoder_of_other_patches_with_a_new_decoder(pretrained):
+    workdir, encoder = pretrained[1]
+    config = tiny_config()
+    config.model.update(patch_size=(4, 4))
+    config.data.update(mean=MEAN[:1], std=STD[:1])
+    task, state = fresh_state(config, mesh_of(1, 1, 1))
+    loaded = task.load(checkpoint.find(workdir, "init_from"), state).params
+    jax.tree.map(np.testing.assert_array_equal, loaded["decoder"], state.params["decoder"])
+    jax.tree.map(np.testing.assert_array_equal, loaded["encoder"]["stack"], encoder["stack"])
+    assert loaded["encoder"]["patch_embed"]["kernel"].shape[0] == 16
+
+
 def test_what_fits_is_taken_as_it_is_and_nothing_is_said(pretrained, capsys):
     workdir, encoder = pretrained[1]
     found = load_encoder_into(tuning_of(workdir), workdir)
