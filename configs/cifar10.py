@@ -29,7 +29,7 @@ Arguments:
 Rates of the small model were chosen on training images that the runs did not see.
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import choose, parse_arg
 from mae_jax.configs.finetune import get_config as finetune_recipe
 from mae_jax.configs.knn import get_config as knn_recipe
 from mae_jax.configs.linprobe import get_config as probe_recipe
@@ -48,9 +48,7 @@ def get_config(arg=None):
     make = {
         "pretrain": pretrain, "finetune": finetune, "linear": probe, "attentive": probe, "knn": knn
     }  # fmt: skip
-    if args["task"] not in make:
-        raise ValueError(f"task={args['task']!r}: give one of {', '.join(make)}")
-    config = make[args["task"]](args)
+    config = choose(args, "task", make)(args)
     config.seed = args["seed"]
     config.model.update(image_size=(32, 32), channels=3, width=192, depth=12, heads=3)
     config.model.patch_size = (2, 2)
@@ -85,9 +83,9 @@ def pretrain(args):
 
 def finetune(args):
     labels, small, scratch = args["labels"], args["small"], not args["init"]
-    if labels not in LABELS:
-        raise ValueError(f"labels={labels}: give one of {', '.join(map(str, LABELS))}")
-    epochs, batch_size = LABELS[labels] if small else (50, 128)
+    epochs, batch_size = choose(args, "labels", LABELS)
+    if not small:
+        epochs, batch_size = 50, 128
     epochs = (args["epochs"] or epochs) * args["longer"]
     config = finetune_recipe(
         f"init={args['init']},test=test,epochs={epochs},batch_size={batch_size},small=true,"

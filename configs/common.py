@@ -38,10 +38,26 @@ def parse_arg(arg, **defaults):
             )
         kind = type(defaults[key])
         try:
-            args[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            args[key] = typed(text, kind)
         except (ValueError, KeyError):
             raise ValueError(f"config argument {key}={text!r}: wants a {kind.__name__}") from None
     return args
+
+
+def typed(text, kind):
+    """Return a text as a value of a type; raise ValueError or KeyError if it is none."""
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+
+
+def choose(args, key, choices):
+    """Return what an argument of a recipe chooses.
+
+    Raises:
+      ValueError: it is none of the choices.
+    """
+    if args[key] not in choices:
+        raise ValueError(f"{key}={args[key]!r}: give one of {', '.join(map(str, choices))}")
+    return choices[args[key]]
 
 
 def model_sizes(variant):

@@ -22,7 +22,7 @@ percent of the labels; 100 percent takes the rate of 10). Probes choose theirs o
 Nothing was chosen on the 360 test images.
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import choose, parse_arg
 from mae_jax.configs.finetune import get_config as finetune_recipe
 from mae_jax.configs.knn import get_config as knn_recipe
 from mae_jax.configs.linprobe import get_config as probe_recipe
@@ -44,9 +44,7 @@ def get_config(arg=None):
     make = {
         "pretrain": pretrain, "finetune": finetune, "linear": probe, "attentive": probe, "knn": knn
     }  # fmt: skip
-    if args["task"] not in make:
-        raise ValueError(f"task={args['task']!r}: give one of {', '.join(make)}")
-    config = make[args["task"]](args)
+    config = choose(args, "task", make)(args)
     config.seed = args["seed"]
     config.model.update(
         image_size=(12, 12), channels=1, patch_size=(2, 2), width=64, depth=4, heads=2,
@@ -72,9 +70,7 @@ def pretrain(args):
 
 
 def finetune(args):
-    if args["labels"] not in LABELS:
-        raise ValueError(f"labels={args['labels']}: give one of {', '.join(map(str, LABELS))}")
-    images, batch_size, steps = LABELS[args["labels"]]
+    images, batch_size, steps = choose(args, "labels", LABELS)
     scratch = not args["init"]
     config = finetune_recipe(
         f"init={args['init']},{SOURCE},batch_size={batch_size},scratch={scratch}"

@@ -1,4 +1,4 @@
-"""What the studies share: make runs with `mae-jax train`, one on each core, and tables of them.
+"""Make the runs of a study with `mae-jax train`, one on each core, and tables of them.
 
 A run that is finished has a file NAME.done. Ctrl-C or SIGTERM stops the study: its runs save where
 they are, and the same command goes on from there.

@@ -16,6 +16,8 @@ from pathlib import Path
 import study
 from study import SEEDS, Run, last_value
 
+from mae_jax.metrics.table import cell
+
 LABELS = (10, 1, 100)
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # of fine-tuning and of training from scratch
@@ -94,14 +96,6 @@ def values(root: Path, name: str, key: str) -> list[float]:
     """Return the last value of a metric in the runs NAME and NAME-SEED that are finished."""
     names = [name, *(f"{name}-{seed}" for seed in SEEDS)]
     return [last_value(root, x, key) for x in names if (root / f"{x}.done").exists()]
-
-
-def cell(numbers: list[float]) -> str:
-    """Return mean, spread and number of seeds as text."""
-    if len(numbers) > 1:
-        spread = statistics.stdev(numbers)
-        return f"{statistics.mean(numbers):.1f} ± {spread:.1f} ({len(numbers)})"
-    return f"{numbers[0]:.1f}" if numbers else "not run"
 
 
 def blocks(root: Path, name: str, key: str) -> dict[int, float]:

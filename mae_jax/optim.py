@@ -139,13 +139,16 @@ def adamw(
     tx = optax.adamw(
         schedule, b1, b2, eps, weight_decay=weight_decay, mask=lambda p: decay_mask(p, decayed)
     )
-    if scales is None:
-        return tx
+    return tx if scales is None else optax.chain(tx, scaled_by(scales))
+
+
+def scaled_by(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Return the multiplication of updates by learning-rate multipliers, a function of params."""
 
     def scale(updates: Any, params: Any) -> Any:
         return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales(params))
 
-    return optax.chain(tx, optax.stateless(scale))
+    return optax.stateless(scale)
 
 
 def lars(

@@ -97,13 +97,7 @@ def by_name(
         optax.scale_by_learning_rate(schedule),
     ]
     if scales is not None:
-        parts.append(
-            optax.stateless(
-                lambda updates, params: jax.tree.map(
-                    lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales(params)
-                )
-            )
-        )
+        parts.append(optim.scaled_by(scales))
     return optax.chain(*parts)
 
 

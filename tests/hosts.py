@@ -143,6 +143,12 @@ class Processes:
             reader.join(10)
         return statuses
 
+    def found(self) -> list:
+        """Return what the processes printed after the word FOUND, as JSON."""
+        lines = [line for lines in self.output for line in lines]
+        found = [line.removeprefix("FOUND ") for line in lines if line.startswith("FOUND ")]
+        return list(map(json.loads, found))
+
     def text(self) -> str:
         return "\n".join(line for lines in self.output for line in lines)
 

@@ -89,12 +89,7 @@ def test_evaluations_on_two_hosts_give_the_numbers_of_one(tmp_path):
     processes = Processes([[*command, "0"], [*command, "1"]], devices=2)
     alone = json.loads(json.dumps(measured(mesh_of(1, 1, 1), tmp_path)))
     assert processes.end() == [0, 0], processes.text()
-    together = [
-        json.loads(line.removeprefix("FOUND "))
-        for lines in processes.output
-        for line in lines
-        if line.startswith("FOUND ")
-    ]
+    together = processes.found()
     assert together[0] == together[1]
     assert alone["accuracy"]["eval/images"] == 90
     assert set(alone) == {

@@ -64,12 +64,7 @@ def test_segmentations_on_two_hosts_have_the_counts_of_one(tmp_path):
     processes = Processes([[*command, "0"], [*command, "1"]], devices=2)
     alone = json.loads(json.dumps(measured(mesh_of(1, 1, 1), root)))
     assert processes.end() == [0, 0], processes.text()
-    together = [
-        json.loads(line.removeprefix("FOUND "))
-        for lines in processes.output
-        for line in lines
-        if line.startswith("FOUND ")
-    ]
+    together = processes.found()
     assert set(alone) == {"segment", "knn", "logistic"}
     assert alone["segment"][0]["eval/images"] == 7 and alone["segment"][0]["eval/miou"] > 40
     assert together == [alone, alone]

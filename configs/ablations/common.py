@@ -1,4 +1,4 @@
-"""What the ablations share: the recipe that they change, its measures, and their arguments.
+"""Pieces that ablations share: the recipe that they change, its measures, and their arguments.
 
 Arguments of every file here:
     base    imagenet: L/16 for 800 epochs on plain pixels, as in the paper's Table 1; or cifar10,
@@ -12,7 +12,7 @@ Arguments of every file here:
 from ml_collections import ConfigDict
 
 from mae_jax.configs.cifar10 import get_config as cifar10_recipe
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import choose, parse_arg
 from mae_jax.configs.digits import get_config as digits_recipe
 from mae_jax.configs.pretrain import get_config as pretrain_recipe
 
@@ -27,9 +27,7 @@ def sweep(arg, rows, paper=()):
     """
     args = parse_arg(arg, base="imagenet", data="", small=True, epochs=0, seeds=1)
     bases = {"imagenet": imagenet, "cifar10": cifar10, "digits": digits}
-    if args["base"] not in bases:
-        raise ValueError(f"base={args['base']!r}: give one of {', '.join(bases)}")
-    config, splits = bases[args["base"]](args)
+    config, splits = choose(args, "base", bases)(args)
     measure = dict(every="", source="", feature="cls", layers="all", batch_size=500, **splits)
     config.evals.knn = dict(measure, type="knn", ks=(20,), temperature=0.07)
     config.evals.logistic = dict(measure, type="logistic")

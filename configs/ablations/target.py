@@ -1,4 +1,4 @@
-"""What is predicted, and of which patches: the paper's Table 1d without its tokenizer.
+"""Targets, and the patches that count: the paper's Table 1d without its tokenizer.
 
     mae-jax sweep --config=configs/ablations/target.py --workdir=DIR --dry_run
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_jax import configs, limits
 from mae_jax.config import OPTIONAL_KEYS, REMOVED_KEYS, RENAMED_KEYS, leaves
+from mae_jax.configs.common import typed
 from mae_jax.errors import UserError, nearest
 
 INSTALLED = Path(configs.__path__[0])
@@ -126,9 +127,7 @@ def _take_optional(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         kind = type(OPTIONAL_KEYS[key])
         try:
-            taken[key] = (
-                {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-            )
+            taken[key] = typed(text, kind)
         except (ValueError, KeyError):
             raise UserError(f"{arg}: write --config.{key}=VALUE, with a {kind.__name__}") from None
     return rest, taken

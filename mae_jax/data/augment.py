@@ -106,14 +106,24 @@ class RandAugment:
     number: int = 2
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        grey = image_HWC.shape[-1] == 1
-        image = Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if grey else image_HWC))
+        image = to_picture(image_HWC)
         for name in rng.choice(list(OPERATIONS), self.number):
             if rng.random() < PROBABILITY:
                 level = float(np.clip(rng.normal(self.magnitude, self.deviation), 0, HIGHEST))
                 image = apply(image, name, level, negative=rng.random() < 0.5)
-        array = np.asarray(image)
-        return array[..., None] if grey else array
+        return to_array(image)
+
+
+def to_picture(image_HWC: np.ndarray) -> Image.Image:
+    """Return a uint8 image of 1 or 3 channels as Pillow's, grey or RGB."""
+    grey = image_HWC.shape[-1] == 1
+    return Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if grey else image_HWC))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Return what `to_picture` was given."""
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
 
 
 def apply(image: Image.Image, name: str, magnitude: float, negative: bool) -> Image.Image:

@@ -6,6 +6,7 @@ import re
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from mae_jax.data.augment import to_array, to_picture
 from mae_jax.errors import UserError
 
 KINDS = {"b": "brightness", "c": "contrast", "s": "saturation", "h": "hue"}
@@ -25,15 +26,13 @@ class ColourJitter:
     hue: float = 0.0
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        grey = image_HWC.shape[-1] == 1
-        image = Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if grey else image_HWC))
-        kinds = ["brightness", "contrast"] + ["saturation", "hue"] * (not grey)
+        image = to_picture(image_HWC)
+        kinds = ["brightness", "contrast"] + ["saturation", "hue"] * (image.mode != "L")
         for kind in rng.permutation(kinds):
             strength = getattr(self, kind)
             if strength:
                 image = shift(image, kind, rng.uniform(-strength, strength))
-        array = np.asarray(image)
-        return array[..., None] if grey else array
+        return to_array(image)
 
 
 def shift(image: Image.Image, kind: str, amount: float) -> Image.Image:

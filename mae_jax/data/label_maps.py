@@ -22,7 +22,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Legend:
-    """What the numbers, or the colours, of label maps mean.
+    """The meaning of the numbers, or the colours, of label maps.
 
     Args:
       names: of the classes, by their numbers from 0.

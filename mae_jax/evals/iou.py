@@ -4,7 +4,6 @@ All pixels of a split are pooled in one table of counts. The mean is over the cl
 the truth or in a prediction; an ignored pixel is not counted.
 """
 
-import io
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.results import NAME_LENGTH, to_json
+from mae_jax.evals.results import NAME_LENGTH, bars, to_json
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -146,24 +145,15 @@ def tables(scores: Mapping[str, Scores], names: list[str]) -> dict[str, Any]:
 
 def figure(results: Mapping[str, Any]) -> bytes:
     """Return a PNG of the classes' intersection over union, of the setting with the best mean."""
-    from matplotlib.figure import Figure
-
     best = max(results["settings"], key=lambda row: row["miou"])
     rows = [row for row in results["per_class"] if row["iou"][best["setting"]] is not None]
     rows.sort(key=lambda row: -row["pixels"])
-    figure = Figure(figsize=(8, 1.5 + 0.22 * len(rows)), layout="constrained", dpi=110)
-    axis = figure.subplots()
-    axis.barh(range(len(rows)), [row["iou"][best["setting"]] for row in rows])
-    axis.invert_yaxis()
     share = [100 * row["pixels"] / results["pixels"] for row in rows]
-    labels = [f"{r['class'][:NAME_LENGTH]} ({s:.1f} %)" for r, s in zip(rows, share, strict=True)]
-    axis.set_yticks(range(len(rows)), labels, parse_math=False)
-    axis.set(xlim=(0, 100), xlabel="intersection over union, % (share of the labelled pixels)")
-    axis.set_title(
+    return bars(
+        [row["iou"][best["setting"]] for row in rows],
+        [f"{r['class'][:NAME_LENGTH]} ({s:.1f} %)" for r, s in zip(rows, share, strict=True)],
+        "intersection over union, % (share of the labelled pixels)",
         f"{results.get('source')}, {results.get('split')}, step {results.get('step')}:"
         f" mIoU {best['miou']:.2f} % {best['setting']}",
-        parse_math=False,
+        spacing=0.22,
     )
-    encoded = io.BytesIO()
-    figure.savefig(encoded, format="png")
-    return encoded.getvalue()

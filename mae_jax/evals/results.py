@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -207,22 +207,30 @@ def to_json(results: Mapping[str, Any]) -> bytes:
 
 def figure(results: Mapping[str, Any]) -> bytes:
     """Return a PNG of the classes of lowest accuracy."""
-    from matplotlib.figure import Figure
-
     rows = worst(results["per_class"])
-    figure = Figure(figsize=(8, 1.5 + 0.25 * len(rows)), layout="constrained", dpi=110)
-    axis = figure.subplots()
-    axis.barh(range(len(rows)), [row["accuracy"] for row in rows])
-    axis.invert_yaxis()
-    names = [f"{row['class'][:NAME_LENGTH]} ({row['images']:,})" for row in rows]
-    # A $ in a name is a character, and begins no formula.
-    axis.set_yticks(range(len(rows)), names, parse_math=False)
-    axis.set(xlim=(0, 100), xlabel="accuracy of the worst classes (images of each), %")
-    axis.set_title(
+    return bars(
+        [row["accuracy"] for row in rows],
+        [f"{row['class'][:NAME_LENGTH]} ({row['images']:,})" for row in rows],
+        "accuracy of the worst classes (images of each), %",
         f"{results.get('source')}, {results.get('split')}, step {results.get('step')}:"
         f" top-1 {results['top1']:.2f} % of {results['images']:,} images",
-        parse_math=False,
     )
+
+
+def bars(
+    percents: Sequence[float], names: Sequence[str], what: str, title: str, spacing: float = 0.25
+) -> bytes:
+    """Return a PNG with a bar for each name, the first on top, `spacing` inches apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + spacing * len(names)), layout="constrained", dpi=110)
+    axis = figure.subplots()
+    axis.barh(range(len(names)), percents)
+    axis.invert_yaxis()
+    # A $ in a name is a character, and begins no formula.
+    axis.set_yticks(range(len(names)), names, parse_math=False)
+    axis.set(xlim=(0, 100), xlabel=what)
+    axis.set_title(title, parse_math=False)
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")
     return encoded.getvalue()

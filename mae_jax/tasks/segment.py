@@ -124,7 +124,7 @@ class Task(train.Task):
 
     @property
     def width(self) -> int:
-        """How many numbers of a patch the head reads."""
+        """The number of features of a patch that the head reads."""
         spec = self.spec
         return spec.patch_dim if self.of_pixels else len(self.layers) * spec.encoder.width
 

@@ -144,7 +144,7 @@ def download(storage, name: str, folder: Path) -> Path:
 
 
 def started(run, count: int = 1) -> bool:
-    """Whether a process has made so many updates."""
+    """Return whether a process has made so many updates."""
     return sum(bool(re.match(r"step +\d+/", line)) for line in run.said) >= count
 
 

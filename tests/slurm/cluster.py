@@ -145,6 +145,15 @@ def saved(job: Job) -> int:
     return max(int(name) for name in names if name.isdigit())
 
 
+def assert_saves_and_goes_on(job: Job) -> None:
+    """Check that a job that is put back into the queue saved its last step, and goes on there."""
+    until(lambda: job.fact("Restarts") == "1")
+    step = saved(job)
+    assert hosts.logged(job.workdir)[-1]["step"] == step
+    job.until_step(step + 5)
+    assert f"resumed at step {step}" in job.log.read_text()
+
+
 LONG = "--config.train_for=1000000 steps"
 
 
@@ -162,11 +171,7 @@ def test_a_killed_process_puts_the_job_back_and_it_ends(cluster, tmp_path):
 def test_a_job_saves_before_its_time_is_over_and_goes_on(cluster, tmp_path):
     # A limit is a minute at least, and Slurm may signal up to a minute early.
     job = Job(tmp_path / "limit", LONG, options=("--time=2", "--signal=TERM@60"))
-    until(lambda: job.fact("Restarts") == "1")
-    step = saved(job)
-    assert hosts.logged(job.workdir)[-1]["step"] == step
-    job.until_step(step + 5)
-    assert f"resumed at step {step}" in job.log.read_text()
+    assert_saves_and_goes_on(job)
     asked("scancel", job.number)
     job.until_ended("CANCELLED")
 
@@ -186,9 +191,5 @@ def test_a_job_that_gives_way_to_another_goes_on_after_it(cluster, tmp_path):
     job.until_step(5)
     other = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
     asked("sbatch", *other)
-    until(lambda: job.fact("Restarts") == "1")
-    step = saved(job)
-    assert hosts.logged(job.workdir)[-1]["step"] == step
-    job.until_step(step + 5)
-    assert f"resumed at step {step}" in job.log.read_text()
+    assert_saves_and_goes_on(job)
     asked("scancel", job.number)
