@@ -138,6 +138,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
+            if distributed.from_others(error):
+                raise
             raise SaveError(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:

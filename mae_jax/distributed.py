@@ -257,18 +257,24 @@ def watchdog(stall_seconds: float) -> Iterator[Callable[[], None]]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def alone_with(error: BaseException) -> bool:
-    """Return whether other hosts may not have this error, so that `leave` must end them.
+def from_others(error: BaseException) -> bool:
+    """Return whether the cause may be that another host is gone, which JAX's heartbeats report.
 
-    JAX's own errors do not count: their cause may be that another host is gone, which JAX's
-    heartbeats report (see launch/host.sh).
+    So it may be with any error of a collective: a JaxRuntimeError, or a ValueError that begins
+    with a status of XLA, such as "UNKNOWN: Gloo AllGather failed" (see launch/host.sh).
     """
     cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, jax.errors.JaxRuntimeError):
-            return False
+    while cause is not None and jax.process_count() > 1:
+        status = type(cause) is ValueError and re.match(r"[A-Z_]{2,}: ", str(cause))
+        if isinstance(cause, jax.errors.JaxRuntimeError) or status:
+            return True
         cause = cause.__cause__ or cause.__context__
-    return jax.process_count() > 1
+    return False
+
+
+def alone_with(error: BaseException) -> bool:
+    """Return whether other hosts may not have this error, so that `leave` must end them."""
+    return jax.process_count() > 1 and not from_others(error)
 
 
 def leave(status: int) -> NoReturn:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax import distributed
+from mae_jax import checkpoint, distributed
 from mae_jax.commands import train
 
 HOSTS, DEVICES = 2, 2
@@ -257,19 +257,37 @@ def test_watchdog_prints_the_stacks_of_all_threads_when_nothing_ends(capfd):
     assert "test_distributed.py" in printed
 
 
-def test_an_error_that_a_lost_host_caused_does_not_end_this_host(monkeypatch):
+LOST = (
+    jax.errors.JaxRuntimeError("Connection closed by peer"),
+    ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+)
+
+
+@pytest.mark.parametrize("lost", LOST, ids=lambda lost: type(lost).__name__)
+def test_an_error_that_a_lost_host_caused_does_not_end_this_host(lost, monkeypatch):
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     assert distributed.alone_with(ValueError("only here"))
-    for wrap in (lambda error: OSError("explained"), lambda error: None):
+    assert not distributed.alone_with(lost)
+    try:
         try:
-            try:
-                raise jax.errors.JaxRuntimeError("Connection closed by peer")
-            except jax.errors.JaxRuntimeError as lost:
-                if (cause := wrap(lost)) is not None:
-                    raise cause from lost
-                raise OSError("while it was explained")  # noqa: B904
-        except OSError as error:
-            assert not distributed.alone_with(error)
+            raise lost
+        except Exception:
+            raise OSError("while it was explained")  # noqa: B904
+    except OSError as error:
+        assert not distributed.alone_with(error)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 1)
+    assert not distributed.from_others(lost)
+
+
+def test_a_save_that_fails_because_a_host_is_lost_is_not_called_an_error_of_the_disk(
+    tmp_path, monkeypatch
+):
+    saver = checkpoint.Checkpointer(tmp_path)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="Gloo"), saver._explained():
+        raise LOST[1]
+    with pytest.raises(checkpoint.SaveError, match="No space"), saver._explained():
+        raise OSError("No space left on device")
 
 
 def test_sigterm_is_noticed_and_does_not_kill():
