@@ -15,8 +15,9 @@ from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
 from mae_jax.models import mae, masking
 from mae_jax.models.classifier import Classifier, Output
+from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import normalize, patchify, to_levels, unpatchify
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder, layer_norm
 
 

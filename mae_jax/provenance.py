@@ -48,6 +48,7 @@ ADDED_KEYS: dict[str, Any] = OPTIONAL_KEYS | {
     "masking.tokens_in_encoder": False,
     "online_probe": False,
 }
+UNFINISHED = "unfinished.json"  # of a run that was asked to stop during an evaluation
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -196,3 +197,19 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def note_unfinished(workdir: epath.Path, step: int, names: list[str]) -> None:
+    """Write down which evaluators a stop has kept from measuring the state of a step."""
+    note = workdir / UNFINISHED
+    if jax.process_index() == 0:
+        note.unlink(missing_ok=True)
+        if names:
+            files.write_json(note, {"step": step, "evaluations": names})
+
+
+def unfinished(workdir: str | os.PathLike, step: int) -> list[str]:
+    """Return the evaluators that a stop has kept from measuring the state of a step."""
+    note = epath.Path(workdir) / UNFINISHED
+    noted = json.loads(note.read_text()) if note.exists() else {}
+    return noted["evaluations"] if noted.get("step") == step else []

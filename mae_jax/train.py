@@ -5,9 +5,7 @@ Knows meshes, checkpoints and reports; knows no model and no dataset: those come
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,12 +21,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import checkpoint, distributed, files, sharding
+from mae_jax import checkpoint, distributed, provenance, sharding
 from mae_jax.report import Reporter
 from mae_jax.schedule import Schedule
 
 Rng = Callable[[str], Array]  # the name of a stream -> a random key
-UNFINISHED = "unfinished.json"  # of a run that was asked to stop during an evaluation
 
 
 @flax.struct.dataclass
@@ -269,7 +266,8 @@ def fit(
     Args:
       step_fn: from `compile_step`.
       batches: from `global_batches`, starting with that of the state's step.
-      unfinished: evaluators that have to measure this first state still; see `unfinished`.
+      unfinished: evaluators that have to measure this first state still, because a stop kept them
+        from it.
       stop_requested: asked once a step, on all hosts alike.
 
     Raises:
@@ -298,11 +296,11 @@ def fit(
                 saver.save(step, state)
         if stopping:
             saver.close()
-            note_unfinished(saver.root.parent, step, due)
+            provenance.note_unfinished(saver.root.parent, step, due)
             report.log(reason := f"asked to stop at step {step} of {schedule.total}: it is saved")
             raise distributed.stopped(reason)
         if unfinished and not is_new:
-            note_unfinished(saver.root.parent, step, [])
+            provenance.note_unfinished(saver.root.parent, step, [])
         saver.check()
         if step == schedule.total:
             break
@@ -314,22 +312,6 @@ def fit(
         state, metrics = step_fn(state, batch)
         report.updated(step + 1, metrics, scalars)
     return state
-
-
-def note_unfinished(workdir: epath.Path, step: int, names: list[str]) -> None:
-    """Write down which evaluators a stop has kept from measuring the state of a step."""
-    note = workdir / UNFINISHED
-    if jax.process_index() == 0:
-        note.unlink(missing_ok=True)
-        if names:
-            files.write_json(note, {"step": step, "evaluations": names})
-
-
-def unfinished(workdir: str | os.PathLike, step: int) -> list[str]:
-    """Return the evaluators that a stop has kept from measuring the state of a step."""
-    note = epath.Path(workdir) / UNFINISHED
-    noted = json.loads(note.read_text()) if note.exists() else {}
-    return noted["evaluations"] if noted.get("step") == step else []
 
 
 def evaluate(

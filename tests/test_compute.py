@@ -10,7 +10,8 @@ import pytest
 from tiny import assert_trees_equal, run, tiny_config
 
 from mae_jax.models import mae, masking
-from mae_jax.models.spec import ComputeConfig, ModelSpec, ViTSpec, why_no_cudnn
+from mae_jax.models.compute import ComputeConfig, why_no_cudnn
+from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder
 
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")

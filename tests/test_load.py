@@ -17,8 +17,8 @@ import mae_jax
 from configs import quickstart
 from mae_jax.commands import convert
 from mae_jax.models import masking, posemb
+from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.spec import ComputeConfig
 from mae_jax.pretrained import Model
 from mae_jax.tasks.pretrain import Task
 

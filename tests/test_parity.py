@@ -7,9 +7,9 @@ import pytest
 from official import GOLDEN, META, STATE, assert_close, mae_spec, params_of
 
 from mae_jax.models import mae, masking, targets
+from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import patchify
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.spec import ComputeConfig
 
 SPEC = mae_spec()
 

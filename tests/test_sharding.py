@@ -12,7 +12,7 @@ from tiny import compiled, mesh_of, tiny_config
 
 from mae_jax import sharding, tasks, train
 from mae_jax.models.attention import Attention
-from mae_jax.models.spec import ComputeConfig
+from mae_jax.models.compute import ComputeConfig
 
 COLLECTIVE = re.compile(
     r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("

@@ -82,7 +82,7 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from mae_jax.models.spec import ComputeConfig
+    from mae_jax.models.compute import ComputeConfig
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
     by_row = NamedSharding(mesh, P("data"))

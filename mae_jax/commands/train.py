@@ -162,7 +162,7 @@ def _run(
         )
         if schedule.total == 0:
             return train.evaluate(state, **common)
-        unfinished = train.unfinished(workdir, start)
+        unfinished = provenance.unfinished(workdir, start)
         common |= dict(saver=saver, unfinished=unfinished)
         if step is None and not unfinished:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")

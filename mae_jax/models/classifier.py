@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder, Stack, layer_norm, torch_conv_init
 
 HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; docs/REFERENCE.md section 3

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.attention import xavier
+from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.masking import Mask
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder, Stack, layer_norm, positions
 
 

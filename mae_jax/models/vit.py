@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.attention import Attention, xavier
+from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.spec import ComputeConfig, ModelSpec, ViTSpec
+from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
 def torch_conv_init(fan_in: int) -> Callable:

@@ -16,7 +16,8 @@ from mae_jax.data import bad_images, bands, pipeline
 from mae_jax.data.labels import open_labelled, require_labels
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import UserError
-from mae_jax.models.spec import ComputeConfig, ModelSpec
+from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """Masked pre-training: hide patches, predict them. Shape suffixes as in models/vit.py."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -15,13 +12,13 @@ from ml_collections import ConfigDict
 
 from mae_jax import flops, train
 from mae_jax.config import resolve_group
-from mae_jax.errors import UserError
 from mae_jax.models import mae, masking, masks, pca, probe, targets
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.init_from import load_encoder, saved_spec
+from mae_jax.tasks.shapes import check_scores, width_of_target
 
 
 @dataclass(frozen=True)
@@ -164,60 +161,3 @@ class Task(train.Task):
         batch_size = self.examples.batch_size
         schedule = common.learning_rate(self.optim, batch_size, total_steps, steps_per_epoch)
         return common.optimizer(self.optim, schedule), schedule
-
-
-def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
-    """Check that a mask function returns a score for each patch, without running it.
-
-    Raises:
-      UserError: it takes other arguments, or its scores have another shape.
-    """
-    shape = shape_of(
-        score_patches,
-        f"masking {name!r} is no function (rng, batch, grid, ratio) -> scores",
-        jax.random.key(0),
-        batch=2,
-        grid=spec.grid,
-        ratio=spec.mask_ratio,
-    )
-    if shape != (2, spec.num_patches):
-        raise UserError(
-            f"masking {name!r} returned scores of shape {shape} for 2 images of"
-            f" {spec.num_patches} patches: it must return (batch, patches)"
-        )
-
-
-def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
-    """Return T, the width of a target for each patch, without running its function.
-
-    Raises:
-      UserError: it takes other arguments, or does not return one row for each patch.
-    """
-    shape = shape_of(
-        make_target,
-        f"target {name!r} is no function (images_BHWC, patch_size) -> target_BLT",
-        jnp.zeros((2, *spec.image_size, spec.channels)),
-        spec.patch_size,
-    )
-    if len(shape) != 3 or shape[:2] != (2, spec.num_patches):
-        raise UserError(
-            f"target {name!r} returned shape {shape} for 2 images of {spec.num_patches} patches:"
-            " it must return (batch, patches, any width)"
-        )
-    return shape[2]
-
-
-def shape_of(function: Callable, refusal: str, *args: Any, **kwargs: Any) -> tuple[int, ...]:
-    """Return the shape of the array that a call would return, without running it.
-
-    Raises:
-      UserError: the function takes other arguments, or does not return one array.
-    """
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{refusal} ({error})") from None
-    array = jax.eval_shape(partial(function, *args, **kwargs))
-    if not hasattr(array, "shape"):
-        raise UserError(f"{refusal} (it returned {array})")
-    return array.shape
