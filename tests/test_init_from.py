@@ -145,16 +145,30 @@ def test_fine_tuning_starts_from_an_encoder_of_other_channels_and_patches(
     assert shardings[0] == shardings[1]
 
 
-def test_pre_training_starts_from_the_encoder_of_other_patches_with_a_new_decoder(pretrained):
+@pytest.mark.parametrize("depth", [None, 2], ids=["the same decoder", "another decoder"])
+def test_pre_training_starts_from_a_network_for_other_patches(pretrained, depth):
     workdir, encoder = pretrained[1]
     config = tiny_config()
-    config.model.update(patch_size=(4, 4))
+    config.model.update(patch_size=(4, 4), decoder_depth=depth or config.model.decoder_depth)
     config.data.update(mean=MEAN[:1], std=STD[:1])
-    task, state = fresh_state(config, mesh_of(1, 1, 1))
-    loaded = task.load(checkpoint.find(workdir, "init_from"), state).params
-    jax.tree.map(np.testing.assert_array_equal, loaded["decoder"], state.params["decoder"])
+    task, fresh = fresh_state(config, mesh_of(2, 2, 1))
+    path = checkpoint.find(workdir, "init_from")
+    loaded = task.load(path, fresh).params
     jax.tree.map(np.testing.assert_array_equal, loaded["encoder"]["stack"], encoder["stack"])
     assert loaded["encoder"]["patch_embed"]["kernel"].shape[0] == 16
+    assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(
+        lambda x: x.sharding, fresh.params
+    )
+    if depth:
+        jax.tree.map(np.testing.assert_array_equal, loaded["decoder"], fresh.params["decoder"])
+        return
+    shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), checkpoint.shapes(path))
+    saved = checkpoint.restore(path, shapes["params"], ("params",))["decoder"]
+    jax.tree.map(np.testing.assert_array_equal, loaded["decoder"]["stack"], saved["stack"])
+    predicted_B64 = np.ones((3, saved["pred"]["kernel"].shape[0])) @ saved["pred"]["kernel"]
+    smaller_BHW1 = jax.image.resize(predicted_B64.reshape(3, 8, 8, 1), (3, 4, 4, 1), "bilinear")
+    ours_B16 = np.ones((3, saved["pred"]["kernel"].shape[0])) @ loaded["decoder"]["pred"]["kernel"]
+    np.testing.assert_allclose(ours_B16.reshape(3, 4, 4, 1), smaller_BHW1, atol=1e-5)
 
 
 def test_what_fits_is_taken_as_it_is_and_nothing_is_said(pretrained, capsys):

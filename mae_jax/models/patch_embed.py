@@ -1,6 +1,6 @@
-"""Adapt the linear patch embedding to another patch size or other channels.
+"""Adapt the linear layers that read and predict patches to another patch size or other channels.
 
-Kernels are (P, D), the numbers of a patch in the order of `patchify`.
+The numbers of a patch, P, are in the order of `patchify`.
 """
 
 import jax
@@ -58,6 +58,20 @@ def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Arra
         jnp.einsum("ir,jc,rchd->ijhd", rows, cols, kernel, precision="highest"),
         "r c ch d -> (r c ch) d",
     ).astype(kernel_PD.dtype)
+
+
+def resize_prediction(
+    kernel_EP: Array, bias_P: Array, old: tuple[int, int], new: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Return a layer whose predicted patches of size `new` are the old ones, resized bilinearly."""
+    rows, cols = (_bilinear(o, n) for o, n in zip(old, new, strict=True))
+
+    def resized(x_NP: Array) -> Array:
+        x = rearrange(x_NP, "n (r c ch) -> n r c ch", r=old[0], c=old[1])
+        y = jnp.einsum("ir,jc,nrch->nijh", rows, cols, x, precision="highest")
+        return rearrange(y, "n r c ch -> n (r c ch)").astype(x_NP.dtype)
+
+    return resized(kernel_EP), resized(bias_P[None])[0]
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:

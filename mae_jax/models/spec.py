@@ -156,6 +156,10 @@ class ModelSpec:
             self, decoder=None, target_dim=0, classes=0, pool="cls", tokens_in_encoder=False
         )
 
+    def resized(self, image_size: Size, patch_size: Size) -> "ModelSpec":
+        """Return the same network for images and patches of other sizes; it predicts pixels."""
+        return dataclasses.replace(self, image_size=image_size, patch_size=patch_size, target_dim=0)
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "ModelSpec":
         """Return the network of a config: `config.to_dict()`, or the config.json of a workdir.

@@ -1,4 +1,4 @@
-"""Start from an encoder that another run trained (config.init_from)."""
+"""Start from what another run trained (config.init_from): an encoder, or all of it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from mae_jax.errors import UserError
 from mae_jax.models import patch_embed, posemb
 from mae_jax.models.spec import ModelSpec
 
-ENCODER = ("params", "encoder")  # keys of a checkpoint
+ENCODER, DECODER = ("params", "encoder"), ("params", "decoder")  # keys of a checkpoint
 
 
 def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
@@ -84,6 +84,35 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
     if notes:
         log_once(f"encoder of {path}: {'; '.join(notes)}")
     return {name: restored[name] for name in target}
+
+
+def load_decoder(path: epath.Path, target: Any, old: ModelSpec, new: ModelSpec) -> dict:
+    """Return the decoder of a checkpoint in the shardings of `target`; predictions are resized.
+
+    Args:
+      path: of a checkpoint.
+      target: the arrays of the wanted decoder; only shapes and shardings are read.
+      old, new: networks that differ in the sizes of images and patches only.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(target)
+    )
+    replicated = target["norm"]["scale"].sharding
+    shapes["pred"] = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        checkpoint.shapes(path, (*DECODER, "pred")),
+    )
+    decoder = checkpoint.restore(path, shapes, DECODER)
+
+    def resize(pred: dict) -> dict:
+        kernel, bias = patch_embed.resize_prediction(
+            pred["kernel"], pred["bias"], old.patch_size, new.patch_size
+        )
+        return {"kernel": kernel, "bias": bias}
+
+    shardings = jax.tree.map(lambda x: x.sharding, dict(target["pred"]))
+    log_once(f"decoder of {path}: predictions of {old.patches} resized to {new.patches}")
+    return decoder | {"pred": jax.jit(resize, out_shardings=shardings)(decoder["pred"])}
 
 
 def saved_spec(path: epath.Path) -> ModelSpec | None:

@@ -17,7 +17,7 @@ from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.init_from import load_encoder, saved_spec
+from mae_jax.tasks.init_from import load_decoder, load_encoder, saved_spec
 from mae_jax.tasks.shapes import check_scores, width_of_target
 
 
@@ -116,13 +116,16 @@ class Task(train.Task):
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
         """Return a fresh state with the parameters of a checkpoint (config.init_from).
 
-        Of a network for other patches only the encoder is taken, and adapted.
+        Those of a network for other patches are adapted: the encoder, and the decoder if all else
+        is the same.
         """
-        saved = saved_spec(path)
-        if saved is None or saved.patches == self.spec.patches:
+        saved, spec = saved_spec(path), self.spec
+        if saved is None or saved.patches == spec.patches:
             return super().load(path, state)
-        encoder = load_encoder(path, state.params["encoder"], self.spec)
-        return replace(state, params=state.params | {"encoder": encoder})
+        parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}
+        if saved.resized(spec.image_size, spec.patch_size) == spec:
+            parts["decoder"] = load_decoder(path, state.params["decoder"], saved, spec)
+        return replace(state, params=state.params | parts)
 
     def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
