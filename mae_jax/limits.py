@@ -124,6 +124,7 @@ SWITCHES = (
     "masking.roll",
     "masking.tokens_in_encoder",
     "online_probe",
+    "model.float32_sums",
     "model.remat",
     "data.synthetic",
     "evals.*.of_training_images",

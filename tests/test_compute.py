@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from tiny import assert_trees_equal, run, tiny_config
 
 from mae_jax.models import mae, masking
@@ -142,3 +143,39 @@ def test_a_padded_stream_without_its_length_would_give_other_tokens(anywhere, mo
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", forgetful)
     assert np.abs(encoder.apply(params, patches) - padded).max() > 1e-3
+
+
+def kernel_gradients(compute: ComputeConfig) -> tuple:
+    """Return the loss of a small network and the gradients of its matrices."""
+    vit = ViTSpec(width=32, depth=2, heads=2, hidden=64)
+    spec = ModelSpec((32, 32), (8, 8), 3, vit, decoder=vit)
+    network = mae.MAE(spec, compute)
+    patches_BLP = jax.random.normal(jax.random.key(0), (4, 16, 192))
+    mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (4, 16)), 4)
+    params = network.init(jax.random.key(2), patches_BLP, mask)
+
+    def loss(params):
+        return mae.masked_mse(network.apply(params, patches_BLP, mask), patches_BLP, mask.mask_BL)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    matrices = {name: x for name, x in flatten_dict(grads).items() if name[-1] == "kernel"}
+    return value, matrices
+
+
+def test_gradients_of_matrices_are_summed_in_the_type_of_products_or_in_float32():
+    exact = kernel_gradients(ComputeConfig())[1]
+    for split_heads in (False, True):
+        settings = ComputeConfig(jnp.bfloat16, split_heads=split_heads)
+        value, short = kernel_gradients(settings)
+        same_value, long = kernel_gradients(settings._replace(float32_sums=True))
+        assert value == same_value
+        assert len(short) == 11
+        for name, x in short.items():
+            rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
+            assert (rounded == x).all(), f"{name} was not summed in bfloat16"
+            assert (long[name].astype(jnp.bfloat16).astype(jnp.float32) != long[name]).any(), name
+        errors = [
+            np.mean([np.linalg.norm(g[name] - x) / np.linalg.norm(x) for name, x in exact.items()])
+            for g in (long, short)
+        ]
+        assert errors[0] < errors[1]

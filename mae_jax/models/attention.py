@@ -9,7 +9,6 @@ that `jax.jvp`, `jax.jacfwd` and `jax.hessian` of the network raise; reverse mod
 Kernels are stored with an axis of heads and used as flat matrices, which TPUs multiply faster.
 """
 
-import math
 from functools import partial
 
 import flax.linen as nn
@@ -18,9 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
-
-# On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
-xavier = nn.initializers.xavier_uniform()
+from mae_jax.models.dense import Weights, multiply
 
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -107,21 +104,6 @@ def _add_bias_backward(_: None, grad_BND: Array) -> tuple[Array, Array]:
 add_bias.defvjp(lambda y_BND, bias_D: (add_bias(y_BND, bias_D), None), _add_bias_backward)
 
 
-class Weights(nn.Module):
-    """A kernel of shape (*inner, *outer) and a bias, initialised as the (in, out) matrix."""
-
-    inner: tuple[int, ...]
-    outer: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, dtype: jnp.dtype) -> tuple[Array, Array]:
-        flat = math.prod(self.inner), math.prod(self.outer)
-        shape = (*self.inner, *self.outer)
-        kernel = self.param("kernel", lambda rng: xavier(rng, flat).reshape(shape))
-        bias = self.param("bias", nn.initializers.zeros, self.outer)
-        return kernel.astype(dtype), bias.astype(dtype)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused, biased q-k-v projection."""
 
@@ -133,19 +115,20 @@ class Attention(nn.Module):
     def __call__(self, x_BND: Array) -> Array:
         width, dtype = x_BND.shape[-1], self.compute.dtype
         heads = (self.heads, width // self.heads)
-        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")(dtype)
-        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(dtype)
+        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")(self.compute)
+        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(self.compute)
         x_BND = x_BND.astype(dtype)
 
         # One product is faster than three, but in its matrix no axis can be split by heads.
         pieces, qkv = 3 if self.compute.split_heads else 1, []
         kernels = jnp.split(kernel_D3SF, pieces, axis=1)
         for kernel, bias in zip(kernels, jnp.split(bias_3SF, pieces), strict=True):
-            y_BNE = add_bias(x_BND @ kernel.reshape(width, -1), bias.reshape(-1))
-            qkv += jnp.split(y_BNE, 3 // pieces, axis=-1)
+            y_BNE = multiply(x_BND, kernel.reshape(width, -1), self.compute)
+            qkv += jnp.split(add_bias(y_BNE, bias.reshape(-1)), 3 // pieces, axis=-1)
         q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
         if self.compute.attention == "cudnn":
             y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
         else:
             y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
-        return add_bias(y_BNSF.reshape(x_BND.shape) @ kernel_SFD.reshape(width, width), bias_D)
+        flat_DD = kernel_SFD.reshape(width, width)
+        return add_bias(multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute), bias_D)

@@ -44,6 +44,7 @@ class ComputeConfig(NamedTuple):
       constrain: applied to the residual stream around every block.
       split_heads: q, k and v are three products: where devices share the heads (mesh axis
         `tensor`), and on GPUs, whose compiler found no tiles for the gradient of one product.
+      float32_sums: gradients of matrices are summed over devices in float32, not in `dtype`.
     """
 
     dtype: Any = jnp.float32
@@ -53,6 +54,7 @@ class ComputeConfig(NamedTuple):
     attention: Literal["xla", "cudnn"] = "xla"
     constrain: Callable[[Array], Array] = lambda x: x
     split_heads: bool = False
+    float32_sums: bool = False
 
     @classmethod
     def from_config(
@@ -102,4 +104,5 @@ class ComputeConfig(NamedTuple):
             attention,
             constrain,
             split_heads or device.platform == "gpu",
+            model.get("float32_sums", False),
         )

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from mae_jax.models.attention import xavier
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.dense import dense
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder, Stack, layer_norm, positions
@@ -27,9 +27,9 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent_BND: Array, restore_BL: Array | None = None) -> Array:
-        vit, dtype = self.spec.decoder, self.compute.dtype
+        vit = self.spec.decoder
         assert vit is not None
-        x_BNE = nn.Dense(vit.width, dtype=dtype, kernel_init=xavier, name="embed")(latent_BND)
+        x_BNE = dense(vit.width, self.compute, "embed")(latent_BND)
         x_BNE = x_BNE.astype(self.compute.residual_dtype)
         if restore_BL is not None:
             token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         x_BNE = x_BNE + positions(self, vit, self.spec.grid)
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE)
         x_BNE = layer_norm("norm")(x_BNE)
-        pred = nn.Dense(self.spec.target_dim, dtype=dtype, kernel_init=xavier, name="pred")
+        pred = dense(self.spec.target_dim, self.compute, "pred")
         return pred(x_BNE)[:, 1:].astype(jnp.float32)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from mae_jax.models.attention import xavier
+from mae_jax.models.dense import xavier
 from mae_jax.models.vit import Encoder, layer_norm
 
 EPSILON = 1e-6  # of batch and layer norm; docs/REFERENCE.md section 4

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mae_jax.models.attention import Attention, xavier
+from mae_jax.models.attention import Attention
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.dense import dense
 from mae_jax.models.posemb import sincos_2d
 from mae_jax.models.spec import ModelSpec, ViTSpec
 
@@ -98,9 +99,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        dtype = self.compute.dtype
-        h = nn.Dense(self.hidden, dtype=dtype, kernel_init=xavier, name="fc1")(x_BND)
-        fc2 = nn.Dense(x_BND.shape[-1], dtype=dtype, kernel_init=xavier, name="fc2")
+        h = dense(self.hidden, self.compute, "fc1")(x_BND)
+        fc2 = dense(x_BND.shape[-1], self.compute, "fc2")
         return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
 
 
@@ -219,14 +219,8 @@ class Encoder(nn.Module):
           pair: the same, and (1 + depth, B, 1 + K, D) before the final norm.
         """
         spec, width = self.spec, self.spec.encoder.width
-        embed = nn.Dense(
-            width,
-            dtype=self.compute.dtype,
-            kernel_init=xavier,
-            bias_init=torch_conv_init(patches_BKP.shape[-1]),
-            name="patch_embed",
-        )
-        x_BKD = embed(patches_BKP)
+        bias_init = torch_conv_init(patches_BKP.shape[-1])
+        x_BKD = dense(width, self.compute, "patch_embed", bias_init=bias_init)(patches_BKP)
         if hidden_BL is not None:
             token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width))
             x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
