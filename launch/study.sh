@@ -4,22 +4,23 @@
 #
 #   bash launch/study.sh cifar10 DATA     50,000 photographs of 32 pixels: 8 hours of 2 CPU cores
 #   bash launch/study.sh digits           1,797 digits: 20 minutes
+#   bash launch/study.sh short            nine photographs inside Python wheels: a minute
 #
 # DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg, see docs/cifar10.md. Ctrl-C stops the study, whose
 # runs save where they are; the same command again continues.
 #
 # WORKDIR          the folder of the runs, the table (study.md) and the figure
-#                  (default: workdir/study-cifar10 or workdir/study-digits)
+#                  (default: workdir/study-NAME)
 # PYTHON and VENV  see launch/setup.sh
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-usage="Which study? bash launch/study.sh cifar10 DATA, or bash launch/study.sh digits"
+usage="Which study? bash launch/study.sh cifar10 DATA, bash launch/study.sh digits, or bash launch/study.sh short"
 name=${1:-}
 [ -f "$root/launch/study_$name.py" ] || fail "$usage"
-[ "$name" = digits ] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
+[ "$name" != cifar10 ] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
 workdir=${WORKDIR:-$root/workdir/study-$name}
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 data=${2:+$(cd -- "$2" && pwd)}

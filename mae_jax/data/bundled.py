@@ -40,7 +40,7 @@ def photos(data_dir: str = "") -> str:
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / PHOTOS
     final = root / arrayrecord.VERSION
     if not (final / "dataset_info.json").exists():
-        paths = [_folder(module) / file for module in PICTURES for file in PICTURES[module]]
+        paths = [folder_of(module) / file for module in PICTURES for file in PICTURES[module]]
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=root) as temporary:
             work = Path(temporary) / arrayrecord.VERSION
@@ -54,7 +54,7 @@ def photos(data_dir: str = "") -> str:
     return f"{PHOTOS}:{arrayrecord.VERSION}"
 
 
-def _folder(module: str) -> Path:
+def folder_of(module: str) -> Path:
     """Return the folder of a package, without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -125,7 +125,7 @@ def digits() -> dict[str, list[dict[str, Any]]]:
     (1,437), drawn once with seed 0. Any ten neighbours hold ten classes (until the smaller ones run
     out, at 1,390), so that slices such as train[:1%] are fair.
     """
-    _folder("sklearn")
+    folder_of("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -1,0 +1,42 @@
+"""A study in its shortest form: its runs learn, and are not made again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def study(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def values(workdir: Path, key: str) -> list[float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [metrics[key] for metrics in map(json.loads, lines) if key in metrics]
+
+
+def test_a_short_study_learns_and_is_made_once(tmp_path):
+    made = study("launch/study_short.py", tmp_path)
+    assert made.returncode == 0, made.stderr
+    losses = values(tmp_path / "pretrain", "train/loss")
+    assert losses[-1] < 0.7 * losses[0]
+    trained, untrained = (
+        values(tmp_path / name, "eval/logistic_cls")[-1] for name in ("knn-mae", "knn-random")
+    )
+    assert trained > untrained
+    again = study("launch/study_short.py", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "3 runs, 3 of them done before" in again.stdout
+    assert f"| MAE | {trained:.1f} |" in again.stdout
+
+
+def test_a_study_without_its_images_says_where_they_should_be(tmp_path):
+    refused = study("launch/study_cifar10.py", tmp_path / "study", tmp_path)
+    assert refused.returncode == 2
+    assert "holds no train/CLASS/*.jpg" in refused.stderr
+    assert not (tmp_path / "study").exists()
