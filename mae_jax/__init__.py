@@ -10,8 +10,8 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def __getattr__(name: str):
-    """`mae_jax.load` and `pretrain`, imported when first used: JAX takes seconds to import."""
-    if name not in ("load", "pretrain"):
+    """`mae_jax.load`, `pretrain` and `embed`, imported when first used: JAX takes seconds."""
+    if name not in ("load", "pretrain", "embed"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mae_jax import api
 

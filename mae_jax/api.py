@@ -1,10 +1,11 @@
 """The commands as Python functions, for people who do not want flags."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mae_jax.commands import recipes, train
+from mae_jax.commands import embed as embed_command
+from mae_jax.commands import feature_file, recipes, train
 from mae_jax.pretrained import load
 
 
@@ -38,3 +39,42 @@ def pretrain(
     )
     train.run(recipe, out)
     return load(out)
+
+
+def embed(
+    weights: str | os.PathLike,
+    images: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write features of images, as `mae-jax embed` does, and return what it wrote.
+
+    The same call again goes on where the first one stopped, and reads the file when that is done.
+
+    Args:
+      weights: whatever `load` reads.
+      images: a folder, image files, text files with a path in every line, or one data source.
+      out: a new file, .npy or .parquet.
+      options: the command's flags: feature="mean", layer=4, batch_size=256, image_size=224.
+
+    Returns:
+      A row for each image: `name`, `label` (-1 = none), `error` ('' = none) and `features`,
+      float32, (images, ...), NaN where the image cannot be read. Those of a .npy stay on the disk
+      until they are used.
+
+    Raises:
+      UserError: something cannot work here.
+    """
+    several = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    paths = [os.fspath(path) for path in several]
+    given = {name: value for name, value in options.items() if value is not None}
+    flags = [f"--{name}={_flag(name, value)}" for name, value in given.items()]
+    embed_command.main([*flags, f"--out={os.fspath(out)}", "--", os.fspath(weights), *paths])
+    return feature_file.read(out)
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return a value as a flag has it: (0.5, 0.25) as '0.5,0.25', an image size as '224x224'."""
+    if isinstance(value, tuple | list):
+        return ("x" if name == "image_size" else ",").join(map(str, value))
+    return str(value)

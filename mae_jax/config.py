@@ -29,6 +29,7 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "model.decoder": "mae",  # a module of models/ with a class Decoder, or a dotted path
     "model.float32_sums": False,  # True: gradients are summed over devices in float32
     "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
     "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls

@@ -145,7 +145,8 @@ TEXTS = (
         "probe.head",
         "*.pool",
     ),
-    *("model.*dtype", "model.attention", "data.source", "data.split", "data.crop", "data.augment"),
+    *("model.*dtype", "model.attention", "model.decoder"),
+    *("data.source", "data.split", "data.crop", "data.augment"),
     *("data.data_dir", "data.resizer", "evals.*.type", "evals.*.source", "evals.*split"),
     *(
         "evals.*.feature",

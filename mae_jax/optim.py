@@ -12,14 +12,15 @@ import optax
 from mae_jax.errors import UserError
 
 # Every parameter has a role, found by the first pattern that matches the end of its path. A path
-# without a pattern is an error, so that a new parameter is thought about once, here.
-ROLES = (
+# without a pattern is an error, so that a new parameter is thought about once: here, or in a fork,
+# which appends its own.
+ROLES = [
     (r"(qkv|kv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
     (r"/bias", "bias"),
     (r"/scale", "scale"),
     (r"(cls_token|mask_token|query_token)", "token"),
     (r"pos_embed", "position"),
-)
+]
 # Pre-training decays the cls and mask tokens too: they are 3-D in the official code, whose rule
 # goes by rank. Fine-tuning decays matrices only (docs/REFERENCE.md section 3).
 DECAYED = ("matrix", "token")

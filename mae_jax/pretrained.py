@@ -87,8 +87,8 @@ class Model:
         spec = self.spec
         if not spec.decoder:
             raise UserError(
-                "these weights have no decoder, so that nothing can be reconstructed: take a file"
-                " with one, such as mae_pretrain_vit_base_full.pth"
+                "these weights have no decoder of the paper's kind, so that nothing can be"
+                " reconstructed: take a file with one, such as mae_pretrain_vit_base_full.pth"
             )
         if spec.target not in pixels.CAPTIONS:
             raise UserError(

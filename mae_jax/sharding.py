@@ -29,7 +29,8 @@ WIDEST = {"tpu": 16, "gpu": 8}
 
 # The first pattern that is found in a path decides. The path of an optimizer moment contains that
 # of its parameter, and so gets the same rule. The layer axis of blocks, the first, is never split.
-RULES = (
+# A fork appends rules for its own parameters.
+RULES = [
     (r"stack/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # layer D 3 S F
     (r"stack/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
     (r"stack/blocks/attn/proj/kernel$", P(None, "tensor", None, "fsdp")),  # layer S F D
@@ -41,7 +42,7 @@ RULES = (
     (r"(patch_embed|embed|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
     (r"(scale|bias|token|count|step|mean|var|ns_coeffs)$", P()),
-)
+]
 # An array that nothing splits, with more elements than this and more than a thousandth of the whole
 # state, is a mistake in the rules.
 LARGE = 2**17

@@ -1,10 +1,13 @@
 """The commands as functions: the same defaults, the same errors, and a model in return."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import mae_jax
+from mae_jax.data import crops
 from mae_jax.errors import UserError
 
 TINY = {
@@ -27,6 +30,48 @@ def test_pretrain_trains_on_a_folder_resumes_and_returns_the_model(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2"]
     again = mae_jax.pretrain(str(photos), out, steps=2, config=TINY)[1]
     np.testing.assert_array_equal(again["encoder"]["cls_token"], params["encoder"]["cls_token"])
+
+
+WEIGHTS = Path(__file__).parent / "data/hf_vitmae_tiny"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_embed_writes_what_the_command_writes_and_returns_it(suffix, tmp_path):
+    """Features of the model itself, and a row of NaN for the image that cannot be read."""
+    model, params = mae_jax.load(WEIGHTS)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *model.spec.image_size, 3), np.uint8)
+    for i, class_name in enumerate(["cat", "cat", "dog"]):
+        path = tmp_path / "photos" / class_name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i]).save(path)
+    (tmp_path / "photos/cat/1.png").write_text("no image")
+
+    out = tmp_path / f"features{suffix}"
+    written = mae_jax.embed(WEIGHTS, tmp_path / "photos", out, feature="patches", layer=1)
+    assert out.exists()
+    assert written["name"].tolist() == ["cat/0.png", "cat/1.png", "dog/2.png"]
+    assert written["label"].tolist() == [0, 0, 1]
+    assert [bool(error) for error in written["error"]] == [False, True, False]
+    assert np.isnan(written["features"][1]).all()
+    seen = np.stack([crops.center(pixels[i], model.spec.image_size) for i in (0, 2)])
+    patches = model.encode(params, seen, layer=1)[:, 1:]
+    np.testing.assert_allclose(written["features"][[0, 2]], patches, rtol=0, atol=1e-5)
+
+    again = mae_jax.embed(WEIGHTS, tmp_path / "photos", out, feature="patches", layer=1)
+    np.testing.assert_array_equal(again["features"], written["features"])
+
+
+def test_embed_takes_files_and_options_as_python_has_them(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        Image.fromarray(np.full((50, 60, 3), 7, np.uint8)).save(path)
+    options = dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.3, 0.4), image_size=(64, 32), key=None)
+    written = mae_jax.embed(WEIGHTS, paths, tmp_path / "x.npy", **options)
+    assert written["name"].tolist() == [str(path) for path in paths]
+    assert written["label"].tolist() == [-1, -1]
+    with pytest.raises(UserError, match="fetaure"):
+        mae_jax.embed(WEIGHTS, paths, tmp_path / "y.npy", fetaure="cls")
+    assert not (tmp_path / "y.npy").exists()
 
 
 def test_a_mistake_is_refused_and_leaves_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 from official import DATA, GOLDEN, HEADS, META, STATE, assert_close, golden_state, write_pth
 from tiny import assert_trees_equal, save_workdir
@@ -22,6 +24,7 @@ from mae_jax.models.posemb import sincos_2d
 from mae_jax.pretrained import Model
 from mae_jax.tasks.pretrain import Task
 
+ROOT = DATA.parents[1]
 LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # the golden images are normalised already
 
 
@@ -71,6 +74,22 @@ def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
     edges = Model(dataclasses.replace(model.spec, target="my_fork.targets.edges"))
     with pytest.raises(ValueError, match="predict my_fork.targets.edges, and no pixels"):
         edges.reconstruct(params, images, jax.random.key(0))
+
+
+def test_the_encoder_becomes_a_module_of_nnx_by_the_lines_of_the_readme(tmp_path):
+    """It computes the same, and its parameters are what `nnx.grad` differentiates."""
+    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "nnx.bridge" in block]
+    model, params = mae_jax.load(write_pth(tmp_path / "a.pth"), **HEADS)
+    images = np.random.default_rng(0).integers(0, 256, (2, META["img"], META["img"], 3), np.uint8)
+    names = {"model": model, "params": params, "images": images}
+    exec(code, names)
+    encoder, patches = names["encoder"], names["patches"]
+    assert isinstance(encoder, nnx.Module)
+    np.testing.assert_allclose(encoder(patches), model.encode(params, images), atol=1e-5)
+    grads = nnx.to_pure_dict(nnx.grad(lambda encoder: encoder(patches)[:, 0].sum())(encoder))
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, dict(params["encoder"]))
+    assert np.abs(grads["cls_token"]).max() > 0
 
 
 def test_what_had_to_be_assumed_is_said(tmp_path, capsys):

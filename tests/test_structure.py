@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["mae_jax", "configs", "tests", "benchmarks"]
+FOLDERS = ["mae_jax", "configs", "examples", "tests", "benchmarks"]
 
 # A module imports from its own floor or from those below it.
 FLOORS = [

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,3 +124,39 @@ def write_parquet(path: os.PathLike, features: np.ndarray, rows: list[list[str]]
     }
     group = max(1, GROUP_BYTES // features[0].nbytes)
     parquet.write_table(pa.table(columns), os.fspath(path), row_group_size=group)
+
+
+def read(out: str | os.PathLike) -> dict[str, Any]:
+    """Return the columns of a finished file as arrays: name, label, error and features.
+
+    There is no label where it is -1, no error where it is '', and NaN for missing features.
+    """
+    path = Path(out)
+    if path.suffix == ".npy":
+        with open(f"{path}.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        table: dict[str, list] = {name: [row[name] for row in rows] for name in COLUMNS}
+        features = np.load(path, mmap_mode="r")
+    else:
+        from pyarrow import parquet
+
+        whole = parquet.read_table(path)
+        table = {name: whole[name].to_pylist() for name in COLUMNS}
+        column = whole["features"].combine_chunks()
+        shape, inner = [len(column)], column.type
+        while hasattr(inner, "list_size"):
+            shape.append(inner.list_size)
+            inner = inner.value_type
+        features = np.full(shape, np.nan, np.float32)
+        flat = column.drop_null()
+        for _ in shape[1:]:
+            flat = flat.flatten()
+        features[~np.asarray(column.is_null())] = flat.to_numpy().reshape(-1, *shape[1:])
+    labels = [-1 if label in ("", None) else int(label) for label in table["label"]]
+    errors = [error or "" for error in table["error"]]
+    return {
+        "name": np.array(table["name"], str),
+        "label": np.array(labels, np.int32),
+        "error": np.array(errors, str),
+        "features": features,
+    }

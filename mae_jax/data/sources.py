@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import tensorflow_datasets as tfds
 
+from mae_jax.config import resolve
 from mae_jax.data import bundled, segfolder, splits
 from mae_jax.data.folder import open_folder
 from mae_jax.data.splits import Ranges
@@ -51,8 +52,9 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
 
     Args:
       source: a tfds dataset "name[/config][:version]" in ArrayRecord, "folder:PATH",
-        "segfolder:PATH" (the images of pairs, without their label maps), "bundled:photos" or
-        "bundled:digits".
+        "segfolder:PATH" (the images of pairs, without their label maps), "bundled:photos",
+        "bundled:digits", or "my_fork.sources.open_it:ARGUMENT", a fork's function
+        (argument, split) -> Source.
       split: a split, or slices of some as in tfds: "train", "train[:90%]", "train[:100]+test".
       data_dir: where tfds datasets live; "" = the tfds default.
 
@@ -69,6 +71,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> Source:
         return _open_tfds(bundled.photos(data_dir), split, data_dir)
     if counted := re.fullmatch(r"counted:(\d+):(\d+)", source):
         return CountedSource(int(counted[1]), int(counted[2]) or None)
+    if fork := re.fullmatch(r"((?:\w+\.)+\w+):(.*)", source):
+        return resolve(fork[1])(fork[2], split)
     if not re.fullmatch(r"\w+(/[^:]+)?(:([\d*]+(\.[\d*]+){2}|experimental_latest))?", source):
         raise UserError(
             f"data source {source!r} is none of: a tfds dataset name[/config][:version],"

@@ -184,6 +184,9 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: x.update(sharding=here), shapes)
     params = jax.tree.map(np.asarray, checkpoint.restore(step, target, part))
+    if "decoder" in params and not spec.decoder:
+        del params["decoder"]
+        report.append("left out: the decoder, which is not the paper's")
     return Weights(spec, params, report)
 
 

@@ -3,6 +3,7 @@
 Shape suffixes as in models/vit.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -61,14 +62,19 @@ def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array) -> Array:
 
 
 class MAE(nn.Module):
-    """Encoder and decoder: patches and their mask in, a prediction for every patch out."""
+    """Encoder and decoder: patches and their mask in, a prediction for every patch out.
+
+    Args:
+      make_decoder: `Decoder`, or a module of the same arguments that config.model.decoder names.
+    """
 
     spec: ModelSpec
     compute: ComputeConfig = ComputeConfig()
+    make_decoder: Callable[..., nn.Module] = Decoder
 
     def setup(self) -> None:
         self.encoder = Encoder(self.spec, self.compute)
-        self.decoder = Decoder(self.spec, self.compute)
+        self.decoder = self.make_decoder(self.spec, self.compute)
 
     def encode(self, patches_BLP: Array, mask: Mask | None = None) -> Any:
         """Return the latent: (B, 1 + K, D), the cls token and the patches of `mask.keep_BK`.

@@ -206,7 +206,8 @@ class ModelSpec:
             return ViTSpec(width, depth, heads, hidden, trained_positions=trained)
 
         classes = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
-        decoded = "decoder/pred/kernel" in shapes
+        plain = config.get("model", {}).get("decoder", "mae") == "mae"  # else a fork's decoder
+        decoded = plain and "decoder/stack/blocks/attn/qkv/kernel" in shapes
         return cls.from_config(
             config,
             encoder=vit("encoder"),

@@ -10,15 +10,15 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import flops, train
-from mae_jax.config import resolve_group
+from mae_jax import flops, models, train
+from mae_jax.config import resolve, resolve_group
 from mae_jax.models import mae, masking, masks, pca, probe, targets
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.init_from import load_decoder, load_encoder, saved_spec
-from mae_jax.tasks.shapes import check_scores, width_of_target
+from mae_jax.tasks.shapes import check_predictions, check_scores, width_of_target
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Task(train.Task):
         check_scores(score_patches, config.masking.name, spec)
         target_dim = width_of_target(make_target, config.target.name, spec)
         spec = replace(spec, target_dim=target_dim)
-        network = mae.MAE(spec, common.compute(config.model, mesh))
+        decoder = resolve(config.model.get("decoder", "mae"), models, member="Decoder")
+        network = mae.MAE(spec, common.compute(config.model, mesh), decoder)
+        check_predictions(network)
         labelled = config.get("online_probe", False)  # its probe reads labels
         images = common.TrainImages.from_config(config, spec, labelled)
         return cls(network, images, config.optim, score_patches, make_target)
@@ -123,7 +125,8 @@ class Task(train.Task):
         if saved is None or saved.patches == spec.patches:
             return super().load(path, state)
         parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}
-        if saved.resized(spec.image_size, spec.patch_size) == spec:
+        plain = self.network.make_decoder is mae.Decoder
+        if plain and saved.resized(spec.image_size, spec.patch_size) == spec:
             parts["decoder"] = load_decoder(path, state.params["decoder"], saved, spec)
         return replace(state, params=state.params | parts)
 

@@ -1,4 +1,4 @@
-"""Check the shapes that a mask or target function returns, a fork's too, without running it."""
+"""Check the shapes that a fork's mask, target or decoder returns, without running it."""
 
 import inspect
 from collections.abc import Callable
@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mae_jax.errors import UserError
+from mae_jax.models import mae, masking
 from mae_jax.models.spec import ModelSpec
 
 
@@ -51,6 +53,36 @@ def width_of_target(make_target: Callable, name: str, spec: ModelSpec) -> int:
             " it must return (batch, patches, any width)"
         )
     return shape[2]
+
+
+def check_predictions(network: mae.MAE) -> None:
+    """Check that a decoder of a fork predicts a target for each patch, without running it.
+
+    Raises:
+      UserError: it takes other arguments, or its predictions have another shape.
+    """
+    spec, decoder = network.spec, network.make_decoder
+    if decoder is mae.Decoder:
+        return
+    name = f"{decoder.__module__}.{decoder.__name__}"
+    num_kept = masking.num_kept(spec.num_patches, spec.mask_ratio)
+    mask = masking.keep_lowest(jnp.zeros((2, spec.num_patches)), num_kept)
+    patches_BLP = jnp.zeros((2, spec.num_patches, spec.patch_dim))
+
+    def predict(patches_BLP: Array) -> Array:
+        return network.init_with_output(jax.random.key(0), patches_BLP, mask)[0]
+
+    refusal = f"decoder {name!r} is no module of (spec, compute) that takes (latent, restore)"
+    try:
+        shape = shape_of(predict, refusal, patches_BLP)
+    except TypeError as error:
+        raise UserError(f"{refusal} ({error})") from error
+    wanted = (2, spec.num_patches, spec.target_dim)
+    if shape != wanted:
+        raise UserError(
+            f"decoder {name!r} predicts shape {shape} for 2 images of {spec.num_patches} patches:"
+            f" it must be (batch, patches, {spec.target_dim}), a target for each"
+        )
 
 
 def shape_of(function: Callable, refusal: str, *args: Any, **kwargs: Any) -> tuple[int, ...]:
