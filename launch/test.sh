@@ -12,7 +12,7 @@ cd "$root"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$(dirname "$python")/shellcheck" --external-sources launch/*.sh tests/multihost/run.sh tests/slurm/run.sh \
+"$(dirname "$python")/shellcheck" --external-sources launch/*.sh benchmarks/*.sh tests/multihost/run.sh tests/slurm/run.sh \
   .ci/run
 "$python" -m mypy
 # tests/test_plan.py compiles for TPUs. Their compiler is installed beside the environment's packages:

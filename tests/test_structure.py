@@ -232,7 +232,7 @@ def requirements() -> set[str]:
 
 def test_every_imported_package_is_required():
     known_as = packages_distributions()  # import name -> what pip calls it
-    own = {"mae_jax", "configs", "tests"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    own = {*FOLDERS} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     own |= sys.stdlib_module_names
     required = requirements()
 
