@@ -28,6 +28,7 @@ COMPILED_FAST = {
     *("test_optimizers", "test_patches", "test_segment", "test_segment_pictures", "test_sweep"),
     "test_visualize",
     "test_examples",
+    "test_latent",
 }
 
 
