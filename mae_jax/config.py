@@ -30,6 +30,8 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
     "model.decoder": "mae",  # a module of models/ with a class Decoder, or a dotted path
+    "model.decoder_maps": 0,  # of the task crossmae: encoder blocks that it reads; 0 = all
+    "model.decoder_share": 0.25,  # of the task crossmae: of all patches, that are predicted
     "model.float32_sums": False,  # True: gradients are summed over devices in float32
     "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
     "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls

@@ -73,3 +73,18 @@ def mae(spec: ModelSpec, kept: int) -> float:
     pred = (spec.num_patches + 1) * spec.target_dim
     ends = 2.0 * spec.decoder.width * (embed + pred)
     return encoder(spec, seen) + ends + stack(spec.decoder, spec.num_patches + 1)
+
+
+def crossmae(spec: ModelSpec, kept: int, predicted: int, maps: int) -> float:
+    """Return forward FLOPs per image of models/crossmae.py.
+
+    Args:
+      kept, predicted: patches that the encoder sees, and that the decoder predicts.
+      maps: tokens before and after encoder blocks, that the decoder reads.
+    """
+    assert spec.decoder is not None
+    vit, width, tokens = spec.decoder, spec.encoder.width, kept + 1
+    of_tokens = tokens * width * (maps + 2 * vit.width)
+    of_query = 2 * vit.width**2 + 2 * tokens * vit.width + 2 * vit.width * vit.hidden
+    pred = predicted * vit.width * spec.target_dim
+    return encoder(spec, kept) + 2.0 * (vit.depth * (of_tokens + predicted * of_query) + pred)

@@ -72,6 +72,8 @@ NUMBERS = {
     "mix.group": whole(1, 2**24),
     "mix.*": Range(0, 1000),  # parameters of a Beta distribution; 0 = none
     "model.channels": whole(1, 1024),
+    "model.decoder_maps": whole(0, 1001),
+    "model.decoder_share": Range(0, 1, "(]"),
     "model.*depth": whole(1, 1000),
     "model.*width": whole(1, 2**16),
     "model.*heads": whole(1, 2**12),

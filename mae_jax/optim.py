@@ -15,7 +15,8 @@ from mae_jax.errors import UserError
 # without a pattern is an error, so that a new parameter is thought about once: here, or in a fork,
 # which appends its own.
 ROLES = [
-    (r"(qkv|kv|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
+    (r"(qkv|kv|/q|/k|/v|proj|fc1|fc2|patch_embed|embed|pred|head)/kernel", "matrix"),
+    (r"map_weights", "matrix"),
     (r"/bias", "bias"),
     (r"/scale", "scale"),
     (r"(cls_token|mask_token|query_token)", "token"),

@@ -16,6 +16,7 @@ from mae_jax.errors import UserError, nearest
 # this table optax would give Muon the kernels of two axes alone, and train all blocks with Adam.
 MATRICES = (
     (r"stack/blocks/attn/qkv/kernel$", contrib.MuonDimensionNumbers(1, (3, 4))),  # layer D 3 S F
+    (r"stack/blocks/attn/[qkv]/kernel$", contrib.MuonDimensionNumbers(1, (2, 3))),  # layer D S F
     (r"stack/blocks/attn/proj/kernel$", contrib.MuonDimensionNumbers((1, 2), 3)),  # layer S F D
     (r"stack/blocks/mlp/fc[12]/kernel$", contrib.MuonDimensionNumbers(1, 2)),  # layer in out
 )

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from mae_jax import clock, distributed, flops, gpu_estimate, hlo, sharding, tasks, traffic, train
 from mae_jax.config import steps
 from mae_jax.data.pipeline import steps_per_epoch
+from mae_jax.models import mae
+from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import pretrain
 from mae_jax.topologies import Clock, Topology
 
@@ -68,8 +70,7 @@ def plan(
         }
         | {"code": distributed.source_digest()},
     }
-    spec = task.spec if isinstance(task, pretrain.Task) else None
-    if estimate := gpu_estimate.of_plan(config, spec, result):
+    if estimate := gpu_estimate.of_plan(config, spec_of_mae(task), result):
         result["gpu"] = estimate
     if not result["compiled"]:
         return result
@@ -93,6 +94,13 @@ def plan(
                 links = clock.waiting(exchanges, chip)
                 result["clock"] = by_clock(topology.clock, parsed, result) | {"links": links}
     return result | {"compile_seconds": round(time.monotonic() - began, 1)}
+
+
+def spec_of_mae(task: train.Task) -> ModelSpec | None:
+    """Return the network of a task that trains the paper's; None of any other, or other decoder."""
+    if not isinstance(task, pretrain.Task) or type(task.network) is not mae.MAE:
+        return None
+    return task.spec if task.network.make_decoder is mae.Decoder else None
 
 
 def count_gflops(task: train.Task, config: ConfigDict, devices: int) -> dict[str, float]:

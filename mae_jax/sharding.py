@@ -33,6 +33,8 @@ WIDEST = {"tpu": 16, "gpu": 8}
 RULES = [
     (r"stack/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # layer D 3 S F
     (r"stack/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
+    (r"stack/blocks/attn/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),  # layer D S F
+    (r"stack/blocks/attn/[qkv]/bias$", P(None, "tensor", None)),
     (r"stack/blocks/attn/proj/kernel$", P(None, "tensor", None, "fsdp")),  # layer S F D
     (r"stack/blocks/mlp/fc1/kernel$", P(None, "fsdp", "tensor")),
     (r"stack/blocks/mlp/fc1/bias$", P(None, "tensor")),
@@ -41,7 +43,7 @@ RULES = [
     (r"pred/kernel$", P("fsdp")),  # E T: T may be odd (588 for 14 x 14 pixels)
     (r"(patch_embed|embed|head|kv)/kernel$", P(None, "fsdp")),
     (r"pos_embed$", P(None, None, "fsdp")),
-    (r"(scale|bias|token|count|step|mean|var|ns_coeffs)$", P()),
+    (r"(scale|bias|token|map_weights|count|step|mean|var|ns_coeffs)$", P()),
 ]
 # An array that nothing splits, with more elements than this and more than a thousandth of the whole
 # state, is a mistake in the rules.

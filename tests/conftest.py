@@ -27,7 +27,9 @@ COMPILED_FAST = {
     *("test_reconstruct", "test_results", "test_robustness", "test_sharding", "test_train"),
     *("test_optimizers", "test_patches", "test_segment", "test_segment_pictures", "test_sweep"),
     "test_visualize",
+    "test_crossmae",
     "test_examples",
+    "test_latent",
 }
 
 

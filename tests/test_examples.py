@@ -1,51 +1,25 @@
 """The forks of docs/forking.md: each is short, shown as it is, and takes two steps."""
 
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import DIGITS, NAMES, ROOT, config_of, left_no_modules, module_of, run
 from tiny import assert_trees_equal, mesh_of, save_workdir
 
 import mae_jax
 from mae_jax import tasks
 from mae_jax import train as loop
-from mae_jax.commands import recipes, train
+from mae_jax.commands import train
 from mae_jax.errors import UserError
-from mae_jax.metrics import writer
-
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ("mask", "target", "decoder", "source", "evaluator", "objective")
-TINY = {
-    "model.image_size": (32, 32), "model.width": 16, "model.depth": 1, "model.heads": 2,
-    "model.decoder_width": 32, "model.decoder_depth": 1, "model.decoder_heads": 2,
-    "model.dtype": "float32", "batch_size": 16, "train_for": "2 steps", "optim.warmup": "1 steps",
-    "log_every": "1 steps", "data.workers": 0, "evals.reconstruct.images": 8,
-}  # fmt: skip
-DIGITS = {"data.source": "bundled:digits", "data.split": "train[:64]"}
 
 
 @pytest.fixture(autouse=True)
-def leave_no_modules(monkeypatch):
-    """A recipe's folder goes to the front of the path, and its module is called after its job."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in (*EXAMPLES, "latent"):
-            del sys.modules[name]
-
-
-def config_of(example, argument="", **keys):
-    """Return the example's recipe, as the command line makes it, at the smallest size."""
-    path = ROOT / "examples" / example / "recipe.py"
-    colon = f":{argument}" if argument else ""
-    flags = [f"--config.{key}={value}" for key, value in (TINY | keys).items()]
-    return recipes.parse([f"--config={path}{colon}", *flags], train.define, "train")[0]
+def no_modules_left():
+    with left_no_modules():
+        yield
 
 
 SOURCE = "source.arrays.open_arrays:{}/x.npy"
@@ -58,26 +32,10 @@ def write_arrays(folder):
     return folder / "x.npy"
 
 
-def module_of(name):
-    """Return a module of the examples, as a recipe finds it."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    return importlib.import_module(name)
-
-
-def run(config, workdir):
-    """Run a config, and return the logged values by name."""
-    train.run(config, workdir, devices=jax.devices()[:1])
-    values: dict[str, list] = {}
-    for line in writer.read(workdir / "metrics.jsonl"):
-        for name, value in line.items():
-            values.setdefault(name, []).append(value)
-    return values
-
-
 def test_the_guide_shows_the_examples_as_they_are_and_each_is_short():
     text = (ROOT / "docs/forking.md").read_text()
     shown = dict(re.findall(r"`(examples/\S+\.py)`:\n\n```python\n(.*?)```\n", text, re.DOTALL))
-    for example in EXAMPLES:
+    for example in NAMES:
         files = sorted((ROOT / "examples" / example).glob("*.py"))
         assert len(files) == 2
         assert sum(len(file.read_text().splitlines()) for file in files) <= 60, example
@@ -86,7 +44,7 @@ def test_the_guide_shows_the_examples_as_they_are_and_each_is_short():
     assert not shown
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", NAMES)
 def test_an_example_takes_two_steps(example, tmp_path):
     argument, keys = "", DIGITS | {"model.patch_size": (8, 8)}
     if example == "evaluator":

@@ -41,6 +41,7 @@ LEGAL = {
     "trained_blocks": "zero negative",  # -1 = all
     "model.drop_path": "zero",
     "model.scan_unroll": "zero",
+    "model.decoder_maps": "zero",  # all
     "optim.blr": "zero",
     "optim.min_lr": "zero",
     "optim.weight_decay": "zero",
