@@ -29,6 +29,11 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "model.block.layer_scale": 0.0,  # of models/block_options.py
+    "model.block.norm": "layer",
+    "model.block.qk_norm": False,
+    "model.block.registers": 0,
+    "model.block.rope": 0.0,
     "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
     "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls
     "optim.name": "adamw",  # or lion, muon
