@@ -136,6 +136,8 @@ def adopt(config, pretrained, variant):
         for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
             value = pretrained["model"][key]
             config.model[key] = tuple(value) if isinstance(value, list) else value
+        if block := pretrained["model"].get("block"):
+            config.model.block = ConfigDict(block)
         data = pretrained["data"]
         for key in ("mean", "std", "value_range"):
             config.data[key] = tuple(data.get(key, ()))

@@ -29,6 +29,11 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "model.block.layer_scale": 0.0,  # of models/block_options.py
+    "model.block.norm": "layer",
+    "model.block.qk_norm": False,
+    "model.block.registers": 0,
+    "model.block.rope": 0.0,
     "model.decoder": "mae",  # a module of models/ with a class Decoder, or a dotted path
     "model.decoder_maps": 0,  # of the task crossmae: encoder blocks that it reads; 0 = all
     "model.decoder_share": 0.25,  # of the task crossmae: of all patches, that are predicted

@@ -62,7 +62,7 @@ def encoder(spec: ModelSpec, patches: int | None = None) -> float:
     """Return forward FLOPs per image of patch embedding and blocks; `patches` None = all."""
     patches = spec.num_patches if patches is None else patches
     embed = 2.0 * patches * spec.patch_dim * spec.encoder.width
-    return embed + stack(spec.encoder, patches + 1)
+    return embed + stack(spec.encoder, patches + 1 + spec.encoder.registers)
 
 
 def mae(spec: ModelSpec, kept: int) -> float:

@@ -71,6 +71,9 @@ NUMBERS = {
     "trained_blocks": Range(-1, 1000),
     "mix.group": whole(1, 2**24),
     "mix.*": Range(0, 1000),  # parameters of a Beta distribution; 0 = none
+    "model.block.registers": whole(0, 2**12),
+    "model.block.layer_scale": Range(0, 1000),
+    "model.block.rope": Range(0, 10**9),
     "model.channels": whole(1, 1024),
     "model.decoder_maps": whole(0, 1001),
     "model.decoder_share": Range(0, 1, "(]"),
@@ -126,6 +129,7 @@ SWITCHES = (
     "masking.roll",
     "masking.tokens_in_encoder",
     "online_probe",
+    "model.block.qk_norm",
     "model.float32_sums",
     "model.remat",
     "data.synthetic",
@@ -147,7 +151,7 @@ TEXTS = (
         "probe.head",
         "*.pool",
     ),
-    *("model.*dtype", "model.attention", "model.decoder"),
+    *("model.*dtype", "model.attention", "model.block.norm", "model.decoder"),
     *("data.source", "data.split", "data.crop", "data.augment"),
     *("data.data_dir", "data.resizer", "evals.*.type", "evals.*.source", "evals.*split"),
     *(

@@ -19,7 +19,7 @@ ROLES = [
     (r"map_weights", "matrix"),
     (r"/bias", "bias"),
     (r"/scale", "scale"),
-    (r"(cls_token|mask_token|query_token)", "token"),
+    (r"(cls_token|mask_token|query_token|register_token)", "token"),
     (r"pos_embed", "position"),
 ]
 # Pre-training decays the cls and mask tokens too: they are 3-D in the official code, whose rule
@@ -28,7 +28,7 @@ DECAYED = ("matrix", "token")
 
 # The part of a classifier that a parameter is in, for layer-wise decay of the learning rate.
 PARTS = (
-    (r"^encoder/(cls_token|pos_embed|patch_embed/\w+)$", "stem"),
+    (r"^encoder/(cls_token|register_token|pos_embed|patch_embed/\w+)$", "stem"),
     (r"^encoder/stack/blocks/", "blocks"),
     (r"^(encoder/norm|fc_norm|head)/\w+$", "head"),
 )

@@ -14,11 +14,12 @@ from mae_jax.errors import UserError
 from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
 from mae_jax.models import mae, masking
+from mae_jax.models.block import layer_norm
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import normalize, patchify, to_levels, unpatchify
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Encoder, layer_norm
+from mae_jax.models.vit import Encoder
 
 
 class Reconstruction(NamedTuple):
@@ -60,7 +61,13 @@ class Model:
 
         Tokens are (1 + depth, B, 1 + L, D), without the final norm; attention, of the cls token to
         all tokens, is (depth, B, S, 1 + L).
+
+        Raises:
+          UserError: the blocks have options (`spec.encoder.block`).
         """
+        if self.spec.encoder.block:
+            options = self.spec.encoder.block
+            raise UserError(f"attention is drawn of plain blocks only, and these have {options}")
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)
         tokens: Any = network.apply({"params": weights}, self.patches(images), return_blocks=True)

@@ -12,9 +12,10 @@ from official import DATA, assert_close, classifier_spec, golden_state, params_o
 
 from mae_jax import optim
 from mae_jax.models import classifier, posemb
+from mae_jax.models.block import Block
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import patchify
-from mae_jax.models.vit import Block, Encoder
+from mae_jax.models.vit import Encoder
 from mae_jax.tasks import classify
 
 POOLS = ("avg", "cls")

@@ -40,6 +40,9 @@ LEGAL = {
     "mix.cutmix": "zero",
     "trained_blocks": "zero negative",  # -1 = all
     "model.drop_path": "zero",
+    "model.block.layer_scale": "zero",
+    "model.block.registers": "zero",
+    "model.block.rope": "zero",
     "model.scan_unroll": "zero",
     "model.decoder_maps": "zero",  # all
     "optim.blr": "zero",

@@ -14,11 +14,12 @@ from configs.common import SIZES, model_sizes
 from mae_jax import flops
 from mae_jax.models import mae, masking, targets
 from mae_jax.models.attention import attend
+from mae_jax.models.block import Mlp
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.posemb import sincos_2d
 from mae_jax.models.spec import ModelSpec, ViTSpec, patch_grid
-from mae_jax.models.vit import Encoder, Mlp, Stack
+from mae_jax.models.vit import Encoder, Stack
 
 TINY = ModelSpec((16, 16), (4, 4), 3, ViTSpec(32, 2, 4, 128), ViTSpec(16, 1, 2, 64))
 

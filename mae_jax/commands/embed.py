@@ -172,7 +172,8 @@ def main(argv: list[str]) -> int:
     feature_shape = jax.eval_shape(compute, batch).shape[1:]
     made_from = {
         "weights": digest(np.asarray(x).tobytes() for x in jax.tree.leaves(params)),
-        "network": str(model.spec).replace(", value_range=()", ""),  # as before there was one
+        # As before there were these two.
+        "network": str(model.spec).replace(", value_range=()", "").replace(", block=None", ""),
         "images": digest(map(os.fsencode, describe_images(source, paths, values))),
         "feature": values.feature,
         "layer": values.layer,

@@ -51,9 +51,10 @@ def parse(
         config = values.config
         _ = config.task  # an error inside the recipe surfaces here
         for key, value in optional.items():
-            group, _, name = key.rpartition(".")
+            for name in reversed(key.split(".")):
+                value = {name: value}
             with config.unlocked():
-                config[group][name] = value
+                config.update(value)
     except flags.Error as error:
         # For an error inside a recipe, absl's message is the whole traceback.
         text = str(error).strip()

@@ -233,8 +233,14 @@ def to_theirs(params: Mapping, spec: ModelSpec, family: Family) -> dict[str, np.
     written out.
 
     Raises:
-      UserError: a decoder without a mask token, which those families do not know.
+      UserError: a decoder without a mask token, or blocks with options, which those families do
+        not know.
     """
+    if spec.encoder.block:
+        raise UserError(
+            f"these weights have blocks with {spec.encoder.block}, which other formats cannot hold:"
+            " convert with --to=ours"
+        )
     if spec.tokens_in_encoder and spec.decoder:
         raise UserError(
             "these weights are of a run with masking.tokens_in_encoder: their decoder has no mask"

@@ -9,6 +9,7 @@ that `jax.jvp`, `jax.jacfwd` and `jax.hessian` of the network raise; reverse mod
 Kernels are stored with an axis of heads and used as flat matrices, which TPUs multiply faster.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -110,6 +111,7 @@ class Attention(nn.Module):
     heads: int
     compute: ComputeConfig
     tokens: int | None = None  # of N, the real ones; None = all
+    meet: Callable = lambda q_BNSF, k_BNSF: (q_BNSF, k_BNSF)  # queries and keys, as they meet
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
@@ -126,6 +128,7 @@ class Attention(nn.Module):
             y_BNE = multiply(x_BND, kernel.reshape(width, -1), self.compute)
             qkv += jnp.split(add_bias(y_BNE, bias.reshape(-1)), 3 // pieces, axis=-1)
         q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
+        q_BNSF, k_BNSF = self.meet(q_BNSF, k_BNSF)
         if self.compute.attention == "cudnn":
             y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
         else:

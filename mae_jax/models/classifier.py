@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mae_jax.models import modern
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Encoder, Stack, layer_norm, torch_conv_init
+from mae_jax.models.vit import Encoder, Stack, torch_conv_init
 
 HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; docs/REFERENCE.md section 3
 SCRATCH_STD = 0.02  # of everything when training from scratch; facebookresearch/mae#28
+
+FIRST_HALF = ("norm1", "attn", "scale1")  # of a block: what 0.5 trained blocks leave as it is
 
 
 class Output(NamedTuple):
@@ -42,7 +45,7 @@ class Classifier(nn.Module):
     def setup(self) -> None:
         self.encoder = Encoder(self.spec, self.compute, self.spec.final_norm)
         if self.spec.pool == "avg":
-            self.fc_norm = layer_norm("fc_norm")
+            self.fc_norm = modern.norm("fc_norm", self.spec.encoder.block)
         head_init = nn.initializers.normal(HEAD_STD)
         self.head = nn.Dense(self.spec.classes, kernel_init=head_init)
 
@@ -111,16 +114,17 @@ def apply_partly_frozen(
     x: Any = bottom.apply({"params": jax.lax.stop_gradient(encoder)}, patches_BLP)
     if trained_blocks:
         if trained_blocks == 0.5:
-            above = above | jax.lax.stop_gradient({k: above[k] for k in ("norm1", "attn")})
+            above = above | jax.lax.stop_gradient({k: above[k] for k in FIRST_HALF if k in above})
         first = vit.drop_path * split / max(vit.depth - 1, 1)
         top = Stack(dataclasses.replace(vit, depth=vit.depth - split), network.compute, first)
-        x, _ = top.apply({"params": {"blocks": above}}, x, deterministic, rngs=rngs)
+        extra = modern.extra(network, vit, spec.grid)
+        x, _ = top.apply({"params": {"blocks": above}}, x, deterministic, extra=extra, rngs=rngs)
     x = x.astype(jnp.float32)
     if spec.pool == "avg":
         x, norm = x[:, 1:].mean(1), params["fc_norm"]
     else:
         x = x[:, 0]
-    features_BD: Any = layer_norm("norm").apply({"params": norm}, x)
+    features_BD: Any = modern.norm("norm", vit.block).apply({"params": norm}, x)
     logits_BY: Any = nn.Dense(spec.classes).apply({"params": params["head"]}, features_BD)
     return Output(features_BD, logits_BY)
 
@@ -133,7 +137,7 @@ def trained_share(params: Any, trained_blocks: float) -> Any:
     def share(path: tuple, leaf: Any) -> np.ndarray:
         names = [key.key for key in path]
         if names[:2] == ["encoder", "stack"]:
-            half = trained_blocks == 0.5 and names[3] in ("norm1", "attn")
+            half = trained_blocks == 0.5 and names[3] in FIRST_HALF
             trained_layers = (np.arange(depth) >= split) & (not half)
             return trained_layers.astype(float).reshape(depth, *[1] * (leaf.ndim - 1))
         return np.array(float(names[0] != "encoder" or names[1] == "norm"))

@@ -16,11 +16,13 @@ from jax import Array
 
 from mae_jax.errors import UserError
 from mae_jax.models import mae
-from mae_jax.models.attention import Weights, add_bias, attend, xavier
+from mae_jax.models.attention import add_bias, attend
+from mae_jax.models.block import Mlp, layer_norm
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.dense import Weights, dense, multiply
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec, ViTSpec
-from mae_jax.models.vit import Encoder, Mlp, layer_norm, positions
+from mae_jax.models.vit import Encoder, positions
 
 
 class CrossAttention(nn.Module):
@@ -35,13 +37,14 @@ class CrossAttention(nn.Module):
         heads = (self.heads, width // self.heads)
 
         def project(y_BND: Array, name: str) -> Array:
-            kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)(dtype)
-            y_BNE = y_BND.astype(dtype) @ kernel_DSF.reshape(-1, width)
+            kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)(self.compute)
+            y_BNE = multiply(y_BND.astype(dtype), kernel_DSF.reshape(-1, width), self.compute)
             return add_bias(y_BNE, bias_SF.reshape(-1)).reshape(*y_BND.shape[:2], *heads)
 
         y_BQSF = attend(project(x_BQE, "q"), project(tokens_BND, "k"), project(tokens_BND, "v"))
-        kernel_SFE, bias_E = Weights(heads, (width,), name="proj")(dtype)
-        return add_bias(y_BQSF.reshape(x_BQE.shape) @ kernel_SFE.reshape(width, width), bias_E)
+        kernel_SFE, bias_E = Weights(heads, (width,), name="proj")(self.compute)
+        flat_EE = kernel_SFE.reshape(width, width)
+        return add_bias(multiply(y_BQSF.reshape(x_BQE.shape), flat_EE, self.compute), bias_E)
 
 
 class Block(nn.Module):
@@ -97,7 +100,7 @@ class Decoder(nn.Module):
           tokens_MBND: from the encoder, before and after its blocks, or after some of them.
           query_BQ: the row-major index of each patch to predict.
         """
-        vit, dtype = self.spec.decoder, self.compute.dtype
+        vit = self.spec.decoder
         assert vit is not None
         maps = len(tokens_MBND)
         deviation = nn.initializers.normal(maps**-0.5)
@@ -108,7 +111,7 @@ class Decoder(nn.Module):
         x_BQE = token_11E + positions(self, vit, self.spec.grid)[1:][query_BQ]
         tokens_GBND = tokens_GBND.astype(self.compute.residual_dtype)
         x_BQE = Stack(vit, self.compute, name="stack")(x_BQE, tokens_GBND)
-        pred = nn.Dense(self.spec.target_dim, dtype=dtype, kernel_init=xavier, name="pred")
+        pred = dense(self.spec.target_dim, self.compute, "pred")
         return pred(layer_norm("norm")(x_BQE)).astype(jnp.float32)
 
 

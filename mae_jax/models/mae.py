@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from mae_jax.models import modern
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import dense
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Encoder, Stack, layer_norm, positions
+from mae_jax.models.vit import Encoder, Stack, positions
 
 
 class Decoder(nn.Module):
@@ -36,8 +37,9 @@ class Decoder(nn.Module):
             token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
             x_BNE = unshuffle(x_BNE, token_11E, restore_BL)
         x_BNE = x_BNE + positions(self, vit, self.spec.grid)
-        x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE)
-        x_BNE = layer_norm("norm")(x_BNE)
+        extra = modern.extra(self, vit, self.spec.grid)
+        x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE, extra=extra)
+        x_BNE = modern.norm("norm", vit.block)(x_BNE)
         pred = dense(self.spec.target_dim, self.compute, "pred")
         return pred(x_BNE)[:, 1:].astype(jnp.float32)
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from mae_jax.models.block import layer_norm
 from mae_jax.models.dense import xavier
-from mae_jax.models.vit import Encoder, layer_norm
+from mae_jax.models.vit import Encoder
 
 EPSILON = 1e-6  # of batch and layer norm; docs/REFERENCE.md section 4
 MOMENTUM = 0.9  # share of the old running statistics that stays; PyTorch calls it 0.1

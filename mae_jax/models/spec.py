@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mae_jax.errors import UserError
+from mae_jax.models.block_options import BlockOptions
 
 Size = tuple[int, int]  # (height, width)
 
@@ -44,6 +45,7 @@ class ViTSpec:
       hidden: the width inside the MLPs.
       drop_path: the rate of the last block; rates grow linearly from 0 at the first.
       trained_positions: the position table is a parameter; otherwise it is sine-cosine.
+      block: what the blocks have that the paper's have not (config.model.block); None = nothing.
       name: what precedes the keys in error messages, such as 'decoder_'.
 
     Raises:
@@ -56,6 +58,7 @@ class ViTSpec:
     hidden: int
     drop_path: float = 0.0
     trained_positions: bool = False
+    block: BlockOptions | None = None
     name: dataclasses.InitVar[str] = ""
 
     def __post_init__(self, name: str) -> None:
@@ -75,6 +78,17 @@ class ViTSpec:
             )
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path={self.drop_path} must be at least 0 and below 1")
+        if self.block and self.block.rope and self.width // self.heads % 4:
+            raise UserError(
+                f"config.model.block.rope={self.block.rope}: {name}width / {name}heads ="
+                f" {self.width // self.heads} must be divisible by 4, since two numbers are turned"
+                " by an angle of the row and two by one of the column"
+            )
+
+    @property
+    def registers(self) -> int:
+        """R, the tokens beside those of the image."""
+        return self.block.registers if self.block else 0
 
 
 @dataclass(frozen=True)
@@ -199,11 +213,14 @@ class ModelSpec:
           config: of the run; its sizes are replaced by those of `shapes`.
         """
 
+        options = BlockOptions.from_config(config["model"].get("block", {}))
+
         def vit(side: str) -> ViTSpec:
             depth, width, _, heads, _ = shapes[f"{side}/stack/blocks/attn/qkv/kernel"]
             hidden = shapes[f"{side}/stack/blocks/mlp/fc1/kernel"][-1]
             trained = f"{side}/pos_embed" in shapes
-            return ViTSpec(width, depth, heads, hidden, trained_positions=trained)
+            block = options and (options if side == "encoder" else options.of_decoder())
+            return ViTSpec(width, depth, heads, hidden, 0.0, trained, block)
 
         classes = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
         plain = config.get("model", {}).get("decoder", "mae") == "mae"  # else a fork's decoder
@@ -232,6 +249,8 @@ class ModelSpec:
         }
         if d:
             model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}
+        if e.block:
+            model["block"] = dataclasses.asdict(e.block)
         if self.classes:
             model["pool"] = self.pool
         return {
@@ -246,6 +265,7 @@ def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = F
     width = model[f"{prefix}width"]
     if model[f"{prefix}depth"] < 1:
         raise UserError(f"{prefix}depth={model[f'{prefix}depth']} must be at least 1")
+    block = BlockOptions.from_config(model.get("block", {}))
     return ViTSpec(
         width,
         model[f"{prefix}depth"],
@@ -253,5 +273,6 @@ def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = F
         int(width * model.get("mlp_ratio", 4.0) + 1e-6),  # a ratio such as 60 / 44 gives 60
         drop_path=0.0 if prefix else model.get("drop_path", 0.0),
         trained_positions=trained_positions,
+        block=block.of_decoder() if block and prefix else block,
         name=prefix,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from mae_jax import checkpoint
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
 from mae_jax.models import patch_embed, posemb
+from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.spec import ModelSpec
 
 ENCODER, DECODER = ("params", "encoder"), ("params", "decoder")  # keys of a checkpoint
@@ -33,8 +35,8 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
       spec: the network that the encoder becomes a part of.
 
     Raises:
-      UserError: there is no encoder, it has other arrays or shapes, or channels that cannot be
-        adapted; both sides are shown.
+      UserError: there is no encoder, it has other arrays or shapes, other options of blocks, or
+        channels that cannot be adapted; both sides are shown.
     """
     target, saved = dict(target), checkpoint.shapes(path, ENCODER)
     if not saved:
@@ -49,6 +51,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
             " final norm, which this task reads. Name the run of pre-training that it started from"
         )
     old = saved_spec(path)
+    require_same_blocks(old, spec, path)
     adapted = old is not None and old.patches != spec.patches
     dropped = {"norm", "mask_token"} & (saved.keys() - target.keys())
     resized = {"pos_embed"} & saved.keys() & target.keys()
@@ -119,6 +122,26 @@ def saved_spec(path: epath.Path) -> ModelSpec | None:
     """Return the network of a checkpoint by the config.json of its workdir, or None without one."""
     config = path.parent.parent / "config.json"
     return ModelSpec.from_config(json.loads(config.read_text())) if config.exists() else None
+
+
+def require_same_blocks(old: ModelSpec | None, new: ModelSpec, path: epath.Path) -> None:
+    """Check that blocks have the same options; rotary positions have no array that would tell.
+
+    The initial value of layer_scale, which matters to a fresh network only, may differ.
+
+    Raises:
+      UserError: they differ.
+    """
+
+    def options(spec: ModelSpec) -> BlockOptions:
+        block = spec.encoder.block or BlockOptions()
+        return replace(block, layer_scale=float(block.layer_scale > 0))
+
+    if old is not None and options(old) != options(new):
+        raise UserError(
+            f"config.init_from: the blocks of {path} have {old.encoder.block or 'no options'}, and"
+            f" config.model.block says {new.encoder.block or 'none'}: give the same"
+        )
 
 
 def adapt_patches(

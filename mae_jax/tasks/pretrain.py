@@ -17,7 +17,12 @@ from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.init_from import load_decoder, load_encoder, saved_spec
+from mae_jax.tasks.init_from import (
+    load_decoder,
+    load_encoder,
+    require_same_blocks,
+    saved_spec,
+)
 from mae_jax.tasks.shapes import check_predictions, check_scores, width_of_target
 
 
@@ -122,6 +127,7 @@ class Task(train.Task):
         is the same.
         """
         saved, spec = saved_spec(path), self.spec
+        require_same_blocks(saved, spec, path)
         if saved is None or saved.patches == spec.patches:
             return super().load(path, state)
         parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}

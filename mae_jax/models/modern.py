@@ -1,0 +1,147 @@
+"""Blocks with options that MAE's have not: what `spec.encoder.block` and `spec.decoder.block` name.
+
+Registers, normalised queries and keys, a scale of each branch, RMSNorm, and 2-D rotary positions.
+Nothing of this runs, and no parameter of it exists, where `block` is None. Shape suffixes as in
+models/vit.py, and R registers, G = F / 2 angles of a head.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mae_jax.models.attention import Attention
+from mae_jax.models.block import Mlp, drop_branch, layer_norm
+from mae_jax.models.block_options import BlockOptions
+from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.spec import Size, ViTSpec
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) times a scale, over the last axis, in float32; no bias."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def norm(name: str, options: BlockOptions | None) -> nn.Module:
+    """Return a norm of a stack, or of what reads it: a LayerNorm, or what the options say."""
+    return RMSNorm(name=name) if options and options.norm == "rms" else layer_norm(name)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each feature of a branch, which starts as `initial`."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x_BND: Array) -> Array:
+        start = nn.initializers.constant(self.initial)
+        return x_BND * self.param("scale", start, x_BND.shape[-1:])
+
+
+class Extra(NamedTuple):
+    """What a stack is given beside its tokens, by its options; None = nothing."""
+
+    register_1RD: Array | None
+    angle_BNG: Array | None  # of the tokens without registers; B is 1 if they do not differ
+
+
+def extra(
+    module: nn.Module, vit: ViTSpec, grid: Size, keep_BK: Array | None = None
+) -> Extra | None:
+    """Return what `vit.block` adds to a stack; registers are parameters of `module`.
+
+    Args:
+      keep_BK: the row-major index of each patch of the stack; None = all of them, in order.
+    """
+    if vit.block is None:
+        return None
+    registers, angle_BNG = None, None
+    if vit.block.registers:
+        shape = (1, vit.block.registers, vit.width)
+        registers = module.param("register_token", nn.initializers.normal(0.02), shape)
+    if vit.block.rope:
+        table_LG = jnp.asarray(rotary_angles(vit.width // vit.heads, grid, vit.block.rope))
+        angle_BNG = table_LG[None] if keep_BK is None else table_LG[keep_BK]
+        angle_BNG = jnp.pad(angle_BNG, ((0, 0), (1, 0), (0, 0)))  # the cls token is not turned
+    return Extra(registers, angle_BNG)
+
+
+def append_registers(x_BND: Array, extra: Extra | None) -> Array:
+    """Return tokens with registers, if there are any, after them."""
+    if extra is None or extra.register_1RD is None:
+        return x_BND
+    shape = (len(x_BND), *extra.register_1RD.shape[1:])
+    register_BRD = jnp.broadcast_to(extra.register_1RD, shape).astype(x_BND.dtype)
+    return jnp.concatenate([x_BND, register_BRD], axis=1)
+
+
+def rotary_angles(head_width: int, grid: Size, base: float) -> np.ndarray:
+    """Return the angles (L, F / 2) of patches, row-major: of their rows, then of their columns.
+
+    As DINOv3 has them (arXiv 2508.10104): coordinates are the centres of patches, from -1 to 1
+    along each side whatever its number of patches, and the F / 4 frequencies of an axis are
+    2 pi base^(-4k / F).
+    """
+    frequency = 2 * np.pi * base ** -(np.arange(head_width // 4) / (head_width / 4))
+    places = [(2 * np.arange(side) + 1) / side - 1 for side in grid]
+    rows, cols = (x.ravel() for x in np.meshgrid(*places, indexing="ij"))
+    angles = np.concatenate([np.outer(rows, frequency), np.outer(cols, frequency)], axis=1)
+    return angles.astype(np.float32)
+
+
+def rotate(x_BNSF: Array, angle_BNG: Array) -> Array:
+    """Return queries or keys with each pair of numbers (i, i + F / 2) turned by its angle, float32.
+
+    Tokens beyond those that have angles stay as they are: registers, and what pads the stream.
+    """
+    more = x_BNSF.shape[1] - angle_BNG.shape[1]
+    angle_BN1G = jnp.pad(angle_BNG, ((0, 0), (0, more), (0, 0)))[:, :, None]
+    cos, sin = jnp.cos(angle_BN1G), jnp.sin(angle_BN1G)
+    first, second = jnp.split(x_BNSF.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class ModernBlock(nn.Module):
+    """`block.Block` with options; it returns what that does."""
+
+    heads: int
+    hidden: int
+    compute: ComputeConfig
+    tokens: int | None
+    options: BlockOptions
+    extra: Extra
+
+    @nn.compact
+    def __call__(
+        self, x_BND: Array, drop_path: Array, deterministic: bool, return_blocks: bool = False
+    ) -> tuple[Array, Array | None]:
+        def add(x_BND: Array, branch_BND: Array, name: str) -> Array:
+            if options.layer_scale:
+                branch_BND = LayerScale(options.layer_scale, name=name)(branch_BND)
+            branch_BND = branch_BND.astype(x_BND.dtype)
+            return x_BND + drop_branch(self, branch_BND, drop_path, deterministic)
+
+        def meet(q_BNSF: Array, k_BNSF: Array) -> tuple[Array, Array]:
+            dtype = q_BNSF.dtype
+            if options.qk_norm:
+                q_BNSF, k_BNSF = RMSNorm(name="q_norm")(q_BNSF), RMSNorm(name="k_norm")(k_BNSF)
+            if angle_BNG is not None:
+                q_BNSF, k_BNSF = rotate(q_BNSF, angle_BNG), rotate(k_BNSF, angle_BNG)
+            return q_BNSF.astype(dtype), k_BNSF.astype(dtype)
+
+        options, compute, angle_BNG = self.options, self.compute, self.extra.angle_BNG
+        x_BND = compute.constrain(x_BND)
+        attention = Attention(self.heads, compute, self.tokens, meet, name="attn")
+        x_BND = add(x_BND, attention(norm("norm1", options)(x_BND)), "scale1")
+        mlp = Mlp(self.hidden, compute, name="mlp")
+        x_BND = add(x_BND, mlp(norm("norm2", options)(x_BND)), "scale2")
+        x_BND = compute.constrain(x_BND)
+        return x_BND, x_BND if return_blocks else None
