@@ -38,11 +38,13 @@ def measure(step: Callable, wait: Callable, steps: int, started: float) -> dict:
 
 def make_config(args: argparse.Namespace) -> Any:
     """Return the config of a pre-training as the options say."""
-    from mae_jax.configs.pretrain import get_config
+    from mae_jax.configs import crossmae, pretrain
 
-    config = get_config(
-        f"variant={args.variant},batch_size={args.batch},image_size={args.image_size}"
-    )
+    sizes = f"variant={args.variant},batch_size={args.batch},image_size={args.image_size}"
+    if args.share:
+        config = crossmae.get_config(f"{sizes},share={args.share}")
+    else:
+        config = pretrain.get_config(sizes)
     config.data.source = "bundled:photos"  # not read
     config.model.dtype, config.model.residual_dtype = args.dtype, args.residual
     config.model.scan_unroll = args.unroll or config.model.depth
@@ -174,6 +176,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--devices", type=int, default=1, help="to make of a CPU, with FSDP")
     parser.add_argument("--tokens_in_encoder", action="store_true")
+    parser.add_argument("--share", type=float, default=0.0, help="CrossMAE's; 0: MAE")
 
 
 if __name__ == "__main__":
