@@ -34,6 +34,7 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "model.block.qk_norm": False,
     "model.block.registers": 0,
     "model.block.rope": 0.0,
+    "model.cls_tokens": 1,
     "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
     "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls
     "optim.name": "adamw",  # or lion, muon

@@ -17,7 +17,7 @@ from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.init_from import load_encoder, require_same_blocks, saved_spec
+from mae_jax.tasks.init_from import load_encoder, require_same_tokens_and_blocks, saved_spec
 from mae_jax.tasks.shapes import check_scores, width_of_target
 
 
@@ -119,7 +119,7 @@ class Task(train.Task):
         Of a network for other patches only the encoder is taken, and adapted.
         """
         saved = saved_spec(path)
-        require_same_blocks(saved, self.spec, path)
+        require_same_tokens_and_blocks(saved, self.spec, path)
         if saved is None or saved.patches == self.spec.patches:
             return super().load(path, state)
         encoder = load_encoder(path, state.params["encoder"], self.spec)
