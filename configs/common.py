@@ -136,6 +136,8 @@ def adopt(config, pretrained, variant):
         for key in ("image_size", "channels", "width", "depth", "heads", "patch_size", "mlp_ratio"):
             value = pretrained["model"][key]
             config.model[key] = tuple(value) if isinstance(value, list) else value
+        if "cls_tokens" in pretrained["model"]:
+            config.model.cls_tokens = pretrained["model"]["cls_tokens"]
         if block := pretrained["model"].get("block"):
             config.model.block = ConfigDict(block)
         data = pretrained["data"]

@@ -34,6 +34,7 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "model.block.qk_norm": False,
     "model.block.registers": 0,
     "model.block.rope": 0.0,
+    "model.cls_tokens": 1,
     "model.decoder": "mae",  # a module of models/ with a class Decoder, or a dotted path
     "model.decoder_maps": 0,  # of the task crossmae: encoder blocks that it reads; 0 = all
     "model.decoder_share": 0.25,  # of the task crossmae: of all patches, that are predicted

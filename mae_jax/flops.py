@@ -62,17 +62,17 @@ def encoder(spec: ModelSpec, patches: int | None = None) -> float:
     """Return forward FLOPs per image of patch embedding and blocks; `patches` None = all."""
     patches = spec.num_patches if patches is None else patches
     embed = 2.0 * patches * spec.patch_dim * spec.encoder.width
-    return embed + stack(spec.encoder, patches + 1 + spec.encoder.registers)
+    return embed + stack(spec.encoder, patches + spec.cls_tokens + spec.encoder.registers)
 
 
 def mae(spec: ModelSpec, kept: int) -> float:
     """Return forward FLOPs per image of a masked autoencoder; a training step costs three times."""
     assert spec.decoder is not None
     seen = spec.num_patches if spec.tokens_in_encoder else kept
-    embed = (seen + 1) * spec.encoder.width
-    pred = (spec.num_patches + 1) * spec.target_dim
+    embed = (seen + spec.cls_tokens) * spec.encoder.width
+    pred = (spec.num_patches + spec.cls_tokens) * spec.target_dim
     ends = 2.0 * spec.decoder.width * (embed + pred)
-    return encoder(spec, seen) + ends + stack(spec.decoder, spec.num_patches + 1)
+    return encoder(spec, seen) + ends + stack(spec.decoder, spec.num_patches + spec.cls_tokens)
 
 
 def crossmae(spec: ModelSpec, kept: int, predicted: int, maps: int) -> float:

@@ -59,9 +59,10 @@ def least_seconds(spec: ModelSpec, device_kind: str) -> np.ndarray:
     if chip is None or chip.hbm_rate is None or spec.decoder is None:
         raise KeyError(device_kind)
     kept = num_kept(spec.num_patches, spec.mask_ratio)
-    seen = 1 + spec.encoder.registers + (spec.num_patches if spec.tokens_in_encoder else kept)
+    seen = spec.num_patches if spec.tokens_in_encoder else kept
+    seen += spec.cls_tokens + spec.encoder.registers
     numbers = spec.encoder.depth * spec.encoder.width * seen
-    numbers += spec.decoder.depth * spec.decoder.width * (1 + spec.num_patches)
+    numbers += spec.decoder.depth * spec.decoder.width * (spec.cls_tokens + spec.num_patches)
     arithmetic = 3 * flops.mae(spec, kept) / (chip.tflops * 1e12)
     return np.array([arithmetic, 2 * numbers / (chip.hbm_rate * 1e9)])
 

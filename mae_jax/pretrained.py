@@ -63,11 +63,15 @@ class Model:
         all tokens, is (depth, B, S, 1 + L).
 
         Raises:
-          UserError: the blocks have options (`spec.encoder.block`).
+          UserError: the blocks have options (`spec.encoder.block`), or there are several class
+            tokens.
         """
-        if self.spec.encoder.block:
-            options = self.spec.encoder.block
-            raise UserError(f"attention is drawn of plain blocks only, and these have {options}")
+        options, cls = self.spec.encoder.block, self.spec.cls_tokens
+        if options or cls > 1:
+            raise UserError(
+                "attention is drawn of plain blocks with one class token only, and these have"
+                f" {options or f'{cls} class tokens'}"
+            )
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)
         tokens: Any = network.apply({"params": weights}, self.patches(images), return_blocks=True)

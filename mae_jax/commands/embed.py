@@ -22,10 +22,10 @@ mae-jax embed WEIGHTS IMAGES ... --out=FILE.npy|FILE.parquet [FLAG ...]
 WEIGHTS: whatever mae-jax convert reads. IMAGES: a folder, image files, text files (.txt) with the
 path of an image in every line, or one data source such as bundled:digits or a tfds dataset.
 
---feature: cls, the cls token; mean, the mean of the patches; patches, each of them, (patches,
-width); tokens, the cls token and the patches, (1 + patches, width). They are taken after the
-encoder's final norm, or with --layer=N after N blocks, without the norm. There is one row for each
-image, in their order, cropped at the centre:
+--feature: cls, the cls token, of several their mean; mean, the mean of the patches; patches, each
+of them, (patches, width); tokens, the cls token and the patches, (1 + patches, width). They are
+taken after the encoder's final norm, or with --layer=N after N blocks, without the norm. There is
+one row for each image, in their order, cropped at the centre:
     name       of the file, or the id of the example
     label      a number; empty where there is none
     error      why the image cannot be read; else empty
@@ -94,6 +94,14 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
         return FEATURES[values.feature](model.encode(params, images_BHWC, values.layer))
 
     return lambda images_BHWC: compute(params, jax.device_put(images_BHWC, by_row))
+
+
+def described(spec: Any) -> str:
+    """Return the network of features in words, without what older versions of this code had not."""
+    text = str(spec)
+    for added in (", value_range=()", ", block=None", ", cls_tokens=1"):
+        text = text.replace(added, "")
+    return text
 
 
 def embed(
@@ -172,8 +180,7 @@ def main(argv: list[str]) -> int:
     feature_shape = jax.eval_shape(compute, batch).shape[1:]
     made_from = {
         "weights": digest(np.asarray(x).tobytes() for x in jax.tree.leaves(params)),
-        # As before there were these two.
-        "network": str(model.spec).replace(", value_range=()", "").replace(", block=None", ""),
+        "network": described(model.spec),
         "images": digest(map(os.fsencode, describe_images(source, paths, values))),
         "feature": values.feature,
         "layer": values.layer,

@@ -233,13 +233,14 @@ def to_theirs(params: Mapping, spec: ModelSpec, family: Family) -> dict[str, np.
     written out.
 
     Raises:
-      UserError: a decoder without a mask token, or blocks with options, which those families do
-        not know.
+      UserError: a decoder without a mask token, blocks with options, or several class tokens,
+        which those families do not know.
     """
-    if spec.encoder.block:
+    if spec.encoder.block or spec.cls_tokens > 1:
+        block = spec.encoder.block and f"blocks with {spec.encoder.block}"
         raise UserError(
-            f"these weights have blocks with {spec.encoder.block}, which other formats cannot hold:"
-            " convert with --to=ours"
+            f"these weights have {block or f'{spec.cls_tokens} class tokens'}, which other formats"
+            " cannot hold: convert with --to=ours"
         )
     if spec.tokens_in_encoder and spec.decoder:
         raise UserError(

@@ -149,7 +149,8 @@ def _resize(weights: Weights, size: Size) -> Weights:
             table = params[side].get("pos_embed")
             if table is None:
                 table = posemb.sincos_2d(vit.width, weights.spec.grid)[None]
-            resized = posemb.resize(jnp.asarray(table), weights.spec.grid, spec.grid)
+            sizes = weights.spec.grid, spec.grid, spec.cls_tokens
+            resized = posemb.resize(jnp.asarray(table), *sizes)
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))

@@ -15,7 +15,7 @@ from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import dense
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.vit import Encoder, Stack, positions
+from mae_jax.models.vit import Encoder, Stack, merge_cls, positions
 
 
 class Decoder(nn.Module):
@@ -29,38 +29,38 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent_BND: Array, restore_BL: Array | None = None) -> Array:
-        vit = self.spec.decoder
+        vit, n_cls = self.spec.decoder, self.spec.cls_tokens
         assert vit is not None
         x_BNE = dense(vit.width, self.compute, "embed")(latent_BND)
         x_BNE = x_BNE.astype(self.compute.residual_dtype)
         if restore_BL is not None:
             token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
-            x_BNE = unshuffle(x_BNE, token_11E, restore_BL)
-        x_BNE = x_BNE + positions(self, vit, self.spec.grid)
-        extra = modern.extra(self, vit, self.spec.grid)
+            x_BNE = unshuffle(x_BNE, token_11E, restore_BL, n_cls)
+        x_BNE = x_BNE + positions(self, vit, self.spec.grid, n_cls)
+        extra = modern.extra(self, vit, self.spec.grid, None, n_cls)
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE, extra=extra)
         x_BNE = modern.norm("norm", vit.block)(x_BNE)
         pred = dense(self.spec.target_dim, self.compute, "pred")
-        return pred(x_BNE)[:, 1:].astype(jnp.float32)
+        return pred(x_BNE)[:, n_cls:].astype(jnp.float32)
 
 
-def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array) -> Array:
+def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array, cls_tokens: int = 1) -> Array:
     """Put encoded patches back in their places, and the mask token in those of hidden patches.
 
     Args:
-      x_BNE: the cls token, then the kept patches in the order of `Mask.keep_BK`.
+      x_BNE: the class tokens, then the kept patches in the order of `Mask.keep_BK`.
       restore_BL: `Mask.restore_BL`.
 
     Returns:
-      (B, 1 + L, E), the cls token first, then all patches row-major.
+      (B, cls_tokens + L, E), the class tokens first, then all patches row-major.
     """
     batch, num_patches = restore_BL.shape
-    hidden = num_patches - (x_BNE.shape[1] - 1)
+    hidden = num_patches - (x_BNE.shape[1] - cls_tokens)
     shape = (batch, hidden, x_BNE.shape[-1])
     token_BHE = jnp.broadcast_to(token_11E.astype(x_BNE.dtype), shape)
-    shuffled_BLE = jnp.concatenate([x_BNE[:, 1:], token_BHE], axis=1)
+    shuffled_BLE = jnp.concatenate([x_BNE[:, cls_tokens:], token_BHE], axis=1)
     x_BLE = jnp.take_along_axis(shuffled_BLE, restore_BL[..., None], axis=1)
-    return jnp.concatenate([x_BNE[:, :1], x_BLE], axis=1)
+    return jnp.concatenate([x_BNE[:, :cls_tokens], x_BLE], axis=1)
 
 
 class MAE(nn.Module):
@@ -75,17 +75,21 @@ class MAE(nn.Module):
     make_decoder: Callable[..., nn.Module] = Decoder
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.spec, self.compute)
+        self.encoder = Encoder(self.spec, self.compute, merge=False)
         self.decoder = self.make_decoder(self.spec, self.compute)
 
     def encode(self, patches_BLP: Array, mask: Mask | None = None) -> Any:
         """Return the latent: (B, 1 + K, D), the cls token and the patches of `mask.keep_BK`.
 
-        Without a mask, or with `spec.tokens_in_encoder` (hidden patches are mask tokens), encode
-        all patches in row-major order: (B, 1 + L, D).
+        With `spec.tokens_in_encoder` (hidden patches are mask tokens) encode all patches in
+        row-major order, (B, 1 + L, D), as without a mask. Of several class tokens all are in the
+        latent, and without a mask their mean.
         """
-        if mask is None or self.spec.tokens_in_encoder:
-            return self.encoder(patches_BLP, hidden_BL=None if mask is None else mask.mask_BL)
+        if mask is None:
+            tokens_BND: Any = self.encoder(patches_BLP)
+            return merge_cls(tokens_BND, self.spec.cls_tokens)
+        if self.spec.tokens_in_encoder:
+            return self.encoder(patches_BLP, hidden_BL=mask.mask_BL)
         visible_BKP = jnp.take_along_axis(patches_BLP, mask.keep_BK[..., None], axis=1)
         return self.encoder(visible_BKP, mask.keep_BK)
 

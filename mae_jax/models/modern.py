@@ -54,7 +54,11 @@ class Extra(NamedTuple):
 
 
 def extra(
-    module: nn.Module, vit: ViTSpec, grid: Size, keep_BK: Array | None = None
+    module: nn.Module,
+    vit: ViTSpec,
+    grid: Size,
+    keep_BK: Array | None = None,
+    cls_tokens: int = 1,
 ) -> Extra | None:
     """Return what `vit.block` adds to a stack; registers are parameters of `module`.
 
@@ -70,7 +74,7 @@ def extra(
     if vit.block.rope:
         table_LG = jnp.asarray(rotary_angles(vit.width // vit.heads, grid, vit.block.rope))
         angle_BNG = table_LG[None] if keep_BK is None else table_LG[keep_BK]
-        angle_BNG = jnp.pad(angle_BNG, ((0, 0), (1, 0), (0, 0)))  # the cls token is not turned
+        angle_BNG = jnp.pad(angle_BNG, ((0, 0), (cls_tokens, 0), (0, 0)))  # no cls token is turned
     return Extra(registers, angle_BNG)
 
 

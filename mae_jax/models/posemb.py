@@ -16,14 +16,14 @@ def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
-    """Return the fixed position table of a (rows, columns) grid; the first row, of cls, is zeros.
+def sincos_2d(width: int, grid: tuple[int, int], cls_tokens: int = 1) -> np.ndarray:
+    """Return the fixed position table of a (rows, columns) grid; the first rows, of cls, are zeros.
 
     The first half of the width encodes the column, the second half the row: the official
     checkpoints depend on this order (facebookresearch/mae#18). Computed in float64.
 
     Returns:
-      (1 + rows * columns, width) float32.
+      (cls_tokens + rows * columns, width) float32.
     Raises:
       UserError: width is not divisible by 4.
     """
@@ -33,11 +33,13 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
     table_LD = np.concatenate(
         [_sincos_1d(width // 2, cols.ravel()), _sincos_1d(width // 2, rows.ravel())], axis=1
     )
-    return np.concatenate([np.zeros((1, width)), table_LD]).astype(np.float32)
+    return np.concatenate([np.zeros((cls_tokens, width)), table_LD]).astype(np.float32)
 
 
-def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
-    """Resize a position table to another (rows, columns) grid; the first row, of cls, stays.
+def resize(
+    table_1ND: Array, old: tuple[int, int], new: tuple[int, int], cls_tokens: int = 1
+) -> Array:
+    """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
     aligned, no antialiasing.
@@ -45,16 +47,16 @@ def resize(table_1ND: Array, old: tuple[int, int], new: tuple[int, int]) -> Arra
     Raises:
       UserError: the table is not one of the old grid.
     """
-    rows = 1 + old[0] * old[1]
+    rows = cls_tokens + old[0] * old[1]
     if table_1ND.shape[1] != rows:
         raise UserError(
             f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
-            f" {old[1]} patches and a cls token, which has {rows}"
+            f" {old[1]} patches and {cls_tokens} cls token(s), which has {rows}"
         )
     if old == new:
         return table_1ND
-    image_1HWD = rearrange(table_1ND[:, 1:], "one (h w) d -> one h w d", h=old[0])
+    image_1HWD = rearrange(table_1ND[:, cls_tokens:], "one (h w) d -> one h w d", h=old[0])
     shape = (1, *new, table_1ND.shape[-1])
     image_1HWD = jax.image.resize(image_1HWD, shape, "cubic-pytorch", antialias=False)
     patches_1LD = rearrange(image_1HWD, "one h w d -> one (h w) d")
-    return jnp.concatenate([table_1ND[:, :1], patches_1LD], axis=1)
+    return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)

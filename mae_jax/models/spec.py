@@ -101,6 +101,7 @@ class ModelSpec:
       mean, std: one number for each channel, of pixels scaled to 0..1.
       value_range: pixel values that are scaled to 0 and 1; () = those of 8 bits, 0 and 255.
       target_dim: how many numbers the decoder predicts for each patch (T); 0 = `patch_dim`.
+      cls_tokens: class tokens, each with a position of its own; a feature "cls" is their mean.
       tokens_in_encoder: the encoder sees hidden patches too, as mask tokens (paper, Table 1c).
       target, mask_ratio: what the decoder predicts, and the share of hidden patches in training.
       classes, pool: of the head. "avg" reads the mean of the patches, "cls" the cls token.
@@ -115,6 +116,7 @@ class ModelSpec:
     encoder: ViTSpec
     decoder: ViTSpec | None = None
     target_dim: int = 0
+    cls_tokens: int = 1
     tokens_in_encoder: bool = False
     target: str = "norm_pixels"
     mask_ratio: float = 0.75
@@ -194,6 +196,7 @@ class ModelSpec:
             "channels": model["channels"],
             "encoder": _vit(model, trained_positions=bool(changes.get("classes"))),
             "decoder": decoder,
+            "cls_tokens": model.get("cls_tokens", 1),
             "tokens_in_encoder": config.get("masking", {}).get("tokens_in_encoder", False),
             "target": config.get("target", {}).get("name", "norm_pixels"),
             "mask_ratio": config.get("mask_ratio", 0.75),
@@ -230,6 +233,7 @@ class ModelSpec:
             encoder=vit("encoder"),
             decoder=vit("decoder") if decoded else None,
             target_dim=shapes["decoder/pred/kernel"][-1] if decoded else 0,
+            cls_tokens=shapes["encoder/cls_token"][1],
             tokens_in_encoder="encoder/mask_token" in shapes,
             classes=classes,
             pool="avg" if "fc_norm/scale" in shapes else "cls",
@@ -249,6 +253,8 @@ class ModelSpec:
         }
         if d:
             model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}
+        if self.cls_tokens > 1:
+            model["cls_tokens"] = self.cls_tokens
         if e.block:
             model["block"] = dataclasses.asdict(e.block)
         if self.classes:
@@ -272,7 +278,7 @@ def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = F
         model[f"{prefix}heads"],
         int(width * model.get("mlp_ratio", 4.0) + 1e-6),  # a ratio such as 60 / 44 gives 60
         drop_path=0.0 if prefix else model.get("drop_path", 0.0),
-        trained_positions=trained_positions,
+        trained_positions=trained_positions or model.get("cls_tokens", 1) > 1,
         block=block.of_decoder() if block and prefix else block,
         name=prefix,
     )

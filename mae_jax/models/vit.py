@@ -94,6 +94,7 @@ class Encoder(nn.Module):
     spec: ModelSpec
     compute: ComputeConfig = ComputeConfig()
     final_norm: bool = True
+    merge: bool = True  # several class tokens become one, their mean
 
     @nn.compact
     def __call__(
@@ -117,33 +118,46 @@ class Encoder(nn.Module):
           (B, 1 + K, D), the cls token first, float32 after the final norm. With `return_blocks` a
           pair: the same, and (1 + depth, B, 1 + K, D) before the final norm.
         """
-        spec, width = self.spec, self.spec.encoder.width
+        spec, width, n_cls = self.spec, self.spec.encoder.width, self.spec.cls_tokens
         bias_init = torch_conv_init(patches_BKP.shape[-1])
         x_BKD = dense(width, self.compute, "patch_embed", bias_init=bias_init)(patches_BKP)
         if hidden_BL is not None:
             token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width))
             x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
-        table_ND = positions(self, spec.encoder, spec.grid)
-        patches_KD = table_ND[1:] if keep_BK is None else table_ND[1:][keep_BK]
+        table_ND = positions(self, spec.encoder, spec.grid, n_cls)
+        patches_KD = table_ND[n_cls:] if keep_BK is None else table_ND[n_cls:][keep_BK]
         x_BKD = x_BKD.astype(self.compute.residual_dtype) + patches_KD
 
-        cls_11D = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))
-        cls_B1D = jnp.broadcast_to(cls_11D + table_ND[0], (len(x_BKD), 1, width))
-        x_BND = jnp.concatenate([cls_B1D.astype(x_BKD.dtype), x_BKD], axis=1)
+        cls_1ND = self.param("cls_token", nn.initializers.normal(0.02), (1, n_cls, width))
+        cls_BND = jnp.broadcast_to(cls_1ND + table_ND[:n_cls], (len(x_BKD), n_cls, width))
+        x_BND = jnp.concatenate([cls_BND.astype(x_BKD.dtype), x_BKD], axis=1)
         stack = Stack(spec.encoder, self.compute, name="stack")
-        extra = modern.extra(self, spec.encoder, spec.grid, keep_BK)
+        extra = modern.extra(self, spec.encoder, spec.grid, keep_BK, n_cls)
         y_BND, blocks_MBND = stack(x_BND, deterministic, return_blocks, extra)
         if self.final_norm:
             y_BND = modern.norm("norm", spec.encoder.block)(y_BND)
+        if self.merge:
+            y_BND = merge_cls(y_BND, n_cls)
         if blocks_MBND is None:
             return y_BND
         first_1BND = x_BND.astype(blocks_MBND.dtype)[None]
-        return y_BND, jnp.concatenate([first_1BND, blocks_MBND])
+        blocks_MBND = jnp.concatenate([first_1BND, blocks_MBND])
+        return y_BND, merge_cls(blocks_MBND, n_cls) if self.merge else blocks_MBND
 
 
-def positions(module: nn.Module, spec: ViTSpec, grid: tuple[int, int]) -> Array:
+def merge_cls(x_BND: Array, cls_tokens: int) -> Array:
+    """Return tokens with the mean of the class tokens in place of them; B may be several axes."""
+    if cls_tokens == 1:
+        return x_BND
+    mean_B1D = x_BND[..., :cls_tokens, :].mean(-2, keepdims=True)
+    return jnp.concatenate([mean_B1D, x_BND[..., cls_tokens:, :]], axis=-2)
+
+
+def positions(
+    module: nn.Module, spec: ViTSpec, grid: tuple[int, int], cls_tokens: int = 1
+) -> Array:
     """Return the position table (1 + L, D) of an encoder or decoder, cls token first."""
-    table_ND = jnp.asarray(sincos_2d(spec.width, grid))
+    table_ND = jnp.asarray(sincos_2d(spec.width, grid, cls_tokens))
     if spec.trained_positions:
         return module.param("pos_embed", lambda rng: table_ND[None])[0]
     return table_ND

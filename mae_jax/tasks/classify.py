@@ -20,7 +20,7 @@ from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
-from mae_jax.tasks.init_from import load_encoder, require_same_blocks, saved_spec
+from mae_jax.tasks.init_from import load_encoder, require_same_tokens_and_blocks, saved_spec
 
 DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; docs/REFERENCE.md section 3
 # The part of a checkpoint that a whole classifier, with its head, starts from.
@@ -138,7 +138,7 @@ class Task(train.Task):
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
         """Return a fresh state with the encoder of a checkpoint, or with the whole classifier."""
         if self.config.start in WHOLE:
-            require_same_blocks(saved_spec(path), self.spec, path)
+            require_same_tokens_and_blocks(saved_spec(path), self.spec, path)
             params = checkpoint.restore(path, state.params, WHOLE[self.config.start])
         else:
             encoder = load_encoder(path, state.params["encoder"], self.spec)
@@ -192,8 +192,8 @@ def check(config: ConfigDict) -> None:
     n = config.trained_blocks
     if n not in (-1, 0.5) and (n % 1 or not 0 <= n <= m.depth):
         refuse("trained_blocks", n, f"give -1 (all), 0.5 (the last MLP), or 0 to {m.depth} blocks")
-    if 0 <= n < m.depth and m.get("block", {}).get("registers"):
-        refuse("trained_blocks", n, "the registers end with the frozen blocks: give -1, all")
+    if 0 <= n < m.depth and (m.get("block", {}).get("registers") or m.get("cls_tokens", 1) > 1):
+        refuse("trained_blocks", n, "with registers or several class tokens give -1, all blocks")
     mix, batch_size = config.mix, config.batch_size
     uneven = mix.group < 2 or mix.group % 2 or batch_size % mix.group
     if (mix.mixup or mix.cutmix) and uneven:

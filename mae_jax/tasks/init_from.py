@@ -51,7 +51,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
             " final norm, which this task reads. Name the run of pre-training that it started from"
         )
     old = saved_spec(path)
-    require_same_blocks(old, spec, path)
+    require_same_tokens_and_blocks(old, spec, path)
     adapted = old is not None and old.patches != spec.patches
     dropped = {"norm", "mask_token"} & (saved.keys() - target.keys())
     resized = {"pos_embed"} & saved.keys() & target.keys()
@@ -82,7 +82,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
             )
         if table is None:
             table = jnp.asarray(posemb.sincos_2d(spec.encoder.width, grid)[None])
-        resize = partial(posemb.resize, old=grid, new=spec.grid)
+        resize = partial(posemb.resize, old=grid, new=spec.grid, cls_tokens=spec.cls_tokens)
         restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
     if notes:
         log_once(f"encoder of {path}: {'; '.join(notes)}")
@@ -124,10 +124,11 @@ def saved_spec(path: epath.Path) -> ModelSpec | None:
     return ModelSpec.from_config(json.loads(config.read_text())) if config.exists() else None
 
 
-def require_same_blocks(old: ModelSpec | None, new: ModelSpec, path: epath.Path) -> None:
-    """Check that blocks have the same options; rotary positions have no array that would tell.
+def require_same_tokens_and_blocks(old: ModelSpec | None, new: ModelSpec, path: epath.Path) -> None:
+    """Check that there are as many class tokens, and that blocks have the same options.
 
-    The initial value of layer_scale, which matters to a fresh network only, may differ.
+    No array would tell that rotary positions differ. The initial value of layer_scale, which
+    matters to a fresh network only, may differ.
 
     Raises:
       UserError: they differ.
@@ -137,6 +138,11 @@ def require_same_blocks(old: ModelSpec | None, new: ModelSpec, path: epath.Path)
         block = spec.encoder.block or BlockOptions()
         return replace(block, layer_scale=float(block.layer_scale > 0))
 
+    if old is not None and old.cls_tokens != new.cls_tokens:
+        raise UserError(
+            f"config.init_from: {path} has {old.cls_tokens} class tokens, and"
+            f" config.model.cls_tokens={new.cls_tokens}: give the same"
+        )
     if old is not None and options(old) != options(new):
         raise UserError(
             f"config.init_from: the blocks of {path} have {old.encoder.block or 'no options'}, and"
@@ -174,7 +180,7 @@ def grid_of_table(table: Any, spec: ModelSpec, path: epath.Path) -> tuple[int, i
     Raises:
       UserError: neither can be.
     """
-    patches = spec.num_patches if table is None else table.shape[1] - 1
+    patches = spec.num_patches if table is None else table.shape[1] - spec.cls_tokens
     if patches == spec.num_patches:
         return spec.grid
     side = math.isqrt(patches)

@@ -15,6 +15,7 @@ from jax import Array
 
 from mae_jax import train
 from mae_jax.models import probe
+from mae_jax.models.vit import merge_cls
 from mae_jax.tasks import pretrain
 
 
@@ -51,7 +52,8 @@ class OnlineProbe(train.Task):
     ) -> tuple[Array, tuple[dict, dict]]:
         outputs = self.task.reconstruct(params, extra, batch)
         error = self.task.objective(outputs)
-        cls_BD = jax.lax.stop_gradient(probe.pool(outputs["latent_BND"])["cls"])
+        latent_BND = merge_cls(outputs["latent_BND"], self.task.spec.cls_tokens)
+        cls_BD = jax.lax.stop_gradient(probe.pool(latent_BND)["cls"])
         logits_BY: Any = self.head.apply({"params": params["online"]}, cls_BD)
         own = optax.softmax_cross_entropy_with_integer_labels(logits_BY, batch["label"]).mean()
         return error + own, (extra, {"loss": error, "online_loss": own})

@@ -20,7 +20,7 @@ from mae_jax.tasks import common
 from mae_jax.tasks.init_from import (
     load_decoder,
     load_encoder,
-    require_same_blocks,
+    require_same_tokens_and_blocks,
     saved_spec,
 )
 from mae_jax.tasks.shapes import check_predictions, check_scores, width_of_target
@@ -127,11 +127,11 @@ class Task(train.Task):
         is the same.
         """
         saved, spec = saved_spec(path), self.spec
-        require_same_blocks(saved, spec, path)
+        require_same_tokens_and_blocks(saved, spec, path)
         if saved is None or saved.patches == spec.patches:
             return super().load(path, state)
         parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}
-        plain = self.network.make_decoder is mae.Decoder
+        plain = self.network.make_decoder is mae.Decoder and spec.cls_tokens == 1
         if plain and saved.resized(spec.image_size, spec.patch_size) == spec:
             parts["decoder"] = load_decoder(path, state.params["decoder"], saved, spec)
         return replace(state, params=state.params | parts)
