@@ -140,10 +140,18 @@ def test_a_decoder_that_predicts_another_shape_is_refused(monkeypatch):
         def __call__(self, latent_BND, restore_BL):
             return super().__call__(latent_BND, restore_BL)[:, 1:]
 
-    monkeypatch.setattr(convolutions, "Decoder", Short)
+    class Other(convolutions.Decoder):
+        def __call__(self, latent_BND):
+            return latent_BND
+
     config = config_of("decoder", **DIGITS, **{"model.patch_size": (8, 8)})
-    with pytest.raises(UserError, match="Short' predicts shape .2, 15, 192. for 2 images of 16"):
-        tasks.build(config)
+    for decoder, words in (
+        (Short, "Short' predicts shape .2, 15, 192. for 2 images of 16"),
+        (Other, "Other' is no module of .spec, compute. that takes .latent, restore."),
+    ):
+        monkeypatch.setattr(convolutions, "Decoder", decoder)
+        with pytest.raises(UserError, match=words):
+            tasks.build(config)
     config.model.decoder = "decoder.convolution"
     with pytest.raises(UserError, match="convolution"):
         tasks.build(config)

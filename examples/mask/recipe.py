@@ -8,5 +8,5 @@ from mae_jax.configs.folder import get_config as recipe
 
 def get_config(arg=None):
     config = recipe(arg)
-    config.masking = dict(name="mask.masks.gaze", blur=0.5, tokens_in_encoder=False)
+    config.masking.update(name="mask.masks.gaze", blur=0.5)
     return config

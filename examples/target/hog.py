@@ -21,7 +21,7 @@ def hog(images_BHWC, patch_size, *, bins=9, cell=8):
     orientation = jnp.floor(jnp.arctan2(across, down) / jnp.pi * bins).astype(int) % bins
     bell = jnp.exp(-0.5 * ((jnp.arange(16) - 7.5) / 8) ** 2)
     window = jnp.tile(jnp.outer(bell, bell), (height // 16 + 1, width // 16 + 1))[:height, :width]
-    votes = jnp.hypot(across, down) * (window / window.sum() * window.size)[..., None]
+    votes = jnp.hypot(across, down) * window[..., None]
     votes = votes[..., None] * jax.nn.one_hot(orientation, bins)
     cells = reduce(votes, "b (h p) (w q) c k -> b h w c k", "sum", p=cell, q=cell)
     cells /= jnp.maximum(jnp.linalg.norm(cells, axis=-1, keepdims=True), 1e-6)

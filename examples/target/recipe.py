@@ -8,5 +8,5 @@ from mae_jax.configs.folder import get_config as recipe
 
 def get_config(arg=None):
     config = recipe(arg)
-    config.target = dict(name="target.hog.hog", bins=9)
+    config.target.update(name="target.hog.hog", bins=9)
     return config
