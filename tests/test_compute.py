@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from tiny import assert_trees_equal, run, tiny_config
 
 from mae_jax.models import mae, masking
+from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.compute import ComputeConfig, why_no_cudnn
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder
@@ -86,8 +87,10 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", portable)
 
 
-def network_of(grid: int, attention: str, **compute) -> mae.MAE:
-    spec = ModelSpec((4 * grid,) * 2, (4, 4), 3, ViTSpec(32, 2, 2, 64), ViTSpec(16, 2, 1, 32))
+def network_of(grid: int, attention: str, block=None, cls_tokens: int = 1, **compute) -> mae.MAE:
+    encoder, decoder = ViTSpec(32, 2, 2, 64, block=block), ViTSpec(16, 2, 1, 32)
+    sizes = (4 * grid,) * 2, (4, 4), 3
+    spec = ModelSpec(*sizes, encoder, decoder, cls_tokens=cls_tokens)
     return mae.MAE(spec, ComputeConfig(attention=attention, **compute))
 
 
@@ -97,10 +100,20 @@ def inputs_of(grid: int, kept: int):
     return patches, masking.keep_lowest(jnp.asarray(rng.random((3, grid**2))), kept)
 
 
-# Tokens of the encoder and of the decoder: 5 and 17, 6 and 17, 10 and 26.
+BLOCK = BlockOptions(registers=2, qk_norm=True, rope=100.0)
+OPTIONS = {"block": BLOCK, "cls_tokens": 4}
+
+
+# Tokens of the encoder and of the decoder: 5 and 17, 6 and 17, 10 and 26; 11 and 20 with options.
 @pytest.mark.parametrize(
     ("grid", "kept", "compute"),
-    [(4, 4, {}), (4, 5, {}), (5, 9, {}), (4, 4, {"scan_unroll": 2, "remat": True})],
+    [
+        (4, 4, {}),
+        (4, 5, {}),
+        (5, 9, {}),
+        (4, 4, {"scan_unroll": 2, "remat": True}),
+        (4, 5, OPTIONS),
+    ],
     ids=str,
 )
 def test_cudnns_attention_gives_our_loss_and_gradients(anywhere, grid, kept, compute):
