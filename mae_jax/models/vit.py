@@ -51,6 +51,8 @@ class Stack(nn.Module):
     ) -> tuple[Array, Array | None]:
         """Return the tokens after the last block and, if asked, after each: (depth, B, N, D).
 
+        `extra` is what `modern.extra` gives for stacks with `spec.block`.
+
         Initialising always loops, whatever `scan_unroll` says: the parameters are the same, and
         unrolled it took 36 s for L/16.
         """
@@ -59,7 +61,7 @@ class Stack(nn.Module):
         tokens = x_BND.shape[1]
         unroll = 1 if self.is_initializing() else compute.scan_unroll
         # Without a loop between them, XLA would merge the recomputation with the forward pass.
-        block, options = (modern.ModernBlock, (spec.block, extra)) if extra else (Block, ())
+        block, options = (modern.ModernBlock, (spec.block, extra)) if spec.block else (Block, ())
         if compute.remat:
             block = nn.remat(block, prevent_cse=unroll >= spec.depth, static_argnums=(3, 4))
         blocks = nn.scan(
