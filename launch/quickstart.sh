@@ -19,6 +19,7 @@ workdir=${WORKDIR:-$root/workdir/quickstart}
 case $workdir in /* | *://*) ;; *) workdir=$here/$workdir ;; esac
 cd "$root"
 start=$root/workdir/cifar10-s-pixels
+mkdir -p "$root/workdir"
 [ -e "$start/config.json" ] || "$python" -m mae_jax convert weights/cifar10-s-pixels "$start" --to=ours
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: fewer page faults on CPUs
 exec "$python" -m mae_jax train --config=configs/quickstart.py --config.init_from="$start" \
