@@ -37,7 +37,8 @@ def _basis(patch_size: tuple[int, int], channels: int) -> np.ndarray:
     steps = (np.abs(np.subtract.outer(np.arange(n), np.arange(n))) for n in patch_size)
     factors = [NEIGHBOUR**distance for distance in steps]
     factors.append(np.where(np.eye(channels) > 0, 1.0, COLOURS))
-    variance, basis = np.ones(1), np.ones((1, 1))
+    variance: np.ndarray = np.ones(1)
+    basis: np.ndarray = np.ones((1, 1))
     for factor in factors:  # the principal components of a Kronecker product are products
         values, vectors = np.linalg.eigh(factor)
         variance, basis = np.kron(variance, values), np.kron(basis, vectors)
