@@ -42,7 +42,7 @@ def run(name: str, last: str, folder: Path, monkeypatch) -> str:
 
 def test_reconstruct(tmp_path, monkeypatch):
     last = "print(out.mask_BL.mean(), model.spec.encoder.depth)"
-    assert run("reconstruct", last, tmp_path, monkeypatch).split() == ["0.75", "4"]
+    assert run("reconstruct", last, tmp_path, monkeypatch).split() == ["0.75", "6"]
 
 
 def test_finetune(tmp_path, monkeypatch):
