@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,7 @@ def require_place(path: str | os.PathLike, what: str) -> None:
     Raises:
       UserError: it is a URL of another kind, or the package for buckets is missing.
     """
+    _require_both_slashes(path, what)
     scheme, is_url, rest = os.fspath(path).partition("://")
     if not is_url:
         return
@@ -57,8 +59,16 @@ def require_place(path: str | os.PathLike, what: str) -> None:
 
 def require_local(path: str | os.PathLike, what: str) -> None:
     """Raise UserError if a path is a URL where only local files are read or written."""
+    _require_both_slashes(path, what)
     if "://" in os.fspath(path):
         raise UserError(f"{what}={path}: only local files can be used here: copy to or from there")
+
+
+def _require_both_slashes(path: str | os.PathLike, what: str) -> None:
+    """Raise UserError if a URL has lost one of its slashes, as it does in a pathlib.Path."""
+    if lost := re.match(r"(gs|s3|az|file|https?|hdfs):/(?!/)(.*)", os.fspath(path)):
+        scheme, rest = lost.groups()
+        raise UserError(f"{what}={path}: a slash is missing: {scheme}://{rest}")
 
 
 def open_regular(path: str | os.PathLike, flags: int) -> int:

@@ -142,6 +142,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(command):
         ("foo://bucket/run", "foo:// is not supported"),
         ("file:///data/run", "write the path itself, /data/run"),
         ("gs://bucket/run", "pip install gcsfs"),
+        ("gs:/bucket/run", "a slash is missing: gs://bucket/run"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--workdir", "--config.init_from", "--config.resume"])
