@@ -46,7 +46,7 @@ def main() -> int:
     write_crops(root / "images")
     recipe = f"configs/cifar10.py:data={root / 'images'},small=true"
     shorter = {
-        "train_for": "150 steps", "batch_size": 64, "optim.blr": 4e-3, "optim.warmup": "20 steps",
+        "train_for": "100 steps", "batch_size": 64, "optim.blr": 4e-3, "optim.warmup": "20 steps",
         "evals": {},
     }  # fmt: skip
     pretrain = [f"--config.{key}={value}" for key, value in shorter.items()]

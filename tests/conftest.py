@@ -22,21 +22,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # over the program: what is counted in a program stays as it is. Parity with the golden numbers and
 # what compares bits with another process have the compiler as users have it.
 COMPILED_FAST = {
-    *(
-        "test_block_options",
-        "test_class_tokens",
-        "test_classifier",
-        "test_convert",
-        "test_finetune",
-        "test_fit",
-    ),
+    *("test_block_options", "test_class_tokens", "test_classifier", "test_convert"),
+    *("test_finetune", "test_fit"),
     *("test_init_from", "test_knn", "test_load", "test_models", "test_probe", "test_recipes"),
     *("test_reconstruct", "test_results", "test_robustness", "test_sharding", "test_train"),
     *("test_optimizers", "test_patches", "test_segment", "test_segment_pictures", "test_sweep"),
-    "test_visualize",
-    "test_crossmae",
-    "test_examples",
-    "test_latent",
+    *("test_visualize", "test_crossmae", "test_examples", "test_latent"),
+    *("test_api", "test_axes", "test_bands", "test_compute", "test_fork", "test_limits"),
+    *("test_logistic", "test_masks"),
 }
 
 

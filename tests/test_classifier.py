@@ -262,7 +262,7 @@ def test_the_frozen_part_costs_no_backward_pass():
     Half a block is its MLP with the norm before it: two thirds of the FLOPs. Of the first trained
     block no gradient of the input is needed. Wide, so that matrix products count.
     """
-    network, patches, params = partial_case(width=128)
+    network, patches, params = partial_case(width=256)
 
     def flops(function):
         return function.lower(params).compile().cost_analysis()["flops"]

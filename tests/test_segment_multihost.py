@@ -6,6 +6,7 @@ import textwrap
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import pytest
 from hosts import Processes, free_port
 from segments import CLASSES, LEVELS, small, write_folder, write_pairs
 from tiny import mesh_of
@@ -67,4 +68,9 @@ def test_segmentations_on_two_hosts_have_the_counts_of_one(tmp_path):
     together = processes.found()
     assert set(alone) == {"segment", "knn", "logistic"}
     assert alone["segment"][0]["eval/images"] == 7 and alone["segment"][0]["eval/miou"] > 40
-    assert together == [alone, alone]
+    for name in ("segment", "knn"):
+        assert [host[name] for host in together] == [alone[name], alone[name]], name
+    # Its classifier is trained on sums over all hosts, which may round otherwise: a patch, 64 of
+    # 8,867 pixels, may get another class.
+    assert together[0]["logistic"] == together[1]["logistic"]
+    assert together[0]["logistic"][0] == pytest.approx(alone["logistic"][0], abs=1)
