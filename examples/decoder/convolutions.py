@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import optim, sharding
+from mae_jax.models.block import gelu, layer_norm
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.mae import unshuffle
 from mae_jax.models.spec import ModelSpec
-from mae_jax.models.block import gelu, layer_norm
 
 # Parameters with names of their own: what they are for the optimizer, and how a mesh splits them.
 optim.ROLES.append((r"/conv\d+/kernel", "matrix"))
