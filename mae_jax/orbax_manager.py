@@ -1,6 +1,9 @@
 """Set up Orbax's checkpoint manager for runs of several hosts."""
 
+import functools
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +34,22 @@ class Manager(ocp.CheckpointManager):
             raise
 
 
+@functools.cache
+def silence_late_writes() -> None:
+    """Let writes end in silence whose save has failed before.
+
+    They tell a loop of events that is closed by then, and Python would print a traceback for each:
+    a hundred of them around the sentence that says why the save failed.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+
+
 def open_manager(
     root: epath.Path,
     keep: int,
@@ -44,6 +63,7 @@ def open_manager(
       before_commit: called on one host when all files of a save are written, before the rename.
       on_error: called in the background with the error of a save that failed on this host.
     """
+    silence_late_writes()
     # Orbax logs tracebacks of errors that `on_error` and the next call report in words.
     logging.get_absl_logger().addFilter(lambda x: not (x.exc_info and "orbax" in x.pathname))
     # By default Orbax slices an array among its replicas, and compiles a program for each array and

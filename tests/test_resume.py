@@ -203,6 +203,7 @@ def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterru
     assert run.end() == 1, "\n".join(run.said)
     last = next(x for x in run.said if x.startswith("mae-jax train: "))
     assert re.search(f"{what}File too large.*the same command goes on from", last), run.said
+    assert not any("Traceback" in line for line in run.said), "\n".join(run.said)
 
     run = Run(folder, workdir)
     assert run.end() == 0, "\n".join(run.said)
