@@ -218,6 +218,13 @@ def connect(config: ConfigDict, values: flags.FlagValues, workdir: str) -> None:
         distributed.refuse_to_run_alone(os.environ)
 
 
+def silence_stderr() -> None:
+    """Let a run end in silence whose disk is full: every writer tries again, and complains."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
 def supervise(config: ConfigDict, workdir: str, profile: str = "") -> int:
     """Run a config; print why it fails, if it does, and return the exit status."""
     import jax
@@ -243,7 +250,8 @@ def supervise(config: ConfigDict, workdir: str, profile: str = "") -> int:
     except (Exception, KeyboardInterrupt) as error:
         alone, status = distributed.alone_with(error), 1
         if isinstance(error, OSError) and (reason := disk_failure(error, workdir)):
-            print(f"mae-jax train: {reason}", file=sys.stderr)
+            print(f"mae-jax train: {reason}", file=sys.stderr, flush=True)
+            silence_stderr()
         elif not alone:
             raise
         elif (known := explain("train", error)) is not None:
