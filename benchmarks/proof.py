@@ -30,8 +30,8 @@ PUBLISHED = (
 )
 
 
-def train(root: Path, name: str, arguments: str, seconds: float, *flags: str) -> bool:
-    """Make a run, or go on with it, for so long; return whether it is finished."""
+def train(root: Path, name: str, arguments: str, seconds: float, *flags: str) -> None:
+    """Make a run, or go on with it, for so long."""
     command = [sys.executable, "-m", "mae_jax", "train", f"--config={RECIPE}:{arguments}"]
     process = subprocess.Popen([*command, f"--workdir={root / name}", *flags])
     try:
@@ -41,7 +41,6 @@ def train(root: Path, name: str, arguments: str, seconds: float, *flags: str) ->
         status = process.wait()
     if status not in (0, PREEMPTED):
         raise SystemExit(f"{name} ended with {status}; its messages are above")
-    return status == 0
 
 
 def reached(workdir: Path, key: str) -> tuple[int, float] | None:

@@ -12,8 +12,8 @@ cd "$root"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$(dirname "$python")/shellcheck" --external-sources launch/*.sh benchmarks/*.sh tests/multihost/run.sh tests/slurm/run.sh \
-  .ci/run
+"$(dirname "$python")/shellcheck" --external-sources launch/*.sh benchmarks/*.sh \
+  tests/multihost/run.sh tests/slurm/run.sh .ci/run
 "$python" -m mypy
 # tests/test_plan.py compiles for TPUs. Their compiler is installed beside the environment's packages:
 # inside, every start of JAX on a machine without TPUs would search for TPUs and print warnings.

@@ -1,4 +1,4 @@
-"""What networks may have beside the paper's: options of blocks, together as vit5; class tokens.
+"""Networks with more than the paper's: options of blocks, one by one and as vit5; class tokens.
 
     mae-jax sweep --config=configs/ablations/blocks.py:base=cifar10,data=PATH --workdir=DIR
 

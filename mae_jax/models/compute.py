@@ -1,4 +1,4 @@
-"""How a network is run: speed, memory and rounding. No parameter depends on it."""
+"""Settings for running a network: speed, memory and rounding. No parameter depends on them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple

@@ -47,7 +47,7 @@ class LayerScale(nn.Module):
 
 
 class Extra(NamedTuple):
-    """What a stack is given beside its tokens, by its options; None = nothing."""
+    """Arrays that a stack is given beside its tokens, by its options; None = none."""
 
     register_1RD: Array | None
     angle_BNG: Array | None  # of the tokens without registers; B is 1 if they do not differ

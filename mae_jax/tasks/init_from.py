@@ -58,9 +58,6 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
     as_saved = dropped | resized | ({"patch_embed"} if adapted else set())
     replicated = target["cls_token"].sharding
 
-    def wanted(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding)
-
     shapes = {name: jax.tree.map(wanted, target[name]) for name in target.keys() - {"pos_embed"}}
     shapes |= {
         name: jax.tree.map(partial(wanted, sharding=replicated), saved[name]) for name in as_saved
@@ -89,6 +86,11 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
     return {name: restored[name] for name in target}
 
 
+def wanted(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    """Return shape and type of an array that is restored in its own sharding, or in another."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding)
+
+
 def load_decoder(path: epath.Path, target: Any, old: ModelSpec, new: ModelSpec) -> dict:
     """Return the decoder of a checkpoint in the shardings of `target`; predictions are resized.
 
@@ -97,14 +99,10 @@ def load_decoder(path: epath.Path, target: Any, old: ModelSpec, new: ModelSpec) 
       target: the arrays of the wanted decoder; only shapes and shardings are read.
       old, new: networks that differ in the sizes of images and patches only.
     """
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(target)
-    )
+    shapes = jax.tree.map(wanted, dict(target))
     replicated = target["norm"]["scale"].sharding
-    shapes["pred"] = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        checkpoint.shapes(path, (*DECODER, "pred")),
-    )
+    saved = checkpoint.shapes(path, (*DECODER, "pred"))
+    shapes["pred"] = jax.tree.map(partial(wanted, sharding=replicated), saved)
     decoder = checkpoint.restore(path, shapes, DECODER)
 
     def resize(pred: dict) -> dict:

@@ -127,8 +127,8 @@ class Task(train.Task):
         is the same.
         """
         saved, spec = saved_spec(path), self.spec
-        require_same_tokens_and_blocks(saved, spec, path)
         if saved is None or saved.patches == spec.patches:
+            require_same_tokens_and_blocks(saved, spec, path)
             return super().load(path, state)
         parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}
         plain = self.network.make_decoder is mae.Decoder and spec.cls_tokens == 1
