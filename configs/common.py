@@ -1,5 +1,6 @@
 """Pieces that recipes share: typed arguments, sizes of models, settings that are rarely changed."""
 
+import ast
 import json
 
 from etils import epath
@@ -46,6 +47,11 @@ def parse_arg(arg, **defaults):
 
 def typed(text, kind):
     """Return a text as a value of a type; raise ValueError or KeyError if it is none."""
+    if kind is tuple:
+        try:
+            return tuple(ast.literal_eval(text))
+        except (SyntaxError, TypeError) as error:
+            raise ValueError(text) from error
     return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
 
 
@@ -138,6 +144,8 @@ def adopt(config, pretrained, variant):
             config.model[key] = tuple(value) if isinstance(value, list) else value
         if "cls_tokens" in pretrained["model"]:
             config.model.cls_tokens = pretrained["model"]["cls_tokens"]
+        if groups := pretrained["model"].get("channel_groups"):
+            config.model.channel_groups = tuple(map(tuple, groups))
         if block := pretrained["model"].get("block"):
             config.model.block = ConfigDict(block)
         data = pretrained["data"]

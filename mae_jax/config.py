@@ -34,6 +34,7 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "model.block.qk_norm": False,
     "model.block.registers": 0,
     "model.block.rope": 0.0,
+    "model.channel_groups": (),  # of the task channel_groups, such as ((0, 1, 2), (3, 4))
     "model.cls_tokens": 1,
     "model.decoder": "mae",  # a module of models/ with a class Decoder, or a dotted path
     "model.decoder_maps": 0,  # of the task crossmae: encoder blocks that it reads; 0 = all

@@ -13,11 +13,17 @@ from jax import Array
 from mae_jax.errors import UserError
 from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
-from mae_jax.models import mae, masking
+from mae_jax.models import channel_groups, mae, masking
 from mae_jax.models.block import layer_norm
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.patchify import normalize, patchify, to_levels, unpatchify
+from mae_jax.models.patchify import (
+    normalize,
+    patchify,
+    to_levels,
+    to_patches,
+    unpatchify,
+)
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 
@@ -106,8 +112,12 @@ class Model:
                 f"these weights predict {spec.target}, and no pixels; if it is pixels after all,"
                 " load(path, target='pixels')"
             )
-        network = mae.MAE(spec, self.compute)
-        pred_BLT: Any = network.apply({"params": params}, self.patches(images), mask)
+        network, seen, groups = mae.MAE(spec, self.compute), mask, spec.channel_groups
+        if groups:
+            seen = channel_groups.shared(mask, groups)
+        pred_BLT: Any = network.apply({"params": params}, self.patches(images), seen)
+        if groups:
+            pred_BLT = channel_groups.merge(pred_BLT, groups)
         levels_BLP = pixels.predicted_levels(
             pred_BLT,
             patchify(to_levels(images, spec.value_range), spec.patch_size),
@@ -130,7 +140,7 @@ class Model:
 
     def patches(self, images: Array) -> Array:
         """Return (B, L, P): patches of the normalised images."""
-        return patchify(self.normalize(images), self.spec.patch_size)
+        return to_patches(self.normalize(images), self.spec)
 
     def normalize(self, images: Array) -> Array:
         """Return (B, H, W, C): images as the network was trained on them, by mean and std."""

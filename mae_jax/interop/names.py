@@ -233,14 +233,15 @@ def to_theirs(params: Mapping, spec: ModelSpec, family: Family) -> dict[str, np.
     written out.
 
     Raises:
-      UserError: a decoder without a mask token, blocks with options, or several class tokens,
-        which those families do not know.
+      UserError: a decoder without a mask token, blocks with options, several class tokens or
+        channel groups, which those families do not know.
     """
-    if spec.encoder.block or spec.cls_tokens > 1:
-        block = spec.encoder.block and f"blocks with {spec.encoder.block}"
+    block = spec.encoder.block and f"blocks with {spec.encoder.block}"
+    groups = spec.channel_groups and f"the channel groups {spec.channel_groups}"
+    if block or groups or spec.cls_tokens > 1:
         raise UserError(
-            f"these weights have {block or f'{spec.cls_tokens} class tokens'}, which other formats"
-            " cannot hold: convert with --to=ours"
+            f"these weights have {block or groups or f'{spec.cls_tokens} class tokens'}, which"
+            " other formats cannot hold: convert with --to=ours"
         )
     if spec.tokens_in_encoder and spec.decoder:
         raise UserError(

@@ -148,7 +148,7 @@ def _resize(weights: Weights, size: Size) -> Weights:
         if vit:
             table = params[side].get("pos_embed")
             if table is None:
-                table = posemb.sincos_2d(vit.width, weights.spec.grid)[None]
+                table = posemb.sincos_table(vit.width, weights.spec.grid, groups=spec.groups)[None]
             sizes = weights.spec.grid, spec.grid, spec.cls_tokens
             resized = posemb.resize(jnp.asarray(table), *sizes)
             params[side]["pos_embed"] = np.asarray(resized)

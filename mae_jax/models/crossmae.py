@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         tokens_GBND = jnp.einsum("gm,mbnd->gbnd", weights_GM, tokens_MBND.astype(jnp.float32))
 
         token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
-        x_BQE = token_11E + positions(self, vit, self.spec.grid)[1:][query_BQ]
+        x_BQE = token_11E + positions(self, vit, self.spec)[1:][query_BQ]
         tokens_GBND = tokens_GBND.astype(self.compute.residual_dtype)
         x_BQE = Stack(vit, self.compute, name="stack")(x_BQE, tokens_GBND)
         pred = dense(self.spec.target_dim, self.compute, "pred")

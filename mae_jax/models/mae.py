@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         if restore_BL is not None:
             token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
             x_BNE = unshuffle(x_BNE, token_11E, restore_BL, n_cls)
-        x_BNE = x_BNE + positions(self, vit, self.spec.grid, n_cls)
+        x_BNE = x_BNE + positions(self, vit, self.spec)
         extra = modern.extra(self, vit, self.spec.grid, None, n_cls)
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE, extra=extra)
         x_BNE = modern.norm("norm", vit.block)(x_BNE)

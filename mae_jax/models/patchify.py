@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from mae_jax.models import channel_groups
 from mae_jax.models.spec import ModelSpec
 
 
@@ -34,6 +35,14 @@ def patchify(images_BHWC: Array, patch_size: tuple[int, int]) -> Array:
     """
     rows, cols = patch_size
     return rearrange(images_BHWC, "b (h r) (w c) ch -> b (h w) (r c ch)", r=rows, c=cols)
+
+
+def to_patches(images_BHWC: Array, spec: ModelSpec) -> Array:
+    """Cut normalised images into the patches that a network reads, (B, L, P)."""
+    patches_BLP = patchify(images_BHWC, spec.patch_size)
+    if spec.channel_groups:
+        return channel_groups.split(patches_BLP, spec.channel_groups)
+    return patches_BLP
 
 
 def unpatchify(patches_BLP: Array, patch_size: tuple[int, int], grid: tuple[int, int]) -> Array:

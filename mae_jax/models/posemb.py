@@ -36,10 +36,31 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_tokens: int = 1) -> np.ndar
     return np.concatenate([np.zeros((cls_tokens, width)), table_LD]).astype(np.float32)
 
 
+def sincos_table(
+    width: int, grid: tuple[int, int], cls_tokens: int = 1, groups: int = 1
+) -> np.ndarray:
+    """Return the fixed position table, for several channel groups as for one.
+
+    With several the last quarter of the width encodes the group (arXiv 2207.08051).
+
+    Returns:
+      (cls_tokens + groups * rows * columns, width) float32.
+    """
+    if groups == 1:
+        return sincos_2d(width, grid, cls_tokens)
+    quarter = max(width // 16 * 4, 4)
+    place_LD = np.tile(sincos_2d(width - quarter, grid, 0), (groups, 1))
+    group_LD = np.repeat(_sincos_1d(quarter, np.arange(groups)), len(place_LD) // groups, axis=0)
+    table_LD = np.concatenate([place_LD, group_LD], axis=1)
+    return np.concatenate([np.zeros((cls_tokens, width)), table_LD]).astype(np.float32)
+
+
 def resize(
     table_1ND: Array, old: tuple[int, int], new: tuple[int, int], cls_tokens: int = 1
 ) -> Array:
     """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
+
+    The table may hold several channel groups, one after the other.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
     aligned, no antialiasing.
@@ -47,16 +68,17 @@ def resize(
     Raises:
       UserError: the table is not one of the old grid.
     """
-    rows = cls_tokens + old[0] * old[1]
-    if table_1ND.shape[1] != rows:
+    patches = old[0] * old[1]
+    if table_1ND.shape[1] <= cls_tokens or (table_1ND.shape[1] - cls_tokens) % patches:
         raise UserError(
             f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
-            f" {old[1]} patches and {cls_tokens} cls token(s), which has {rows}"
+            f" {old[1]} patches and {cls_tokens} cls token(s), which has {cls_tokens + patches}"
         )
     if old == new:
         return table_1ND
-    image_1HWD = rearrange(table_1ND[:, cls_tokens:], "one (h w) d -> one h w d", h=old[0])
-    shape = (1, *new, table_1ND.shape[-1])
-    image_1HWD = jax.image.resize(image_1HWD, shape, "cubic-pytorch", antialias=False)
-    patches_1LD = rearrange(image_1HWD, "one h w d -> one (h w) d")
+    h, w = old
+    image_GHWD = rearrange(table_1ND[0, cls_tokens:], "(g h w) d -> g h w d", h=h, w=w)
+    shape = (len(image_GHWD), *new, table_1ND.shape[-1])
+    image_GHWD = jax.image.resize(image_GHWD, shape, "cubic-pytorch", antialias=False)
+    patches_1LD = rearrange(image_GHWD, "g h w d -> 1 (g h w) d")
     return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)

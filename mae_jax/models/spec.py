@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mae_jax.errors import UserError
 from mae_jax.models.block_options import BlockOptions
+from mae_jax.models.channel_groups import Groups, parse_groups
 
 Size = tuple[int, int]  # (height, width)
 
@@ -102,6 +103,7 @@ class ModelSpec:
       value_range: pixel values that are scaled to 0 and 1; () = those of 8 bits, 0 and 255.
       target_dim: how many numbers the decoder predicts for each patch (T); 0 = `patch_dim`.
       cls_tokens: class tokens, each with a position of its own; a feature "cls" is their mean.
+      channel_groups: channels of each token of a patch, see channel_groups.py; () = all of one.
       tokens_in_encoder: the encoder sees hidden patches too, as mask tokens (paper, Table 1c).
       target, mask_ratio: what the decoder predicts, and the share of hidden patches in training.
       classes, pool: of the head. "avg" reads the mean of the patches, "cls" the cls token.
@@ -117,6 +119,7 @@ class ModelSpec:
     decoder: ViTSpec | None = None
     target_dim: int = 0
     cls_tokens: int = 1
+    channel_groups: Groups = ()
     tokens_in_encoder: bool = False
     target: str = "norm_pixels"
     mask_ratio: float = 0.75
@@ -138,6 +141,8 @@ class ModelSpec:
                     f"{name} has {len(getattr(self, name))} numbers for images of {self.channels}"
                     " channels: give one for each channel"
                 )
+        if self.channel_groups and self.encoder.block and self.encoder.block.rope:
+            raise UserError("config.model.block.rope turns patches, not their channel_groups")
         if self.decoder and not self.target_dim:
             object.__setattr__(self, "target_dim", self.patch_dim)
 
@@ -148,8 +153,13 @@ class ModelSpec:
 
     @property
     def num_patches(self) -> int:
-        """L, the patches of an image."""
-        return math.prod(self.grid)
+        """L, the patches of an image, each counted for every channel group."""
+        return math.prod(self.grid) * self.groups
+
+    @property
+    def groups(self) -> int:
+        """The number of channel groups; 1 without any."""
+        return max(len(self.channel_groups), 1)
 
     @property
     def patch_dim(self) -> int:
@@ -197,6 +207,7 @@ class ModelSpec:
             "encoder": _vit(model, trained_positions=bool(changes.get("classes"))),
             "decoder": decoder,
             "cls_tokens": model.get("cls_tokens", 1),
+            "channel_groups": parse_groups(model.get("channel_groups", ()), model["channels"]),
             "tokens_in_encoder": config.get("masking", {}).get("tokens_in_encoder", False),
             "target": config.get("target", {}).get("name", "norm_pixels"),
             "mask_ratio": config.get("mask_ratio", 0.75),
@@ -255,6 +266,8 @@ class ModelSpec:
             model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}
         if self.cls_tokens > 1:
             model["cls_tokens"] = self.cls_tokens
+        if self.channel_groups:
+            model["channel_groups"] = self.channel_groups
         if e.block:
             model["block"] = dataclasses.asdict(e.block)
         if self.classes:

@@ -16,7 +16,7 @@ from mae_jax.models import modern
 from mae_jax.models.block import Block
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import dense
-from mae_jax.models.posemb import sincos_2d
+from mae_jax.models.posemb import sincos_table
 from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         if hidden_BL is not None:
             token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width))
             x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
-        table_ND = positions(self, spec.encoder, spec.grid, n_cls)
+        table_ND = positions(self, spec.encoder, spec)
         patches_KD = table_ND[n_cls:] if keep_BK is None else table_ND[n_cls:][keep_BK]
         x_BKD = x_BKD.astype(self.compute.residual_dtype) + patches_KD
 
@@ -155,11 +155,9 @@ def merge_cls(x_BND: Array, cls_tokens: int) -> Array:
     return jnp.concatenate([mean_B1D, x_BND[..., cls_tokens:, :]], axis=-2)
 
 
-def positions(
-    module: nn.Module, spec: ViTSpec, grid: tuple[int, int], cls_tokens: int = 1
-) -> Array:
+def positions(module: nn.Module, vit: ViTSpec, spec: ModelSpec) -> Array:
     """Return the position table (1 + L, D) of an encoder or decoder, cls token first."""
-    table_ND = jnp.asarray(sincos_2d(spec.width, grid, cls_tokens))
-    if spec.trained_positions:
+    table_ND = jnp.asarray(sincos_table(vit.width, spec.grid, spec.cls_tokens, spec.groups))
+    if vit.trained_positions:
         return module.param("pos_embed", lambda rng: table_ND[None])[0]
     return table_ND

@@ -16,7 +16,7 @@ from mae_jax import checkpoint, flops, optim, train
 from mae_jax.data import mixup
 from mae_jax.errors import nearest
 from mae_jax.models import classifier
-from mae_jax.models.patchify import normalize, patchify
+from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
@@ -103,7 +103,7 @@ class Task(train.Task):
     def loss(
         self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
-        patches_BLP = patchify(batch["normalized"], self.spec.patch_size)
+        patches_BLP = to_patches(batch["normalized"], self.spec)
         rngs = {"drop_path": rng("drop_path")}
         out: Any
         if self.partly_frozen:
@@ -118,7 +118,7 @@ class Task(train.Task):
     def classify(self, params: dict, batch: dict) -> classifier.Output:
         """Return features and logits of whole images."""
         images_BHWC = normalize(batch["image"], self.spec)
-        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        patches_BLP = to_patches(images_BHWC, self.spec)
         out: Any = self.network.apply({"params": params}, patches_BLP)
         return out
 

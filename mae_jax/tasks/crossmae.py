@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, train
 from mae_jax.config import OPTIONAL_KEYS
 from mae_jax.models import crossmae, masking
-from mae_jax.models.patchify import normalize, patchify
+from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.tasks import common, pretrain
 
 
@@ -98,7 +98,7 @@ class Task(pretrain.Task):
     ) -> tuple[dict[str, Array], Array, Array]:
         """Return what `reconstruct` does for `count` patches, all targets, and which they are."""
         images_BHWC = normalize(batch["image"], self.spec)
-        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        patches_BLP = to_patches(images_BHWC, self.spec)
         mask = masking.keep_lowest(batch["score"], self.num_kept)
         query_BQ = crossmae.draw_queries(mask.mask_BL, noise_BL, count)
         latent_BND, pred_BQT = self.network.apply(

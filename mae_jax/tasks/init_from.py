@@ -78,7 +78,8 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
                 f" {spec.grid[0]} x {spec.grid[1]}"
             )
         if table is None:
-            table = jnp.asarray(posemb.sincos_2d(spec.encoder.width, grid)[None])
+            fixed = posemb.sincos_table(spec.encoder.width, grid, groups=spec.groups)
+            table = jnp.asarray(fixed[None])
         resize = partial(posemb.resize, old=grid, new=spec.grid, cls_tokens=spec.cls_tokens)
         restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
     if notes:
@@ -123,7 +124,7 @@ def saved_spec(path: epath.Path) -> ModelSpec | None:
 
 
 def require_same_tokens_and_blocks(old: ModelSpec | None, new: ModelSpec, path: epath.Path) -> None:
-    """Check that there are as many class tokens, and that blocks have the same options.
+    """Check that there are as many class tokens and channel groups, and that blocks are alike.
 
     No array would tell that rotary positions differ. The initial value of layer_scale, which
     matters to a fresh network only, may differ.
@@ -140,6 +141,11 @@ def require_same_tokens_and_blocks(old: ModelSpec | None, new: ModelSpec, path: 
         raise UserError(
             f"config.init_from: {path} has {old.cls_tokens} class tokens, and"
             f" config.model.cls_tokens={new.cls_tokens}: give the same"
+        )
+    if old is not None and old.channel_groups != new.channel_groups:
+        raise UserError(
+            f"config.init_from: {path} has the channel groups {old.channel_groups or 'none'}, and"
+            f" config.model.channel_groups={new.channel_groups}: give the same"
         )
     if old is not None and options(old) != options(new):
         raise UserError(

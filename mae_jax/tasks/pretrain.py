@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, models, train
 from mae_jax.config import resolve, resolve_group
 from mae_jax.models import mae, masking, masks, pca, probe, targets
-from mae_jax.models.patchify import normalize, patchify
+from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
@@ -98,7 +98,7 @@ class Task(train.Task):
         """
         del extra
         images_BHWC = normalize(batch["image"], self.spec)
-        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        patches_BLP = to_patches(images_BHWC, self.spec)
         mask = masking.keep_lowest(batch["score"], self.num_kept)
         variables = {"params": params}
         latent_BND: Any = self.network.apply(variables, patches_BLP, mask, method="encode")
@@ -140,14 +140,14 @@ class Task(train.Task):
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
         del extra
         images_BHWC = normalize(batch["image"], self.spec)
-        patches_BLP = patchify(images_BHWC, self.spec.patch_size)
+        patches_BLP = to_patches(images_BHWC, self.spec)
         tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
     def block_features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return `features` after each block, (depth, B, D)."""
         del extra
-        patches_BLP = patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
+        patches_BLP = to_patches(normalize(batch["image"], self.spec), self.spec)
         encoder = Encoder(self.spec, self.network.compute)
         tokens: Any = encoder.apply({"params": params["encoder"]}, patches_BLP, return_blocks=True)
         return probe.pool_blocks(*tokens)
@@ -155,7 +155,7 @@ class Task(train.Task):
     def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
         """Return the patch tokens (B, L, D) after a block, counted from 1; nothing is hidden."""
         del extra
-        patches_BLP = patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
+        patches_BLP = to_patches(normalize(batch["image"], self.spec), self.spec)
         encoder = Encoder(self.spec, self.network.compute)
         return probe.patch_tokens(encoder, params["encoder"], patches_BLP, block)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mae_jax import flops, optim, train
 from mae_jax.errors import nearest
 from mae_jax.models import probe
-from mae_jax.models.patchify import normalize, patchify
+from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
@@ -107,7 +107,7 @@ class Task(train.Task):
 
     def patches(self, batch: dict) -> Array:
         """Return the patches (B, L, P) of the normalised images."""
-        return patchify(normalize(batch["image"], self.spec), self.spec.patch_size)
+        return to_patches(normalize(batch["image"], self.spec), self.spec)
 
     def represent(self, extra: dict, batch: dict) -> Array:
         """Return what the heads see: (B, D), or (B, L, D) for attentive ones."""

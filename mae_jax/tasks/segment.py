@@ -105,8 +105,14 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or there are no label maps.
         """
-        check(config)
         spec = ModelSpec.from_config(config.to_dict())
+        if spec.channel_groups:
+            common.refuse(
+                "model.channel_groups",
+                spec.channel_groups,
+                "segmentation reads one token for each patch: pre-train without groups",
+            )
+        check(config)
         # The encoder may come with positions of its own, and fine-tuning trains them.
         spec = replace(spec, encoder=replace(spec.encoder, trained_positions=True))
         pairs = TrainPairs.from_config(config, spec)

@@ -18,8 +18,11 @@ def check_scores(score_patches: Callable, name: str, spec: ModelSpec) -> None:
     """Check that a mask function returns a score for each patch, without running it.
 
     Raises:
-      UserError: it takes other arguments, or its scores have another shape.
+      UserError: it takes other arguments, its scores have another shape, or the task draws no
+        masks for channel groups.
     """
+    if spec.channel_groups:
+        raise UserError("config.model.channel_groups: give config.task='channel_groups' too")
     shape = shape_of(
         score_patches,
         f"masking {name!r} is no function (rng, batch, grid, ratio) -> scores",

@@ -1,0 +1,106 @@
+"""Masked pre-training of images of many bands, with masks of their own for groups of channels.
+
+Name it with `config.task = "channel_groups"` and give config.model.channel_groups, or take the
+recipe configs/bands.py. See models/channel_groups.py, also for the shape suffixes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax import train
+from mae_jax.models import channel_groups, masking
+from mae_jax.models.channel_groups import Groups
+from mae_jax.models.patchify import normalize, to_patches
+from mae_jax.models.spec import ModelSpec
+from mae_jax.tasks import common, pretrain
+
+
+@dataclass(frozen=True)
+class Task(pretrain.Task):
+    """The objective of the paper for the tokens of channel groups.
+
+    The target of a token are its own channels of the patch's target. In evaluations all groups of
+    a patch are hidden together, so that nothing of a hidden place is seen.
+    """
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, mesh: Mesh | None = None) -> "Task":
+        """Return the task of a config such as configs/bands.py.
+
+        Raises:
+          UserError: a value of the config cannot work, or the images cannot be opened.
+        """
+        groups = ModelSpec.from_config(config.to_dict()).channel_groups
+        if not groups:
+            common.refuse("task", config.task, "give config.model.channel_groups")
+        one_group = ConfigDict(config.to_dict())
+        del one_group.model["channel_groups"]
+        plain = pretrain.Task.from_config(one_group, mesh)
+        spec = replace(plain.spec, channel_groups=groups)
+        if spec.target_dim != spec.patch_dim:
+            common.refuse("target.name", config.target.name, "channel groups predict pixels")
+        return cls(**vars(plain) | {"network": plain.network.clone(spec=spec)})
+
+    @property
+    def groups(self) -> Groups:
+        return self.spec.channel_groups
+
+    @property
+    def num_kept(self) -> int:
+        """K, the tokens that the encoder sees: as many of each group."""
+        places = self.spec.num_patches // len(self.groups)
+        return len(self.groups) * masking.num_kept(places, self.spec.mask_ratio)
+
+    def prepare(self, batch: dict, rng: train.Rng) -> dict:
+        """Draw a mask for each group of each image of the global batch."""
+        size, spec, count = len(batch["image"]), self.spec, len(self.groups)
+        score_NA = self.score_patches(
+            rng("mask"), batch=size * count, grid=spec.grid, ratio=spec.mask_ratio
+        )
+        score_BGA = score_NA.reshape(size, count, -1)
+        return batch | {"score": channel_groups.independent(score_BGA)}
+
+    def reconstruct(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        outputs = super().reconstruct(params, extra, batch)
+        return outputs | {"target_BLT": channel_groups.split(outputs["target_BLT"], self.groups)}
+
+    def objective(self, outputs: dict[str, Array]) -> Array:
+        error_BLP = jnp.square(outputs["pred_BLT"] - outputs["target_BLT"])
+        error_BL = channel_groups.channel_mean(error_BLP, self.groups)
+        return (error_BL * outputs["mask_BL"]).sum() / outputs["mask_BL"].sum()
+
+    def reconstruct_places(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
+        """Predict whole patches, for evaluators; `score` (B, A) hides all channels of a patch.
+
+        Returns:
+          As `pretrain.Task.reconstruct`, of the A places of patches.
+        """
+        del extra
+        images_BHWC, spec = normalize(batch["image"], self.spec), self.spec
+        places = masking.keep_lowest(batch["score"], self.num_kept // len(self.groups))
+        mask = channel_groups.shared(places, self.groups)
+        patches_BLP = to_patches(images_BHWC, spec)
+        variables = {"params": params}
+        latent_BND: Any = self.network.apply(variables, patches_BLP, mask, method="encode")
+        pred_BLP: Any = self.network.apply(variables, latent_BND, mask, method="decode")
+        return {
+            "latent_BND": latent_BND,
+            "pred_BLT": channel_groups.merge(pred_BLP, self.groups),
+            "target_BLT": self.make_target(images_BHWC, spec.patch_size),
+            "mask_BL": places.mask_BL,
+        }
+
+    def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
+        """Return one feature (B, A, D) for each place: the mean of its tokens."""
+        tokens_BLD = super().patch_features(params, extra, batch, block)
+        return rearrange(tokens_BLD, "b (g a) d -> b g a d", g=len(self.groups)).mean(1)
+
+    def predict(self) -> Mapping[str, Callable]:
+        return {**super().predict(), "reconstruction": self.reconstruct_places}
