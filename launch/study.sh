@@ -3,10 +3,11 @@
 # against those that have learned nothing, and masks.
 #
 #   bash launch/study.sh cifar10 DATA     50,000 photographs of 32 pixels: 8 hours of 2 CPU cores
+#   bash launch/study.sh camvid DATA      street scenes and what their patches know: 4 hours of 2 cores
 #   bash launch/study.sh digits           1,797 digits: 20 minutes
 #   bash launch/study.sh short            nine photographs inside Python wheels: a minute
 #
-# DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg, see docs/cifar10.md. Ctrl-C stops the study, whose
+# DATA: see docs/cifar10.md and docs/dense.md. Ctrl-C stops the study, whose
 # runs save where they are; the same command again continues.
 #
 # WORKDIR          the folder of the runs, the table (study.md) and the figure
@@ -17,10 +18,10 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-usage="Which study? bash launch/study.sh cifar10 DATA, bash launch/study.sh digits, or bash launch/study.sh short"
+usage="Which study? bash launch/study.sh cifar10 DATA, bash launch/study.sh camvid DATA, bash launch/study.sh digits, or bash launch/study.sh short"
 name=${1:-}
 [ -f "$root/launch/study_$name.py" ] || fail "$usage"
-[ "$name" != cifar10 ] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
+[[ $name != cifar10 && $name != camvid ]] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
 workdir=${WORKDIR:-$root/workdir/study-$name}
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 data=${2:+$(cd -- "$2" && pwd)}

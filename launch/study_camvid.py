@@ -1,0 +1,86 @@
+"""Make the runs of the study on CamVid, each with `mae-jax train` on one core, and their table.
+
+    python launch/study_camvid.py WORKDIR DATA      (see launch/study.sh)
+
+Rates are those of the recipe and were not tuned. The table is written to study.md.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import study
+from study import SEEDS, Run, last_value
+
+from mae_jax.metrics.table import cell
+
+CIFAR = "cifar10-s"
+# Word of the table -> the run that an encoder starts from; '' = nothing.
+STARTS = {"CamVid": "pretrain", "cifar10-s": CIFAR, "cifar10-s, then CamVid": "further", "none": ""}
+MEASURES = {  # word of the table -> (task, metric)
+    "logistic regression": ("frozen", "eval/miou_logistic"),
+    "nearest patch": ("frozen", "eval/miou_knn1_cosine"),
+    "10 nearest": ("frozen", "eval/miou_knn10_cosine"),
+    "linear head": ("linear", "eval/miou"),
+    "fine-tuned": ("tuned", "eval/miou"),
+}
+
+
+def recipe(data: str, **arguments: object) -> str:
+    """Return the --config of a run."""
+    given = {"data": data} | arguments
+    return "configs/camvid.py:" + ",".join(f"{name}={x}" for name, x in given.items())
+
+
+def runs(data: str) -> Iterator[Run]:
+    """Yield pre-training, then each measure of each start, seed by seed."""
+    for seed in SEEDS:
+        yield Run(f"pretrain-{seed}", recipe(data), seed)
+        yield Run(f"further-{seed}", recipe(data), seed, CIFAR)
+        for task in ("frozen", "linear", "tuned"):
+            for start in STARTS.values():
+                init = f"{start}-{seed}" if start in ("pretrain", "further") else start
+                if task == "frozen" and start == CIFAR and seed:
+                    continue  # nothing in it depends on the seed
+                yield Run(f"{task}-{start or 'none'}-{seed}", recipe(data, task=task), seed, init)
+    yield Run("frozen-pixels-0", recipe(data, task="frozen", features="pixels"))
+
+
+def values(root: Path, name: str, key: str) -> list[float]:
+    """Return the last value of a metric in the runs NAME-SEED that are finished."""
+    names = [f"{name}-{seed}" for seed in SEEDS]
+    return [last_value(root, x, key) for x in names if (root / f"{x}.done").exists()]
+
+
+def table(root: Path) -> list[str]:
+    """Return the lines of the table; a cell of a run that is not finished is empty."""
+    columns = {words: start or "none" for words, start in STARTS.items()} | {"pixels": "pixels"}
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for words, (task, key) in MEASURES.items():
+        cells = (cell(values(root, f"{task}-{start}", key)) for start in columns.values())
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> int:
+    root, data = Path(sys.argv[1]), sys.argv[2]
+    if not all((Path(data) / split / "labels").is_dir() for split in ("train", "test")):
+        print(f"{data} holds no {{train,test}}/labels: see docs/dense.md", file=sys.stderr)
+        return 2
+    if not (root / CIFAR).exists():
+        root.mkdir(parents=True, exist_ok=True)
+        convert = ["convert", CIFAR, str(root / CIFAR), "--to=ours"]
+        subprocess.run([sys.executable, "-m", "mae_jax", *convert], check=True)
+        (root / f"{CIFAR}.done").touch()
+    status = study.run([*runs(data)], root)
+    text = ["mIoU in percent; mean ± standard deviation (seeds) where there are several.", ""]
+    text += table(root)
+    (root / "study.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+    print(f"table  {root / 'study.md'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
