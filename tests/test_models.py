@@ -12,7 +12,7 @@ import pytest
 
 from configs.common import SIZES, model_sizes
 from mae_jax import flops
-from mae_jax.models import mae, masking, targets
+from mae_jax.models import mae, masking, masks, targets
 from mae_jax.models.attention import attend
 from mae_jax.models.block import Mlp
 from mae_jax.models.compute import ComputeConfig
@@ -270,12 +270,12 @@ def test_a_ratio_that_keeps_or_hides_nothing_is_refused(ratio):
         masking.num_kept(196, ratio)
 
 
-@pytest.mark.parametrize("strategy", [masking.random, masking.block, masking.grid])
+@pytest.mark.parametrize("strategy", [masking.random, masks.block, masks.grid])
 def test_every_strategy_hides_as_many_patches_in_each_image(strategy):
     score = strategy(jax.random.key(0), 32, (14, 14), 0.75)
     mask = masking.keep_lowest(score, 49).mask_BL
     np.testing.assert_array_equal(mask.sum(1), 147)
-    if strategy is not masking.grid:
+    if strategy is not masks.grid:
         assert len(np.unique(mask, axis=0)) == 32
 
 
@@ -286,11 +286,11 @@ def test_random_masks_hide_every_patch_equally_often():
 
 
 def test_grid_masks_keep_one_of_every_two_by_two():
-    mask = masking.keep_lowest(masking.grid(jax.random.key(0), 2, (14, 14), 0.75), 49).mask_BL
+    mask = masking.keep_lowest(masks.grid(jax.random.key(0), 2, (14, 14), 0.75), 49).mask_BL
     kept = 1 - np.asarray(mask).reshape(2, 7, 2, 7, 2)
     np.testing.assert_array_equal(kept.sum((2, 4)), 1)
     with pytest.raises(ValueError, match="2 x 2"):
-        masking.grid(jax.random.key(0), 2, (14, 14), 0.5)
+        masks.grid(jax.random.key(0), 2, (14, 14), 0.5)
 
 
 def test_block_masks_hide_larger_regions_than_random_ones():
@@ -299,7 +299,7 @@ def test_block_masks_hide_larger_regions_than_random_ones():
         mask = np.asarray(masking.keep_lowest(score, 98).mask_BL).reshape(64, 14, 14)
         return (mask[:, 1:] == mask[:, :-1]).mean()
 
-    assert same_neighbours(masking.block) > 0.8
+    assert same_neighbours(masks.block) > 0.8
     assert abs(same_neighbours(masking.random) - 0.5) < 0.03
 
 

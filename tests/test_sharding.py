@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import compiled, mesh_of, tiny_config
 
 from mae_jax import sharding, tasks, train
-from mae_jax.models.attention import Attention
+from mae_jax.models.block import Attention
 from mae_jax.models.compute import ComputeConfig
 
 COLLECTIVE = re.compile(

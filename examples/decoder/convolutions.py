@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import optim, sharding
-from mae_jax.models.block import gelu, layer_norm
+from mae_jax.models.block import layer_norm
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.kernels import gelu
 from mae_jax.models.mae import unshuffle
 from mae_jax.models.spec import ModelSpec
 

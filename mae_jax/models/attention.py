@@ -1,26 +1,17 @@
-"""Multi-head self-attention, with a backward pass of its own.
+"""Softmax attention of every head, with a backward pass of its own, or by NVIDIA's kernel.
 
 Why not `jax.nn.dot_product_attention`: its gradient keeps several float32 arrays of shape
 (B, S, N, N). Ours keeps one of them, in the type of the values, and puts heads before tokens in
 every product, which CPUs like. By the TPU compiler's estimate a step of L/16 on v5e:16x16 took
 44.7 ms with it and 49.2 ms with JAX's. Its limit: a `custom_vjp` has no forward-mode derivative, so
 that `jax.jvp`, `jax.jacfwd` and `jax.hessian` of the network raise; reverse mode works.
-
-Kernels are stored with an axis of heads and used as flat matrices, which TPUs multiply faster.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, multiply
-
-product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+from mae_jax.models.kernels import product
 
 
 @jax.custom_vjp
@@ -82,56 +73,3 @@ def attend_cudnn(q_BNSF: Array, k_BNSF: Array, v_BNSF: Array, tokens: int) -> Ar
         key_value_seq_lengths=length_B,
         implementation="cudnn",
     )
-
-
-@jax.custom_vjp
-def add_bias(y_BND: Array, bias_D: Array) -> Array:
-    """Return y + bias, with the gradient of the bias as a product with ones.
-
-    Sums over tokens took 1.6 of 32 ms of L/16 on v5e:16x16 by the compiler's clock; a product is
-    done beside those that the matrix unit does anyway.
-    """
-    return y_BND + bias_D
-
-
-def _add_bias_backward(_: None, grad_BND: Array) -> tuple[Array, Array]:
-    # A row of ones for each image: one product over all images would have its eight equal rows
-    # summed over the devices. Eight rows are a tile; one would be no product.
-    ones_8N = jnp.ones((8, grad_BND.shape[1]), grad_BND.dtype)
-    dbias_B8D = product("xn,bnd->bxd", ones_8N, grad_BND, precision="highest")
-    return grad_BND, dbias_B8D[:, 0].sum(0).astype(grad_BND.dtype)
-
-
-add_bias.defvjp(lambda y_BND, bias_D: (add_bias(y_BND, bias_D), None), _add_bias_backward)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused, biased q-k-v projection."""
-
-    heads: int
-    compute: ComputeConfig
-    tokens: int | None = None  # of N, the real ones; None = all
-    meet: Callable = lambda q_BNSF, k_BNSF: (q_BNSF, k_BNSF)  # queries and keys, as they meet
-
-    @nn.compact
-    def __call__(self, x_BND: Array) -> Array:
-        width, dtype = x_BND.shape[-1], self.compute.dtype
-        heads = (self.heads, width // self.heads)
-        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")(self.compute)
-        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(self.compute)
-        x_BND = x_BND.astype(dtype)
-
-        # One product is faster than three, but in its matrix no axis can be split by heads.
-        pieces, qkv = 3 if self.compute.split_heads else 1, []
-        kernels = jnp.split(kernel_D3SF, pieces, axis=1)
-        for kernel, bias in zip(kernels, jnp.split(bias_3SF, pieces), strict=True):
-            y_BNE = multiply(x_BND, kernel.reshape(width, -1), self.compute)
-            qkv += jnp.split(add_bias(y_BNE, bias.reshape(-1)), 3 // pieces, axis=-1)
-        q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
-        q_BNSF, k_BNSF = self.meet(q_BNSF, k_BNSF)
-        if self.compute.attention == "cudnn":
-            y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
-        else:
-            y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
-        flat_DD = kernel_SFD.reshape(width, width)
-        return add_bias(multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute), bias_D)

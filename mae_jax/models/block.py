@@ -1,51 +1,20 @@
 """The pre-norm Transformer block of MAE and its parts. Shape suffixes as in models/vit.py."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mae_jax.models.attention import Attention
+from mae_jax.models.attention import attend, attend_cudnn
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import dense
-
-
-@jax.custom_vjp
-def normalise(x_BND: Array, scale_D: Array, bias_D: Array) -> Array:
-    """Return the layer normalisation in float32, with epsilon 1e-6 and a two-pass variance.
-
-    The backward pass keeps the input and two numbers for each token. Derived by JAX, it would write
-    and read again one more float32 array as large as the input.
-    """
-    return _normalise_forward(x_BND, scale_D, bias_D)[0]
-
-
-def _normalise_forward(x_BND: Array, scale_D: Array, bias_D: Array) -> tuple[Array, tuple]:
-    x_float_BND = x_BND.astype(jnp.float32)
-    mean_BN1 = x_float_BND.mean(-1, keepdims=True)
-    variance_BN1 = jnp.square(x_float_BND - mean_BN1).mean(-1, keepdims=True)
-    inverse_BN1 = jax.lax.rsqrt(variance_BN1 + 1e-6)
-    y_BND = (x_float_BND - mean_BN1) * (inverse_BN1 * scale_D) + bias_D
-    return y_BND, (x_BND, mean_BN1, inverse_BN1, scale_D)
-
-
-def _normalise_backward(residuals: tuple, grad_BND: Array) -> tuple[Array, Array, Array]:
-    x_BND, mean_BN1, inverse_BN1, scale_D = residuals
-    mean_BN1, inverse_BN1 = jax.lax.optimization_barrier((mean_BN1, inverse_BN1))
-    unit_BND = (x_BND.astype(jnp.float32) - mean_BN1) * inverse_BN1
-    scaled_BND = grad_BND * scale_D
-    mean_scaled_BN1 = scaled_BND.mean(-1, keepdims=True)
-    mean_product_BN1 = (scaled_BND * unit_BND).mean(-1, keepdims=True)
-    dx_BND = inverse_BN1 * (scaled_BND - mean_scaled_BN1 - unit_BND * mean_product_BN1)
-    rows = tuple(range(x_BND.ndim - 1))
-    return dx_BND.astype(x_BND.dtype), (grad_BND * unit_BND).sum(rows), grad_BND.sum(rows)
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
+from mae_jax.models.dense import Weights, dense, multiply
+from mae_jax.models.kernels import add_bias, gelu, normalise
 
 
 class LayerNorm(nn.Module):
-    """`normalise` with a scale and a bias, over the last axis."""
+    """Layer normalisation in float32 over the last axis, with epsilon 1e-6."""
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
@@ -59,14 +28,39 @@ def layer_norm(name: str) -> nn.Module:
     return LayerNorm(name=name)
 
 
-def gelu(x: Array) -> Array:
-    """Return the exact (erf) GELU, computed in float32.
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused, biased q-k-v projection.
 
-    `jax.nn.gelu` takes erfc, which costs more and is exact in tails that no float32 sum can see,
-    and it computes in the type of `x`.
+    Kernels are stored with an axis of heads and used as flat matrices, which TPUs multiply faster.
     """
-    x_float = x.astype(jnp.float32)
-    return (0.5 * x_float * (1 + jax.lax.erf(x_float * 0.5**0.5))).astype(x.dtype)
+
+    heads: int
+    compute: ComputeConfig
+    tokens: int | None = None  # of N, the real ones; None = all
+    meet: Callable = lambda q_BNSF, k_BNSF: (q_BNSF, k_BNSF)  # queries and keys, as they meet
+
+    @nn.compact
+    def __call__(self, x_BND: Array) -> Array:
+        width, dtype = x_BND.shape[-1], self.compute.dtype
+        heads = (self.heads, width // self.heads)
+        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")(self.compute)
+        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(self.compute)
+        x_BND = x_BND.astype(dtype)
+
+        # One product is faster than three, but in its matrix no axis can be split by heads.
+        pieces, qkv = 3 if self.compute.split_heads else 1, []
+        kernels = jnp.split(kernel_D3SF, pieces, axis=1)
+        for kernel, bias in zip(kernels, jnp.split(bias_3SF, pieces), strict=True):
+            y_BNE = multiply(x_BND, kernel.reshape(width, -1), self.compute)
+            qkv += jnp.split(add_bias(y_BNE, bias.reshape(-1)), 3 // pieces, axis=-1)
+        q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
+        q_BNSF, k_BNSF = self.meet(q_BNSF, k_BNSF)
+        if self.compute.attention == "cudnn":
+            y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
+        else:
+            y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
+        flat_DD = kernel_SFD.reshape(width, width)
+        return add_bias(multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute), bias_D)
 
 
 class Mlp(nn.Module):

@@ -16,10 +16,11 @@ from jax import Array
 
 from mae_jax.errors import UserError
 from mae_jax.models import mae
-from mae_jax.models.attention import add_bias, attend
+from mae_jax.models.attention import attend
 from mae_jax.models.block import Mlp, layer_norm
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import Weights, dense, multiply
+from mae_jax.models.kernels import add_bias
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder, positions

@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.kernels import summed_in_float32
 
 # On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
@@ -25,30 +25,6 @@ def dense(features: int, compute: ComputeConfig, name: str, **init: Any) -> nn.D
 def multiply(x_NI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
     """Return the product in the type of `x_NI`, as a layer of `dense` makes it."""
     return summed_in_float32(x_NI, kernel_IO) if compute.float32_sums else x_NI @ kernel_IO
-
-
-@jax.custom_vjp
-def summed_in_float32(x_NI: Array, kernel_IO: Array) -> Array:
-    """Return x @ kernel in the type of x, for a float32 kernel with a float32 gradient.
-
-    The gradient of a kernel is a product too, and each device has its share of the sum over the
-    batch. Derived by JAX, that product has the type of x, and so have the sums over devices.
-    """
-    return x_NI @ kernel_IO.astype(x_NI.dtype)
-
-
-def _forward(x_NI: Array, kernel_IO: Array) -> tuple[Array, tuple]:
-    return summed_in_float32(x_NI, kernel_IO), (x_NI, kernel_IO)
-
-
-def _backward(residuals: tuple, grad_NO: Array) -> tuple[Array, Array]:
-    x_NI, kernel_IO = residuals
-    rows = tuple(range(x_NI.ndim - 1))
-    dkernel_IO = jnp.tensordot(x_NI, grad_NO, (rows, rows), preferred_element_type=jnp.float32)
-    return grad_NO @ kernel_IO.astype(grad_NO.dtype).T, dkernel_IO
-
-
-summed_in_float32.defvjp(_forward, _backward)
 
 
 def _all_but_the_kernel(x_NI: Any, kernel_IO: Any, bias_O: Any, dtype: Any = None) -> list:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mae_jax.models.attention import Attention
-from mae_jax.models.block import Mlp, drop_branch, layer_norm
+from mae_jax.models.block import Attention, Mlp, drop_branch, layer_norm
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.spec import Size, ViTSpec
