@@ -147,6 +147,7 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_their_own_channels():
 
 
 def test_one_group_is_the_plain_masked_autoencoder():
+    """Bit by bit at the start; later as near as the compiler fuses one more product with 1."""
     config = grouped_config(groups=((0, 1, 2),))
     plain = ConfigDict(config.to_dict())
     plain.task = "pretrain"
@@ -154,8 +155,10 @@ def test_one_group_is_the_plain_masked_autoencoder():
     (ours, ours_metrics), (theirs, their_metrics) = (
         updates(x, mesh_of(1, 1, 1), 3) for x in (config, plain)
     )
-    assert ours_metrics[-1]["loss"] == their_metrics[-1]["loss"]
-    assert_trees_equal(ours[-1].params, theirs[-1].params)
+    assert_trees_equal(ours[0].params, theirs[0].params)
+    for one, other in zip(ours_metrics, their_metrics, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
+        np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-6)
 
 
 def test_a_mesh_of_any_shape_makes_the_same_updates():
