@@ -136,28 +136,29 @@ class Task(train.Task):
             parts["decoder"] = load_decoder(path, state.params["decoder"], saved, spec)
         return replace(state, params=state.params | parts)
 
+    def patches(self, batch: dict) -> Array:
+        """Return the patches (B, L, P) of the normalised images."""
+        return to_patches(normalize(batch["image"], self.spec), self.spec)
+
     def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
         del extra
-        images_BHWC = normalize(batch["image"], self.spec)
-        patches_BLP = to_patches(images_BHWC, self.spec)
+        patches_BLP = self.patches(batch)
         tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
     def block_features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return `features` after each block, (depth, B, D)."""
         del extra
-        patches_BLP = to_patches(normalize(batch["image"], self.spec), self.spec)
-        encoder = Encoder(self.spec, self.network.compute)
-        tokens: Any = encoder.apply({"params": params["encoder"]}, patches_BLP, return_blocks=True)
+        encoder, variables = Encoder(self.spec, self.network.compute), {"params": params["encoder"]}
+        tokens: Any = encoder.apply(variables, self.patches(batch), return_blocks=True)
         return probe.pool_blocks(*tokens)
 
     def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
         """Return the patch tokens (B, L, D) after a block, counted from 1; nothing is hidden."""
         del extra
-        patches_BLP = to_patches(normalize(batch["image"], self.spec), self.spec)
         encoder = Encoder(self.spec, self.network.compute)
-        return probe.patch_tokens(encoder, params["encoder"], patches_BLP, block)
+        return probe.patch_tokens(encoder, params["encoder"], self.patches(batch), block)
 
     def predict(self) -> Mapping[str, Callable]:
         return {
