@@ -99,7 +99,7 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
 def described(spec: Any) -> str:
     """Return the network of features in words, without what older versions of this code had not."""
     text = str(spec)
-    for added in (", value_range=()", ", block=None", ", cls_tokens=1"):
+    for added in (", value_range=()", ", block=None", ", cls_tokens=1", ", eps=1e-06"):
         text = text.replace(added, "")
     return text
 

@@ -37,12 +37,17 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_tokens: int = 1) -> np.ndar
 
 
 def resize(
-    table_1ND: Array, old: tuple[int, int], new: tuple[int, int], cls_tokens: int = 1
+    table_1ND: Array,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    cls_tokens: int = 1,
+    antialias: bool = False,
 ) -> Array:
     """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
-    aligned, no antialiasing.
+    aligned. DINOv2 with registers and timm resize with antialiasing, with which PyTorch takes
+    a = -0.5; others do not.
 
     Raises:
       UserError: the table is not one of the old grid.
@@ -57,6 +62,7 @@ def resize(
         return table_1ND
     image_1HWD = rearrange(table_1ND[:, cls_tokens:], "one (h w) d -> one h w d", h=old[0])
     shape = (1, *new, table_1ND.shape[-1])
-    image_1HWD = jax.image.resize(image_1HWD, shape, "cubic-pytorch", antialias=False)
+    method = "cubic" if antialias else "cubic-pytorch"
+    image_1HWD = jax.image.resize(image_1HWD, shape, method, antialias=antialias)
     patches_1LD = rearrange(image_1HWD, "one h w d -> one (h w) d")
     return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)
