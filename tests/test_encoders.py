@@ -55,6 +55,7 @@ def test_tokens_are_those_of_the_library_that_wrote_the_file(key):
         ("timm_placed_registers", "registers=3", 1),
         ("timm_rms", "qk_norm=True, norm=rms", 1),
         ("timm_dinov3", "registers=4, layer_scale=1.0, rope=100.0, eps=1e-05", 1),
+        ("timm_dinov3_biases", "registers=4, layer_scale=1.0, rope=100.0, eps=1e-05", 1),
     ],
 )
 def test_options_are_told_by_names_and_shapes(name, block, cls_tokens):
@@ -107,6 +108,16 @@ def test_a_file_alone_and_a_part_of_a_larger_model_are_the_same(name, tmp_path):
             features(tmp_path / "alone" / "model.safetensors")
 
 
+def test_dinov3_may_have_no_registers(tmp_path):
+    """transformers writes an empty tensor of them."""
+
+    def change(state):
+        return state | {"embeddings.register_tokens": np.zeros((1, 0, 16), np.float32)}
+
+    with_none = open_weights(changed(tmp_path, "dinov3", change)).spec.encoder.block
+    assert str(with_none) == "layer_scale=1.0, rope=50.0, eps=1e-05"
+
+
 def test_a_head_on_the_cls_token_and_the_mean_is_left_out_with_a_word(tmp_path):
     head = {"classifier.weight": np.ones((5, 32), np.float32), "classifier.bias": np.ones(5)}
 
@@ -143,7 +154,11 @@ def gated(state):
         ("timm_registers", {"blocks.0.attn.q_norm.bias": 1}, "q_norm.bias, a LayerNorm of queries"),
         ("timm_dinov3", {"reg_token": None}, "gamma_1, of timm's models beside its plain ViT"),
         ("timm_dinov3", {"pos_embed": 17}, "gamma_1, of timm's models beside its plain ViT"),
-        ("timm_registers", {"blocks.0.attn.q_bias": 1}, "q_bias, of timm's Eva"),
+        ("timm_registers", {"blocks.0.attn.q_bias": 1}, "q_bias, of timm's models beside"),
+        ("timm_dinov3_biases", {"blocks.1.attn.v_bias": None}, "missing.*blocks.1.attn.qkv.bias"),
+        ("timm_registers", {"reg_token": None, "pos_embed": None}, "has no pos_embed, and nothing"),
+        ("dinov2_registers", {"embeddings.position_embeddings": None}, "no vit.embeddings.posit"),
+        ("pixio", {"embeddings.position_embeddings": None}, "no vit.embeddings.position_embeddi"),
         ("timm_registers", {"rope.freqs": 1}, "rope.freqs, of rotary positions"),
         ("timm_registers", {"norm_pre.weight": 1}, "norm_pre.weight, a norm before the blocks"),
         ("timm_registers", {"cls_token": None}, "has no cls_token"),

@@ -2,8 +2,8 @@
 
 `canonical` gives their tensors the names of `names.TABLE`, `block_options` tells the options of
 their blocks from names and shapes, and `complete` puts in what they leave out. What no tensor says:
-DINOv3's rotary positions, which are known by LayerScale, registers and no position table, and the
-epsilon of norms (1e-5 in DINOv3, 1e-6 in the others).
+DINOv3's rotary positions, which are known by its config.json, or by LayerScale, registers and no
+position table; and the epsilon of norms (1e-5 in DINOv3, 1e-6 in the others).
 """
 
 import math
@@ -23,7 +23,6 @@ ALIASES = ((r"\.gamma_([12])$", r".ls\1.gamma"), (r"^register_tokens$", "reg_tok
 REFUSED = (
     (r"\.mlp\.(weights_in|gate_proj|w12|w1|fc1_g)\.", "a gated MLP (SwiGLU)"),
     (r"\.[qk]_norm\.bias$", "a LayerNorm of queries and keys, where RMSNorm is known"),
-    (r"\.attn\.q_bias$", "of timm's Eva"),
     (r"^(storage_tokens|rope_embed\.|rope\.)", "of rotary positions in a form of their own"),
     (r"^norm_pre\.", "a norm before the blocks"),
     (r"relative_position_bias_table$", "of relative positions"),
@@ -46,11 +45,15 @@ def canonical(file: File) -> tuple[File, list[str]]:
                     " plain ViTs, also with registers, LayerScale, several class tokens or"
                     " DINOv3's rotary positions"
                 )
-    eva = [name for name in state if re.search(ALIASES[0][0], name)]
+    eva = [name for name in state if re.search(r"\.(gamma_1|attn\.q_bias)$", name)]
     if file.family == "official":
         for pattern, replacement in ALIASES:
             state = {re.sub(pattern, replacement, name): x for name, x in state.items()}
+        _join_biases(state)
     file = file._replace(state=state)
+    registers = stem("encoder/register_token", file.family)
+    if registers in state and not state[registers].size:
+        del state[registers]
     options = block_options(file)
     if options and options.norm == "rms":
         notes.append("norms have no bias: taken as RMSNorm with epsilon 1e-6")
@@ -62,11 +65,18 @@ def canonical(file: File) -> tuple[File, list[str]]:
             " registers without a position table: what positions it has is not known, and it is"
             " not read"
         )
+    table = stem("encoder/pos_embed", file.family)
+    more = _scaled(file) or _token(file).shape[1:2] > (1,)
+    if more and table not in state and not has_rotary_positions(file):
+        raise UserError(
+            f"{file.name} has no {table}, and nothing says that it is DINOv3, which has none: this"
+            " would be a partial load"
+        )
     _refuse_gated(file)
     masked = "mask_token" if file.family == "official" else "vit.embeddings.mask_token"
     if f"{stem('decoder/embed', file.family)}.weight" not in state:
         state.pop(masked, None)  # of a pre-training, which no feature sees
-    head, width = f"{stem('head', file.family)}.weight", _of_width(file)
+    head, width = f"{stem('head', file.family)}.weight", _token(file).shape[-1]
     if head in state and state[head].shape[1:] == (2 * width,):
         for name in (head, head.replace("weight", "bias")):
             state.pop(name, None)
@@ -75,9 +85,13 @@ def canonical(file: File) -> tuple[File, list[str]]:
 
 
 def has_rotary_positions(file: File) -> bool:
-    """Return whether it is DINOv3: LayerScale, registers and no position table."""
-    table = stem("encoder/pos_embed", file.family) in file.state
-    return not table and _scaled(file) and stem("encoder/register_token", file.family) in file.state
+    """Return whether it is DINOv3: by its config, or LayerScale and registers; without a table."""
+    if stem("encoder/pos_embed", file.family) in file.state or not _scaled(file):
+        return False
+    kind = file.config.get("model_type")
+    if kind in DINO_LIKE:
+        return kind == "dinov3_vit"
+    return stem("encoder/register_token", file.family) in file.state
 
 
 def block_options(file: File) -> BlockOptions | None:
@@ -111,8 +125,9 @@ def complete(file: File, spec: ModelSpec) -> None:
     missing, rows = "attention.attention.key", width
     if family == "official":
         missing, rows = "attn.qkv", 3 * width
-    for layer in range(spec.encoder.depth):
-        file.state.setdefault(f"{blocks}.{layer}.{missing}.bias", np.zeros(rows, np.float32))
+    biases = [f"{blocks}.{layer}.{missing}.bias" for layer in range(spec.encoder.depth)]
+    if not any(name in file.state for name in biases):
+        file.state.update({name: np.zeros(rows, np.float32) for name in biases})
 
 
 def _with_rows_of_prefix(file: File) -> dict[str, np.ndarray]:
@@ -142,6 +157,14 @@ def _with_rows_of_prefix(file: File) -> dict[str, np.ndarray]:
     }
 
 
+def _join_biases(state: dict[str, np.ndarray]) -> None:
+    """Make one bias of q, k and v of timm's, which has none of k in its files."""
+    for name in [name for name in state if name.endswith(".attn.q_bias")]:
+        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"), None)
+        if v is not None:
+            state[name.replace("q_bias", "qkv.bias")] = np.concatenate([q, np.zeros_like(q), v])
+
+
 def _refuse_gated(file: File) -> None:
     """Raise if the second layer of an MLP reads half of what the first gives."""
     first = f"{stem('encoder/stack/blocks', file.family)}.0."
@@ -159,8 +182,8 @@ def _scaled(file: File) -> bool:
     return f"{blocks}.0.{stem('scale1/scale', file.family, BLOCK)}" in file.state
 
 
-def _of_width(file: File) -> int:
-    return file.state[stem("encoder/cls_token", file.family)].shape[-1]
+def _token(file: File) -> np.ndarray:
+    return file.state[stem("encoder/cls_token", file.family)]
 
 
 def _square(number: int) -> bool:

@@ -69,6 +69,7 @@ def of_timm() -> dict:
         "timm_placed_registers": (vit, registers),
         "timm_rms": (vit, dict(TIMM, **rms)),
         "timm_dinov3": ("vit_small_patch16_dinov3", dict(TIMM, dynamic_img_size=True)),
+        "timm_dinov3_biases": ("vit_small_patch16_dinov3_qkvb", TIMM),
     }
     made = {name: timm.create_model(kind, **options) for name, (kind, options) in models.items()}
     return {name: shaken(model, seed) for seed, (name, model) in enumerate(made.items())}
@@ -81,6 +82,7 @@ def write(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    torch.manual_seed(0)
     tokens = {f"images/{size[0]}x{size[1]}": images(size) for size in SIZES}
     for name, model in of_transformers().items():
         model.save_pretrained(directory / name)
@@ -97,7 +99,8 @@ def write(directory: Path) -> None:
         images_of = {"input_size": [3, 16, 16], "mean": mean, "std": std}
         config = {"architecture": name, "pretrained_cfg": images_of}
         (directory / name / "config.json").write_text(json.dumps(config) + "\n")
-        for size in SIZES if "registers" in name or "dinov3" in name else SIZES[:1]:
+        of_any_size = "registers" in name or name == "timm_dinov3"
+        for size in SIZES if of_any_size else SIZES[:1]:
             with torch.no_grad():
                 out = model.forward_features(pixels_of(images(size)))
             tokens[f"{name}/{size[0]}x{size[1]}"] = out.numpy()
