@@ -29,7 +29,8 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
-    "model.block.layer_scale": 0.0,  # of models/block_options.py
+    "model.block.eps": 1e-6,  # of models/block_options.py
+    "model.block.layer_scale": 0.0,
     "model.block.norm": "layer",
     "model.block.qk_norm": False,
     "model.block.registers": 0,

@@ -74,6 +74,7 @@ NUMBERS = {
     "model.block.registers": whole(0, 2**12),
     "model.block.layer_scale": Range(0, 1000),
     "model.block.rope": Range(0, 10**9),
+    "model.block.eps": Range(0, 1, "(]"),
     "model.cls_tokens": whole(1, 2**12),
     "model.channels": whole(1, 1024),
     "model.decoder_maps": whole(0, 1001),

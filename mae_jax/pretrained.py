@@ -175,9 +175,9 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
     What the file does not say and had to be assumed is printed to stderr.
 
     Args:
-      path: an official or timm .pth or .safetensors file, a Hugging Face directory, a workdir of
-        this project, one of its checkpoints, or the name of weights that come with the package:
-        cifar10-s.
+      path: an official or timm .pth or .safetensors file, a Hugging Face directory (also of
+        DINOv2, DINOv3 or Pixio: docs/dense.md), a workdir of this project, one of its checkpoints,
+        or the name of weights that come with the package: cifar10-s.
       **options: arguments of `interop.open.open_weights`, such as `image_size`.
 
     Raises:

@@ -38,8 +38,8 @@ from mae_jax.models.vit import Encoder
 
 WIDTH, GRID = 16, (4, 4)
 PATCHES = jax.random.normal(jax.random.key(5), (2, 16, 12))
-OFF = dict(registers=0, qk_norm=False, layer_scale=0.0, norm="layer", rope=0.0)
-ALL = vit5.get_config().model.block.to_dict() | {"layer_scale": 0.5}
+OFF = dict(registers=0, qk_norm=False, layer_scale=0.0, norm="layer", rope=0.0, eps=1e-6)
+ALL = vit5.get_config().model.block.to_dict() | {"layer_scale": 0.5, "eps": 1e-5}
 
 
 def spec_with(**options) -> ModelSpec:
@@ -120,6 +120,7 @@ def test_an_option_adds_its_own_parameters_and_no_other(name):
         "layer_scale": ({f"{blocks}/scale{i}/scale" for i in (1, 2)}, set()),
         "norm": (set(), {"norm/bias", *(f"{blocks}/norm{i}/bias" for i in (1, 2))}),
         "rope": (set(), set()),
+        "eps": (set(), set()),
     }[name]
 
 
@@ -194,6 +195,22 @@ def test_rms_norm_does_not_see_the_scale_and_sees_a_shift(kind, seen):
     np.testing.assert_allclose(norm.apply(params, 7 * x), norm.apply(params, x), atol=1e-4)
     shifted = np.mean(norm.apply(params, x + 3) - norm.apply(params, x))
     assert shifted == pytest.approx(seen / np.sqrt(10) if seen else 0, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_eps_is_added_to_the_variance(kind):
+    x = jnp.array([[1e-3, -1e-3]])  # of variance 1e-6
+    for eps, wanted in ((1e-6, 0.5**0.5), (3e-6, 0.5)):
+        norm = modern.norm("norm", BlockOptions(norm=kind, eps=eps))
+        y, params = norm.init_with_output(jax.random.key(0), x)
+        np.testing.assert_allclose(y, [[wanted, -wanted]], rtol=1e-5)
+        gradient = jax.grad(lambda x, norm=norm, p=params: norm.apply(p, x)[0, 0])(x)
+
+        def number(x, eps=eps):
+            m = x.mean() if kind == "layer" else 0
+            return ((x - m) / jnp.sqrt(jnp.square(x - m).mean() + eps))[0, 0]
+
+        np.testing.assert_allclose(gradient, jax.grad(number)(x), rtol=1e-5)
 
 
 def test_rms_norm_is_its_formula():
@@ -472,7 +489,7 @@ def test_a_run_does_not_start_from_blocks_with_other_options(workdir, tmp_path):
     path = workdir / "once"
     for task_config in (config_with(**ALL | {"rope": 50.0}), finetune_config()):
         task, state = fresh_state(task_config, mesh_of(1, 1, 1))
-        with pytest.raises(UserError, match="config.init_from: the blocks of .* rope=100.0, and"):
+        with pytest.raises(UserError, match="config.init_from: the blocks of .* rope=100.0, eps"):
             task.load(path / "checkpoints/4", state)
     config = config_with(**ALL | {"layer_scale": 1e-4})  # what it started from does not matter
     task, state = fresh_state(config, mesh_of(1, 1, 1))

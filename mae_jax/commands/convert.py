@@ -12,8 +12,9 @@ USAGE = """\
 mae-jax convert INPUT OUTPUT --to=ours|official|timm|hf [FLAG ...]
 
 INPUT, whose format is recognised: an official .pth (encoder, full, visualize, fine-tuned,
-training checkpoint), a Hugging Face ViTMAE or ViT directory, a timm .safetensors or .pth, a
-workdir of this project or one of its checkpoints, also in a bucket. Nothing in a file is ever run.
+training checkpoint), a Hugging Face directory of ViTMAE, ViT, DINOv2, DINOv3 or Pixio, a timm
+.safetensors, .pth or directory, a workdir of this project or one of its checkpoints, also in a
+bucket. Nothing in a file is ever run.
 OUTPUT, by --to:
     ours      a workdir, for --config.init_from=OUTPUT and mae_jax.load
     official  a .safetensors with the official names

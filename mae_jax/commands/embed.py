@@ -96,11 +96,21 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
     return lambda images_BHWC: compute(params, jax.device_put(images_BHWC, by_row))
 
 
+ADDED = ("value_range=()", "block=None", "cls_tokens=1", "channel_groups=()", "eps=1e-06")
+
+
 def described(spec: Any) -> str:
     """Return the network of features in words, without what older versions of this code had not."""
     text = str(spec)
-    for added in (", value_range=()", ", block=None", ", cls_tokens=1", ", channel_groups=()"):
-        text = text.replace(added, "")
+    added = (
+        ", value_range=()",
+        ", block=None",
+        ", cls_tokens=1",
+        ", channel_groups=()",
+        ", eps=1e-06",
+    )
+    for words in added:
+        text = text.replace(words, "")
     return text
 
 

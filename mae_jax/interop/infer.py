@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mae_jax.errors import UserError
+from mae_jax.interop.encoders import block_options
 from mae_jax.interop.names import BLOCK, entries, stem
 from mae_jax.interop.read import File
 from mae_jax.models.spec import ModelSpec, Size, ViTSpec
@@ -60,6 +61,7 @@ def infer(
             colours = (OTHER_COLOURS[key],) * channels
             notes.append(f"{key} of {channels} channels is not known: taken as {colours[0]}")
         fields[key] = colours
+    fields["cls_tokens"] = _cls_tokens(file)
     fields["value_range"] = value_range or _said(file, "value_range", _floats, ())
     rows, columns = patch_size
     size = _image_size(file, (rows, columns), image_size)
@@ -101,7 +103,14 @@ def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
         )
     if heads < 1 or width % heads:
         raise UserError(f"{prefix}heads={heads} does not divide the width {width}")
-    return ViTSpec(width, len(layers), heads, hidden)
+    block = block_options(file) if side == "encoder" else None
+    return ViTSpec(width, len(layers), heads, hidden, block=block)
+
+
+def _cls_tokens(file: File) -> int:
+    """Return how many class tokens there are."""
+    shape = file.state[stem("encoder/cls_token", file.family)].shape
+    return shape[1] if len(shape) == 3 and shape[1] else 1
 
 
 def _image_size(file: File, patch_size: Size, image_size: Size | None) -> Size:
@@ -110,7 +119,7 @@ def _image_size(file: File, patch_size: Size, image_size: Size | None) -> Size:
     if (sides := _said(file, "image_size", _sides, None)) is not None:
         return sides
     shape = file.state[key].shape if key in file.state else ()
-    patches = shape[1] - 1 if len(shape) == 3 else 0
+    patches = shape[1] - _cls_tokens(file) if len(shape) == 3 else 0
     side = math.isqrt(max(patches, 0))
     if side and side**2 == patches:
         return side * patch_size[0], side * patch_size[1]

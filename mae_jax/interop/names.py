@@ -2,8 +2,9 @@
 
 Axes of the layouts, as einops has them: d width, e decoder width, h hidden width of an MLP, s
 heads, f head width, n tokens of the whole image, r rows, c columns and ch channels of a patch, t
-target dim, y classes. A linear layer of PyTorch is (out, in), ours (in, out); its fused qkv is
-[q | k | v], each head-major. Source: docs/REFERENCE.md section 8; transformers 5.23.
+target dim, y classes, k class tokens, g registers. A linear layer of PyTorch is (out, in), ours
+(in, out); its fused qkv is [q | k | v], each head-major. Source: docs/REFERENCE.md section 8;
+transformers 5.24.
 """
 
 import dataclasses
@@ -18,8 +19,9 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.errors import UserError
+from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.posemb import sincos_2d
-from mae_jax.models.spec import ModelSpec
+from mae_jax.models.spec import ModelSpec, ViTSpec
 
 Family = Literal["official", "hf"]  # timm has the names of the official encoder
 
@@ -31,6 +33,10 @@ def _linear(i: str, o: str) -> tuple:
 
 def _norm(d: str) -> tuple:
     return ("/scale", ".weight", d, d), ("/bias", ".bias", d, d)
+
+
+def _scale(d: str) -> tuple:
+    return (("/scale", ".weight", d, d),)
 
 
 def _tensor(axes: str) -> tuple:
@@ -54,9 +60,14 @@ BLOCK: tuple[Row, ...] = (
     ("norm2", "norm2", "layernorm_after", _norm("d")),
     ("mlp/fc1", "mlp.fc1", "intermediate.dense", _linear("d", "h")),
     ("mlp/fc2", "mlp.fc2", "output.dense", _linear("h", "d")),
+    ("attn/q_norm", "attn.q_norm", "attention.attention.q_norm", _scale("f")),
+    ("attn/k_norm", "attn.k_norm", "attention.attention.k_norm", _scale("f")),
+    ("scale1/scale", "ls1.gamma", "layer_scale1.lambda1", _tensor("d")),
+    ("scale2/scale", "ls2.gamma", "layer_scale2.lambda1", _tensor("d")),
 )
 TABLE: tuple[Row, ...] = (
-    ("encoder/cls_token", "cls_token", "vit.embeddings.cls_token", _tensor("1 1 d")),
+    ("encoder/cls_token", "cls_token", "vit.embeddings.cls_token", _tensor("1 k d")),
+    ("encoder/register_token", "reg_token", "vit.embeddings.register_tokens", _tensor("1 g d")),
     ("encoder/pos_embed", "pos_embed", "vit.embeddings.position_embeddings", _tensor("1 n d")),
     ("encoder/patch_embed", "patch_embed.proj", "vit.embeddings.patch_embeddings.projection", CONV),
     ("encoder/stack/blocks", "blocks", "vit.encoder.layer", BLOCK),
@@ -72,8 +83,12 @@ TABLE: tuple[Row, ...] = (
 )
 
 # Other spellings of Hugging Face's names: what transformers 5 calls layers in memory, what it
-# writes for decoder layers, and models without a head, which leave out the first "vit.".
+# writes for decoder layers, models without a head, which leave out the first "vit.", and what
+# DINOv2, DINOv3 and Pixio call the same.
 HF_ALIASES = (
+    (r"^(dinov2|dinov2_with_registers|dinov3_vit|pixio)\.", ""),
+    (r"^(model\.)?layer\.", "vit.encoder.layer."),
+    (r"^norm\.", "vit.layernorm."),
     (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -81,8 +96,11 @@ HF_ALIASES = (
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
     (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.mlp\.(fc1|up_proj)\.", ".intermediate.dense."),
+    (r"\.mlp\.(fc2|down_proj)\.", ".output.dense."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.patch_embeddings\.(?=weight$|bias$)", ".patch_embeddings.projection."),
 )
 
 
@@ -126,29 +144,44 @@ def entries(spec: ModelSpec, family: Family) -> Iterator[Entry]:
     """Yield every tensor that a network has in a family, position tables included."""
     rows, cols = spec.patch_size
     sizes = {
-        "1": 1, "three": 3, "d": spec.encoder.width, "n": 1 + spec.num_patches, "r": rows,
-        "c": cols, "ch": spec.channels, "t": spec.target_dim, "y": spec.classes,
-        "e": spec.decoder.width if spec.decoder else 0,
+        "1": 1, "three": 3, "d": spec.encoder.width, "n": spec.cls_tokens + spec.num_patches,
+        "r": rows, "c": cols, "ch": spec.channels, "t": spec.target_dim, "y": spec.classes,
+        "e": spec.decoder.width if spec.decoder else 0, "k": spec.cls_tokens,
+        "g": spec.encoder.registers,
     }  # fmt: skip
     absent = [
         "fc_norm" if spec.final_norm else "encoder/norm",
         *["head"] * (not spec.classes),
         *["decoder"] * (not spec.decoder),
+        *["encoder/register_token"] * (not spec.encoder.registers),
     ]
     for path, *_, layout in TABLE:
         theirs = stem(path, family)
         if path.startswith(tuple(absent)):
             continue
         if layout is not BLOCK:
+            layout = _of_norm(layout, spec.encoder)
             yield from _parts(path, theirs, None, layout, sizes)
             continue
         vit = spec.decoder if spec.decoder and path.startswith("decoder") else spec.encoder
         inside = {"d": vit.width, "s": vit.heads, "f": vit.width // vit.heads, "h": vit.hidden}
         inside["depth"] = vit.depth
+        options = vit.block or BlockOptions()
+        left_out = ["attn/q_norm", "attn/k_norm"] * (not options.qk_norm)
+        left_out += ["scale1/scale", "scale2/scale"] * (not options.layer_scale)
         for layer in range(vit.depth):
             for part, *_, part_layout in BLOCK:
+                if part in left_out:
+                    continue
+                part_layout = _of_norm(part_layout, vit)
                 name = f"{theirs}.{layer}.{stem(part, family, BLOCK)}"
                 yield from _parts(f"{path}/{part}", name, layer, part_layout, sizes | inside)
+
+
+def _of_norm(layout: Any, vit: ViTSpec) -> Any:
+    """Return the layout without a bias if it is that of a norm and norms have none."""
+    rms = vit.block and vit.block.norm == "rms"
+    return _scale("d") if rms and layout == _norm("d") else layout
 
 
 def _parts(

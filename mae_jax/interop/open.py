@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from mae_jax import checkpoint, files
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
-from mae_jax.interop import infer, names, read
+from mae_jax.interop import encoders, infer, names, read
 from mae_jax.models import posemb
 from mae_jax.models.spec import ModelSpec, Size
 
@@ -123,7 +123,7 @@ def _open_theirs(path: epath.Path, key: str, allow_unused: bool, options: dict) 
             f"{path} is no workdir of this project; other files are read from local disks only:"
             " copy it first"
         )
-    file = read.open_file(path, key)
+    file, left_out = encoders.canonical(read.open_file(path, key))
     spec, notes = infer.infer(file, **options)
     unused = infer.unused(file, spec)
     if unused and not allow_unused:
@@ -133,9 +133,10 @@ def _open_theirs(path: epath.Path, key: str, allow_unused: bool, options: dict) 
             " allow_unused"
         )
     matched = len(file.state) - len(unused)
-    report = [f"{path}: {file.family} names", f"matched: {matched} tensors", *notes]
+    report = [f"{path}: {file.family} names", f"matched: {matched} tensors", *left_out, *notes]
     if unused:
         report.append(f"unused: {', '.join(unused)}")
+    encoders.complete(file, spec)
     params, spec = names.to_ours(file.state, spec, file.family)
     return Weights(spec, params, report)
 
@@ -150,7 +151,7 @@ def _resize(weights: Weights, size: Size) -> Weights:
             if table is None:
                 table = posemb.sincos_table(vit.width, weights.spec.grid, groups=spec.groups)[None]
             sizes = weights.spec.grid, spec.grid, spec.cls_tokens
-            resized = posemb.resize(jnp.asarray(table), *sizes)
+            resized = posemb.resize(jnp.asarray(table), *sizes, antialias=bool(vit.registers))
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))

@@ -16,6 +16,7 @@ from mae_jax.interop import pth
 from mae_jax.interop.names import Family, canonical_hf
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+DINO_LIKE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "pixio")  # of interop/encoders.py
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # keys of a state dict
 # Parts of checkpoints that are no weights of the network.
 IGNORED = r"(^|\.)(num_batches_tracked|pooler\.dense\.(weight|bias))$"
@@ -71,6 +72,8 @@ def open_file(path: str | Path, key: str = "") -> File:
     renamed = {canonical_hf(re.sub(r"^module\.", "", name)): x for name, x in tensors.items()}
     if (state := _under_a_prefix(renamed, {"vit.embeddings.cls_token"})) is not None:
         return File(path.name, state, "hf", config)
+    if any(re.search(r"(^|\.)patch_embed(dings\.projection|\.proj)\.weight$", x) for x in renamed):
+        raise UserError(f"{path} has no cls_token, which every encoder here has: it is not read")
     held = ", ".join(str(name)[:100] for name in itertools.islice(chosen, 20))
     keys = [str(name)[:100] for name, x in content.items() if isinstance(x, dict) and x]
     hint = f". Weights may lie under another key: give one of {', '.join(keys)[:200]} as the key"
@@ -123,13 +126,15 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors and the config of a directory of Hugging Face."""
+    """Return the tensors and the config of a directory of Hugging Face, or of timm in its form."""
     config = _json(directory / "config.json")
+    if "architecture" in config and "model_type" not in config:
+        return _weights(directory), _config_of_timm(config)
     kind, activation = config.get("model_type", "none"), config.get("hidden_act", "gelu")
-    if kind not in ("vit_mae", "vit"):
+    if kind not in ("vit_mae", "vit", *DINO_LIKE):
         raise UserError(
             f"{directory} is a directory with model_type {kind!r} in its config.json; of Hugging"
-            " Face's models, vit_mae and vit can be read"
+            f" Face's models, vit_mae, vit, {', '.join(DINO_LIKE)} can be read"
         )
     if activation != "gelu":
         raise UserError(f"{directory}: hidden_act is {activation!r}, and only gelu is known")
@@ -140,9 +145,26 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     known = isinstance(scale, int | float) and 1e-12 < scale < 1e12
     if known and not math.isclose(scale, 1 / 255, rel_tol=1e-6):
         config["value_range"] = (0.0, 1 / scale)
+    return _weights(directory), config
+
+
+def _config_of_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the config.json of a model of timm says of its images, in our words."""
+    images = config.get("pretrained_cfg")
+    images = _plain(images) if isinstance(images, dict) else {}
+    size = images.get("input_size")
+    return {
+        "image_size": size[1:] if isinstance(size, list | tuple) else None,
+        "mean": images.get("mean"),
+        "std": images.get("std"),
+    }
+
+
+def _weights(directory: Path) -> dict[str, Any]:
+    """Return the tensors in a directory of Hugging Face."""
     for name in HF_WEIGHTS:
         if (directory / name).exists():
-            return _content(directory / name), config
+            return _content(directory / name)
     raise UserError(f"{directory} has neither {' nor '.join(HF_WEIGHTS)}, in one piece")
 
 

@@ -11,7 +11,9 @@ from etils import epath
 
 from mae_jax.metrics import writer
 
-ACCURACY = re.compile(r"eval/(knn\d+|logistic|fewshot\d+)_(cls|mean)")
+ACCURACY = re.compile(
+    r"eval/((knn\d+|logistic|fewshot\d+)_(cls|mean)|miou(_knn\d+_(cosine|l2)|_logistic)?|(best_)?top1)"
+)
 BLOCK = re.compile(r"_block\d+$")
 OTHERS = {"train/loss": "training loss", "eval/rmse": "RMSE of 255 levels"}
 PAPER = ("paper, fine-tuned", "paper, linear")

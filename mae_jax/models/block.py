@@ -14,18 +14,21 @@ from mae_jax.models.kernels import add_bias, gelu, normalise
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation in float32 over the last axis, with epsilon 1e-6."""
+    """Layer normalisation in float32 over the last axis, with a scale and a bias."""
+
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
         shape = x_BND.shape[-1:]
         scale_D = self.param("scale", nn.initializers.ones, shape)
-        return normalise(x_BND, scale_D, self.param("bias", nn.initializers.zeros, shape))
+        bias_D = self.param("bias", nn.initializers.zeros, shape)
+        return normalise(x_BND, scale_D, bias_D, self.epsilon)
 
 
-def layer_norm(name: str) -> nn.Module:
+def layer_norm(name: str, epsilon: float = 1e-6) -> nn.Module:
     """Return the LayerNorm of every network here."""
-    return LayerNorm(name=name)
+    return LayerNorm(epsilon, name=name)
 
 
 class Attention(nn.Module):

@@ -18,6 +18,7 @@ class BlockOptions:
       layer_scale: the initial scale of both branches of a block; 0 = none (arXiv 2103.17239).
       norm: "rms" in place of every LayerNorm, that after the blocks too (arXiv 1910.07467).
       rope: the base of the frequencies of 2-D rotary positions, 100 in arXiv 2508.10104; 0 = none.
+      eps: what every norm but those of qk_norm adds to the variance; DINOv3 has 1e-5.
 
     Raises:
       UserError: an unknown norm.
@@ -28,6 +29,7 @@ class BlockOptions:
     layer_scale: float = 0.0
     norm: Literal["layer", "rms"] = "layer"
     rope: float = 0.0
+    eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.norm not in ("layer", "rms"):

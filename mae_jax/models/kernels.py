@@ -14,26 +14,28 @@ from jax import Array
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def normalise(x_BND: Array, scale_D: Array, bias_D: Array) -> Array:
-    """Return the layer normalisation in float32, with epsilon 1e-6 and a two-pass variance.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float = 1e-6) -> Array:
+    """Return the layer normalisation in float32, with a two-pass variance.
 
     The backward pass keeps the input and two numbers for each token. Derived by JAX, it would write
     and read again one more float32 array as large as the input.
     """
-    return _normalise_forward(x_BND, scale_D, bias_D)[0]
+    return _normalise_forward(x_BND, scale_D, bias_D, epsilon)[0]
 
 
-def _normalise_forward(x_BND: Array, scale_D: Array, bias_D: Array) -> tuple[Array, tuple]:
+def _normalise_forward(
+    x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float
+) -> tuple[Array, tuple]:
     x_float_BND = x_BND.astype(jnp.float32)
     mean_BN1 = x_float_BND.mean(-1, keepdims=True)
     variance_BN1 = jnp.square(x_float_BND - mean_BN1).mean(-1, keepdims=True)
-    inverse_BN1 = jax.lax.rsqrt(variance_BN1 + 1e-6)
+    inverse_BN1 = jax.lax.rsqrt(variance_BN1 + epsilon)
     y_BND = (x_float_BND - mean_BN1) * (inverse_BN1 * scale_D) + bias_D
     return y_BND, (x_BND, mean_BN1, inverse_BN1, scale_D)
 
 
-def _normalise_backward(residuals: tuple, grad_BND: Array) -> tuple[Array, Array, Array]:
+def _normalise_backward(_: float, residuals: tuple, grad_BND: Array) -> tuple[Array, Array, Array]:
     x_BND, mean_BN1, inverse_BN1, scale_D = residuals
     mean_BN1, inverse_BN1 = jax.lax.optimization_barrier((mean_BN1, inverse_BN1))
     unit_BND = (x_BND.astype(jnp.float32) - mean_BN1) * inverse_BN1

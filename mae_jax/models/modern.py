@@ -20,18 +20,23 @@ from mae_jax.models.spec import Size, ViTSpec
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) times a scale, over the last axis, in float32; no bias."""
+    """x / sqrt(mean(x^2) + epsilon) times a scale, over the last axis, in float32; no bias."""
+
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
 
 
 def norm(name: str, options: BlockOptions | None) -> nn.Module:
     """Return a norm of a stack, or of what reads it: a LayerNorm, or what the options say."""
-    return RMSNorm(name=name) if options and options.norm == "rms" else layer_norm(name)
+    if options is None:
+        return layer_norm(name)
+    kind = RMSNorm if options.norm == "rms" else layer_norm
+    return kind(name=name, epsilon=options.eps)
 
 
 class LayerScale(nn.Module):

@@ -56,14 +56,19 @@ def sincos_table(
 
 
 def resize(
-    table_1ND: Array, old: tuple[int, int], new: tuple[int, int], cls_tokens: int = 1
+    table_1ND: Array,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    cls_tokens: int = 1,
+    antialias: bool = False,
 ) -> Array:
     """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
 
     The table may hold several channel groups, one after the other.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
-    aligned, no antialiasing.
+    aligned. DINOv2 with registers and timm resize with antialiasing, with which PyTorch takes
+    a = -0.5; others do not.
 
     Raises:
       UserError: the table is not one of the old grid.
@@ -79,6 +84,7 @@ def resize(
     h, w = old
     image_GHWD = rearrange(table_1ND[0, cls_tokens:], "(g h w) d -> g h w d", h=h, w=w)
     shape = (len(image_GHWD), *new, table_1ND.shape[-1])
-    image_GHWD = jax.image.resize(image_GHWD, shape, "cubic-pytorch", antialias=False)
+    method = "cubic" if antialias else "cubic-pytorch"
+    image_GHWD = jax.image.resize(image_GHWD, shape, method, antialias=antialias)
     patches_1LD = rearrange(image_GHWD, "g h w d -> 1 (g h w) d")
     return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)

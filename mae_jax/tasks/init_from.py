@@ -80,7 +80,13 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
         if table is None:
             fixed = posemb.sincos_table(spec.encoder.width, grid, groups=spec.groups)
             table = jnp.asarray(fixed[None])
-        resize = partial(posemb.resize, old=grid, new=spec.grid, cls_tokens=spec.cls_tokens)
+        resize = partial(
+            posemb.resize,
+            old=grid,
+            new=spec.grid,
+            cls_tokens=spec.cls_tokens,
+            antialias=bool(spec.encoder.registers),
+        )
         restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
     if notes:
         log_once(f"encoder of {path}: {'; '.join(notes)}")
