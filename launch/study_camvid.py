@@ -35,8 +35,8 @@ def recipe(data: str, **arguments: object) -> str:
 
 def runs(data: str) -> Iterator[Run]:
     """Yield pre-training, then each measure of each start, seed by seed."""
+    yield from (Run(f"pretrain-{seed}", recipe(data), seed) for seed in SEEDS)
     for seed in SEEDS:
-        yield Run(f"pretrain-{seed}", recipe(data), seed)
         for task in ("frozen", "linear", "tuned"):
             for start in STARTS.values():
                 init = f"{start}-{seed}" if start == "pretrain" else start
