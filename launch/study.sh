@@ -3,7 +3,7 @@
 # against those that have learned nothing, and masks.
 #
 #   bash launch/study.sh cifar10 DATA     50,000 photographs of 32 pixels: 8 hours of 2 CPU cores
-#   bash launch/study.sh camvid DATA      street scenes and what their patches know: 4 hours of 2 cores
+#   bash launch/study.sh camvid DATA      street scenes and what their patches know: 2 hours of 2 cores
 #   bash launch/study.sh digits           1,797 digits: 20 minutes
 #   bash launch/study.sh short            nine photographs inside Python wheels: a minute
 #
