@@ -2,9 +2,11 @@
 
     python launch/study_camvid.py WORKDIR DATA      (see launch/study.sh)
 
-Rates are those of the recipe and were not tuned. The table is written to study.md.
+Rates are those of the recipe and were not tuned. The table is
+written to study.md and drawn in study.png.
 """
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +64,25 @@ def table(root: Path) -> list[str]:
     return lines
 
 
+def draw(root: Path) -> None:
+    """Draw a bar for each measure of each start, with its spread, and a dot for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for number, (words, start) in enumerate(STARTS.items()):
+        for place, (task, key) in enumerate(MEASURES.values()):
+            if found := values(root, f"{task}-{start or 'none'}", key):
+                at = place + 0.25 * (number - 1)
+                label = words if place == 0 else None
+                panel.bar(at, statistics.mean(found), 0.22, color=f"C{number}", label=label)
+                panel.plot([at] * len(found), found, "k.", markersize=4)
+    panel.set_xticks(range(len(MEASURES)), MEASURES)
+    panel.set_ylabel("mIoU, %")
+    panel.legend(title="pre-trained on")
+    figure.savefig(root / "study.png", dpi=110)
+
+
 def main() -> int:
     root, data = Path(sys.argv[1]), sys.argv[2]
     if not all((Path(data) / split / "labels").is_dir() for split in ("train", "test")):
@@ -76,8 +97,9 @@ def main() -> int:
     text = ["mIoU in percent; mean ± standard deviation (seeds) where there are several.", ""]
     text += table(root)
     (root / "study.md").write_text("\n".join(text) + "\n")
+    draw(root)
     print("\n".join(text))
-    print(f"table  {root / 'study.md'}")
+    print(f"table  {root / 'study.md'}\nfigure {root / 'study.png'}")
     return status
 
 
