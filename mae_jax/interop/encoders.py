@@ -34,53 +34,30 @@ def canonical(file: File) -> tuple[File, list[str]]:
     """Return a file with the names of `names.TABLE`, and notes on what was left out or assumed.
 
     Raises:
-      UserError: it has a tensor that our blocks have no use for, which is named.
+      UserError: it has a tensor that our blocks have no use for, or lacks positions.
     """
-    state, notes = dict(file.state), []
-    for name in state:
-        for pattern, words in REFUSED:
-            if re.search(pattern, name):
-                raise UserError(
-                    f"{file.name} has {name}, {words}: such encoders are not read. Those that are:"
-                    " plain ViTs, also with registers, LayerScale, several class tokens or"
-                    " DINOv3's rotary positions"
-                )
-    eva = [name for name in state if re.search(r"\.(gamma_1|attn\.q_bias)$", name)]
-    if file.family == "official":
-        for pattern, replacement in ALIASES:
-            state = {re.sub(pattern, replacement, name): x for name, x in state.items()}
-        _join_biases(state)
-    file = file._replace(state=state)
-    registers = stem("encoder/register_token", file.family)
-    if registers in state and not state[registers].size:
-        del state[registers]
-    options = block_options(file)
-    if options and options.norm == "rms":
-        notes.append("norms have no bias: taken as RMSNorm with epsilon 1e-6")
-    if options and options.rope and "rope_theta" not in file.config:
-        notes.append("positions: no table, but registers and LayerScale, so taken as DINOv3's")
-    if eva and not has_rotary_positions(file):
+    _refuse_by_name(file)
+    eva = [name for name in file.state if re.search(r"\.(gamma_1|attn\.q_bias)$", name)]
+    file = _renamed(file)
+    rotary, table = has_rotary_positions(file), stem("encoder/pos_embed", file.family)
+    if eva and not rotary:
         raise UserError(
             f"{file.name} has {eva[0]}, of timm's models beside its plain ViT, and not DINOv3's"
             " registers without a position table: what positions it has is not known, and it is"
             " not read"
         )
-    table = stem("encoder/pos_embed", file.family)
-    more = _scaled(file) or _token(file).shape[1:2] > (1,)
-    if more and table not in state and not has_rotary_positions(file):
+    several = _token(file).shape[1:2] > (1,)
+    if (several or _scaled(file)) and table not in file.state and not rotary:
         raise UserError(
             f"{file.name} has no {table}, and nothing says that it is DINOv3, which has none: this"
             " would be a partial load"
         )
     _refuse_gated(file)
-    masked = "mask_token" if file.family == "official" else "vit.embeddings.mask_token"
-    if f"{stem('decoder/embed', file.family)}.weight" not in state:
-        state.pop(masked, None)  # of a pre-training, which no feature sees
-    head, width = f"{stem('head', file.family)}.weight", _token(file).shape[-1]
-    if head in state and state[head].shape[1:] == (2 * width,):
-        for name in (head, head.replace("weight", "bias")):
-            state.pop(name, None)
-        notes.append("left out: the head, which reads the cls token and the patches' mean together")
+    notes, options = _leave_out(file), block_options(file)
+    if options and options.norm == "rms":
+        notes.append("norms have no bias: taken as RMSNorm with epsilon 1e-6")
+    if rotary and "rope_theta" not in file.config:
+        notes.append("positions: no table, but registers and LayerScale, so taken as DINOv3's")
     return file._replace(state=_with_rows_of_prefix(file)), notes
 
 
@@ -128,6 +105,44 @@ def complete(file: File, spec: ModelSpec) -> None:
     biases = [f"{blocks}.{layer}.{missing}.bias" for layer in range(spec.encoder.depth)]
     if not any(name in file.state for name in biases):
         file.state.update({name: np.zeros(rows, np.float32) for name in biases})
+
+
+def _refuse_by_name(file: File) -> None:
+    for name in file.state:
+        for pattern, words in REFUSED:
+            if re.search(pattern, name):
+                raise UserError(
+                    f"{file.name} has {name}, {words}: such encoders are not read. Those that are:"
+                    " plain ViTs, also with registers, LayerScale, several class tokens or"
+                    " DINOv3's rotary positions"
+                )
+
+
+def _renamed(file: File) -> File:
+    """Return a file with the names of TABLE and a state of its own; without registers of size 0."""
+    state = dict(file.state)
+    if file.family == "official":
+        for pattern, replacement in ALIASES:
+            state = {re.sub(pattern, replacement, name): x for name, x in state.items()}
+        _join_biases(state)
+    registers = stem("encoder/register_token", file.family)
+    if registers in state and not state[registers].size:
+        del state[registers]
+    return file._replace(state=state)
+
+
+def _leave_out(file: File) -> list[str]:
+    """Remove a mask token that no feature sees, and a head on two features; return notes on it."""
+    state = file.state
+    if f"{stem('decoder/embed', file.family)}.weight" not in state:
+        state.pop("mask_token" if file.family == "official" else "vit.embeddings.mask_token", None)
+    head = stem("head", file.family)
+    weight = state.get(f"{head}.weight")
+    if weight is None or weight.shape[1:] != (2 * _token(file).shape[-1],):
+        return []
+    for part in ("weight", "bias"):
+        state.pop(f"{head}.{part}", None)
+    return ["left out: the head, which reads the cls token and the patches' mean together"]
 
 
 def _with_rows_of_prefix(file: File) -> dict[str, np.ndarray]:
