@@ -50,8 +50,7 @@ class Run:
         config.write_text(CONFIG.replace("IMAGES", str(hosts.images(folder))))
         environment = os.environ | {
             # Compiling takes most of the time: quickly, and once for all runs alike.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {hosts.QUICK}",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
