@@ -40,7 +40,7 @@ HF = {
     f"HF {variant}, {batch}, torch.compile": f"--variant={variant} --batch={batch} --compiled"
     for variant, batch in (("H/14", 64), ("L/16", 128), ("L/16", 256), ("B/16", 256), ("B/16", 512))
 }
-TINY = "--variant=Ti/16 --image_size=32 --batch=4"
+TINY = "--variant=Ti/16 --decoder_depth=1 --image_size=32 --batch=4"
 TINY_OURS = {
     "Ti/16, 4, auto": f"{TINY} --unroll=1",
     "Ti/16, 4, auto, mask tokens in the encoder": f"{TINY} --unroll=1 --tokens_in_encoder",
@@ -126,9 +126,10 @@ def train(images: str, tiny: bool) -> tuple[dict[str, float], str]:
     workdir = sides.OUT / "gpu_run"
     shutil.rmtree(workdir, ignore_errors=True)
     size = "variant=Ti/16,image_size=32,batch_size=8" if tiny else "variant=B/16,batch_size=256"
-    steps, every = (8, 4) if tiny else (150, 50)
+    steps, every, decoder_depth = (4, 2, 1) if tiny else (150, 50, 8)
     words = [
         f"--config=pretrain:{size}",
+        f"--config.model.decoder_depth={decoder_depth}",
         f"--config.data.source={images}",
         f"--workdir={workdir}",
         f"--profile={steps - 2}:{steps}",
@@ -136,7 +137,7 @@ def train(images: str, tiny: bool) -> tuple[dict[str, float], str]:
         f"--config.log_every={every} steps",
         f"--config.checkpoint.every={steps} steps",
         "--config.checkpoint.keep_every=",
-        "--config.optim.warmup=4 steps",
+        "--config.optim.warmup=2 steps",
         "--config.evals.reconstruct.every=",
         "--config.evals.reconstruct.split=train[:8]",
         "--config.evals.reconstruct.images=8",

@@ -36,6 +36,7 @@ def build(args: argparse.Namespace) -> tuple:
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=4 * width,
+        decoder_num_hidden_layers=args.decoder_depth,
         norm_pix_loss=True,
         attn_implementation="sdpa",
     )

@@ -46,6 +46,7 @@ def make_config(args: argparse.Namespace) -> Any:
     else:
         config = pretrain.get_config(sizes)
     config.data.source = "bundled:photos"  # not read
+    config.model.decoder_depth = args.decoder_depth
     config.model.dtype, config.model.residual_dtype = args.dtype, args.residual
     config.model.scan_unroll = args.unroll or config.model.depth
     config.model.attention = args.attention
@@ -166,6 +167,7 @@ def run(args: argparse.Namespace) -> dict:
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the step's sides."""
     parser.add_argument("--variant", default="B/16")
+    parser.add_argument("--decoder_depth", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -17,6 +17,11 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reaches it
 IMAGES = 1437
+# For processes whose time would go into compiling.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 
 CONFIG = f'''
 from mae_jax.configs.pretrain import get_config as recipe
@@ -64,8 +69,7 @@ def free_port() -> int:
 
 def environment(devices: int) -> dict[str, str]:
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -65,9 +65,9 @@ def test_the_axes_train_and_measure(change, tmp_path):
 def test_the_loss_on_all_patches_is_their_mean():
     config = tiny_config(task="all_patches")
     task = tasks.build(config)
-    params, _ = task.init(jax.random.key(0))
+    params, _ = jax.jit(task.init)(jax.random.key(0))
     batch = task.prepare(batch_of(config), lambda _: jax.random.key(1))
-    outputs = task.reconstruct(params, {}, batch)
+    outputs = jax.jit(task.reconstruct)(params, {}, batch)
     error_BL = jnp.square(outputs["pred_BLT"] - outputs["target_BLT"]).mean(-1)
     assert task.objective(outputs) == pytest.approx(float(error_BL.mean()), rel=1e-6)
     hidden_only = tasks.build(tiny_config()).objective(outputs)

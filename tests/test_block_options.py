@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tiny import (
     load_encoder_into,
     mesh_of,
     probe_config,
+    random_params,
     run,
     save_workdir,
     tiny_config,
@@ -50,15 +52,11 @@ def spec_with(**options) -> ModelSpec:
 def encoder_with(seed=0, **options):
     """An encoder and parameters of it that are all random, so that none is hidden by a zero."""
     encoder = Encoder(spec_with(**options))
-    params = encoder.init(jax.random.key(0), PATCHES)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    draw = [jax.random.normal(key, x.shape) / 3 for key, x in zip(keys, leaves, strict=True)]
-    return encoder, tree.unflatten([x + d for x, d in zip(leaves, draw, strict=True)])
+    return encoder, random_params(encoder.init, PATCHES, seed=seed)
 
 
 def encode(encoder, params, *args, **kwargs):
-    return encoder.apply({"params": params}, *args, **kwargs)
+    return jax.jit(partial(encoder.apply, **kwargs))({"params": params}, *args)
 
 
 def changed(params, change, *path):
@@ -180,7 +178,7 @@ def test_layer_scale_of_0_is_the_identity_and_of_1_the_block_without():
     np.testing.assert_allclose(
         encode(encoder, scaled(1), PATCHES), encode(plain, without, PATCHES), atol=1e-5
     )
-    fresh = encoder.init(jax.random.key(0), PATCHES)["params"]["stack"]["blocks"]
+    fresh = jax.jit(encoder.init)(jax.random.key(0), PATCHES)["params"]["stack"]["blocks"]
     assert all((fresh[name]["scale"] == 0.5).all() for name in SCALES)
 
 
@@ -461,14 +459,14 @@ def test_a_partly_frozen_network_is_the_network(trained_blocks):
     config.model.block = ConfigDict(ALL | {"registers": 0})
     network = tasks.build(config).network
     patches = jax.random.normal(jax.random.key(0), (2, 4, 64))
-    params = network.init(jax.random.key(1), patches)["params"]
-    whole = network.apply({"params": params}, patches)
+    params = jax.jit(network.init)(jax.random.key(1), patches)["params"]
+    whole = jax.jit(network.apply)({"params": params}, patches)
 
     def loss(params):
         out = classifier.apply_partly_frozen(network, params, patches, trained_blocks)
         return out.features_BD.sum(), out
 
-    grads, out = jax.grad(loss, has_aux=True)(params)
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(out.features_BD, whole.features_BD, atol=1e-4)
     share = classifier.trained_share(params, trained_blocks)["encoder"]["stack"]["blocks"]
     blocks = grads["encoder"]["stack"]["blocks"]

@@ -1,6 +1,7 @@
 """Several class tokens (config.model.cls_tokens), each with a position of its own; recipe pixio."""
 
 import json
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tiny import (
     fresh_state,
     load_encoder_into,
     mesh_of,
+    random_params,
     run,
     tiny_config,
     updates,
@@ -50,16 +52,16 @@ NETWORK = MAE(SPEC)
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters that are all random, so that none is hidden by a zero."""
-    fresh = NETWORK.init(jax.random.key(0), PATCHES, MASK)["params"]
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [jax.random.normal(key, x.shape) / 3 for key, x in zip(keys, leaves, strict=True)]
-    return tree.unflatten([x + d for x, d in zip(leaves, drawn, strict=True)])
+    return random_params(NETWORK.init, PATCHES, MASK)
 
 
-def apply(params, *args, **kwargs):
-    return NETWORK.apply({"params": params}, *args, **kwargs)
+@cache
+def program(method):
+    return jax.jit(partial(NETWORK.apply, method=method))
+
+
+def apply(params, *args, method="__call__"):
+    return program(method)({"params": params}, *args)
 
 
 def permuted(params, sides=("encoder", "decoder")):
@@ -109,7 +111,7 @@ def test_every_class_token_reaches_the_predictions(params):
     def total(latent):
         return jnp.sin(apply(params, latent, MASK, method="decode")).sum()
 
-    grads = jax.grad(total)(latent)
+    grads = jax.jit(jax.grad(total))(latent)
     assert (np.abs(grads[:, :N_CLS]).max((0, 2)) > 1e-4).all()
 
 

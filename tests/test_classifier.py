@@ -37,7 +37,7 @@ def build(pool, meta, drop_path=0.0, **compute):
 def test_features_and_logits_are_the_official_ones(pool, compute):
     arrays, meta, state, patches = load(pool)
     network = build(pool, meta, **compute)
-    out = network.apply({"params": params_of(state, network.spec)}, patches)
+    out = jax.jit(network.apply)({"params": params_of(state, network.spec)}, patches)
     assert_close(out.features_BD, arrays["features"])
     assert_close(out.logits_BY, arrays["logits"])
 
@@ -158,7 +158,7 @@ def test_drop_path_rates_grow_linearly_from_zero():
     meta = {"img": 8, "patch": 4, "embed_dim": 8, "depth": 3, "heads": 2, "classes": 2}
     network = build("cls", meta, drop_path=0.6)
     patches = jnp.zeros((2000, 4, 48))
-    params = network.init(jax.random.key(0), patches[:1])["params"]
+    params = jax.jit(network.init)(jax.random.key(0), patches[:1])["params"]
     blocks = jax.tree.map(jnp.zeros_like, params["encoder"]["stack"]["blocks"])
     direction = jnp.array([1.0, 10.0, 100.0])[:, None] * jnp.eye(8)[:3]  # one for each block
     blocks["mlp"]["fc2"]["bias"] = direction
@@ -181,10 +181,10 @@ def test_drop_path_rates_grow_linearly_from_zero():
 def test_a_fresh_head_is_tiny_and_scratch_is_normal_everywhere():
     _, meta, _, _ = load("avg")
     network = build("avg", meta | {"embed_dim": 256, "heads": 4})
-    params = network.init(jax.random.key(0), jnp.zeros((1, 16, 192)))["params"]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 16, 192)))["params"]
     assert abs(params["head"]["kernel"].std() / 2e-5 - 1) < 0.1
     assert not params["head"]["bias"].any()
-    scratch = classifier.scratch_init(params, jax.random.key(1))
+    scratch = jax.jit(classifier.scratch_init)(params, jax.random.key(1))
     names = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(scratch)}
     before = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     redrawn = {name for name in names if not np.array_equal(names[name], before[name])}
@@ -216,7 +216,7 @@ def partial_case(width=16):
     meta = {"img": 16, "patch": 4, "embed_dim": width, "depth": 4, "heads": 2, "classes": 3}
     network = build("avg", meta, scan_unroll=4)
     patches = jax.random.normal(jax.random.key(1), (4, 16, 48))
-    params = network.init(jax.random.key(0), patches)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), patches)["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (width, 3))
     return network, patches, params
 

@@ -119,7 +119,7 @@ OPTIONS = {"block": BLOCK, "cls_tokens": 4}
 def test_cudnns_attention_gives_our_loss_and_gradients(anywhere, grid, kept, compute):
     inputs = inputs_of(grid, kept)
     ours = network_of(grid, "xla", **compute)
-    params = ours.init(jax.random.key(0), *inputs)
+    params = jax.jit(ours.init)(jax.random.key(0), *inputs)
 
     def value(network, params):
         pred = network.apply(params, *inputs)
@@ -127,7 +127,7 @@ def test_cudnns_attention_gives_our_loss_and_gradients(anywhere, grid, kept, com
         return (pred * jnp.sin(jnp.arange(pred.size)).reshape(pred.shape)).mean()
 
     fused = network_of(grid, "cudnn", **compute)
-    got, expected = (jax.value_and_grad(partial(value, n))(params) for n in (fused, ours))
+    got, expected = (jax.jit(jax.value_and_grad(partial(value, n)))(params) for n in (fused, ours))
     assert_trees_equal(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -137,8 +137,8 @@ def test_the_tokens_of_blocks_are_without_padding(anywhere):
     for attention in ("xla", "cudnn"):
         model = network_of(4, attention)
         encoder = Encoder(model.spec, model.compute)
-        params = encoder.init(jax.random.key(0), patches)
-        both.append(encoder.apply(params, patches, return_blocks=True))
+        params = jax.jit(encoder.init)(jax.random.key(0), patches)
+        both.append(jax.jit(partial(encoder.apply, return_blocks=True))(params, patches))
     assert both[1][1].shape == (3, 3, 17, 32)
     assert_trees_equal(both[1], both[0], atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_a_padded_stream_without_its_length_would_give_other_tokens(anywhere, mo
     patches, _ = inputs_of(4, 4)
     model = network_of(4, "cudnn")
     encoder = Encoder(model.spec, model.compute)
-    params = encoder.init(jax.random.key(0), patches)
+    params = jax.jit(encoder.init)(jax.random.key(0), patches)
     padded, kernel = encoder.apply(params, patches), jax.nn.dot_product_attention
 
     def forgetful(*arrays, query_seq_lengths, key_value_seq_lengths, **options):
@@ -165,7 +165,7 @@ def kernel_gradients(compute: ComputeConfig) -> tuple:
     network = mae.MAE(spec, compute)
     patches_BLP = jax.random.normal(jax.random.key(0), (4, 16, 192))
     mask = masking.keep_lowest(jax.random.uniform(jax.random.key(1), (4, 16)), 4)
-    params = network.init(jax.random.key(2), patches_BLP, mask)
+    params = jax.jit(network.init)(jax.random.key(2), patches_BLP, mask)
 
     def loss(params):
         return mae.masked_mse(network.apply(params, patches_BLP, mask), patches_BLP, mask.mask_BL)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hosts
+
 from mae_jax.metrics import writer
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,11 @@ def get_config(arg=None):
 def train(folder, *flags):
     command = [sys.executable, "-m", "mae_jax", "train", "--config=recipe.py", "--workdir=run"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": hosts.QUICK,
+    }
     return subprocess.run(
         [*command, *flags], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from mae_jax import checkpoint, distributed
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE_EVERY, KILLS = 44, 4, 12
+STEPS, SAVE_EVERY, KILLS = 36, 3, 6
 
 CONFIG = f'''
 from mae_jax.configs.pretrain import get_config as recipe
@@ -50,8 +50,7 @@ class Run:
         config.write_text(CONFIG.replace("IMAGES", str(hosts.images(folder))))
         environment = os.environ | {
             # Compiling takes most of the time: quickly, and once for all runs alike.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {hosts.QUICK}",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -143,7 +142,7 @@ def uninterrupted(folder):
     return run.workdir
 
 
-def test_a_run_killed_twelve_times_ends_bit_equal_to_an_uninterrupted_one(folder, uninterrupted):
+def test_a_run_killed_six_times_ends_bit_equal_to_an_uninterrupted_one(folder, uninterrupted):
     """SIGKILL at seeded moments: after a random step, while saving, or while starting."""
     moments = random.Random(0)
     workdir = folder / "killed"
@@ -154,11 +153,11 @@ def test_a_run_killed_twelve_times_ends_bit_equal_to_an_uninterrupted_one(folder
     while_saving = 0
     for kill in range(KILLS):
         run = Run(folder, workdir)
-        if kill % 4 == 3:
+        if kill % 3 == 2:
             time.sleep(moments.uniform(1, 4))
         else:
-            run.until_step(moments.randint(kill, kill + 3) * STEPS // (KILLS + 5))
-            if kill % 4 == 1:
+            run.until_step(moments.randint(kill, kill + 2) * STEPS // (KILLS + 4))
+            if kill % 3 == 1:
                 run.until(saving)
             time.sleep(moments.uniform(0, 0.1))
         assert run.end(signal.SIGKILL) == -signal.SIGKILL, "\n".join(run.said)
@@ -171,19 +170,16 @@ def test_a_run_killed_twelve_times_ends_bit_equal_to_an_uninterrupted_one(folder
     assert_same_run(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("asked", "status"),
-    [(signal.SIGTERM, distributed.PREEMPTED), (signal.SIGINT, distributed.INTERRUPTED)],
-)
-def test_a_signal_saves_where_it_is_and_the_run_goes_on_from_there(
-    folder, uninterrupted, asked, status
-):
-    workdir = folder / asked.name
-    run = Run(folder, workdir)
-    run.until_step(7)
-    assert run.end(asked) == status, "\n".join(run.said)
-    saved = int(checkpoint.find(workdir, "test").name)
-    assert saved == logged(workdir)[-1]["step"] >= 7
+def test_a_signal_saves_where_it_is_and_the_run_goes_on_from_there(folder, uninterrupted):
+    workdir, saved = folder / "asked", 0
+    signals = {signal.SIGTERM: distributed.PREEMPTED, signal.SIGINT: distributed.INTERRUPTED}
+    for asked, status in signals.items():
+        run = Run(folder, workdir)
+        run.until_step(saved + 4)
+        assert run.end(asked) == status, "\n".join(run.said)
+        before, saved = saved, int(checkpoint.find(workdir, "test").name)
+        assert saved == logged(workdir)[-1]["step"] >= before + 4
+        assert before == 0 or any(f"resumed at step {before} from" in line for line in run.said)
 
     run = Run(folder, workdir)
     assert run.end() == 0, "\n".join(run.said)
@@ -191,19 +187,18 @@ def test_a_signal_saves_where_it_is_and_the_run_goes_on_from_there(
     assert_same_run(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("limit", "what"), [(0, "full-0: "), (20_000, "checkpoint .* could not be written to .*: ")]
-)
-def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterrupted, limit, what):
-    workdir = folder / f"full-{limit}"
-    run = Run(folder, workdir)
-    run.until_step(5)
-    limit = limit or (workdir / "metrics.jsonl").stat().st_size
-    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    assert run.end() == 1, "\n".join(run.said)
-    last = next(x for x in run.said if x.startswith("mae-jax train: "))
-    assert re.search(f"{what}File too large.*the same command goes on from", last), run.said
-    assert not any("Traceback" in line for line in run.said), "\n".join(run.said)
+def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on(folder, uninterrupted):
+    workdir = folder / "full"
+    cases = ((4, 0, "full: "), (8, 20_000, "checkpoint .* could not be written to .*: "))
+    for step, most, what in cases:
+        run = Run(folder, workdir)
+        run.until_step(step)
+        limit = most or (workdir / "metrics.jsonl").stat().st_size
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        assert run.end() == 1, "\n".join(run.said)
+        last = next(x for x in run.said if x.startswith("mae-jax train: "))
+        assert re.search(f"{what}File too large.*the same command goes on from", last), run.said
+        assert not any("Traceback" in line for line in run.said), "\n".join(run.said)
 
     run = Run(folder, workdir)
     assert run.end() == 0, "\n".join(run.said)
@@ -236,11 +231,11 @@ def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):
     workdir = folder / "moved"
     for devices in (8, 1, 4):
         run = Run(folder, workdir, devices=devices)
-        run.until_step(len(logged(workdir)) + 4)
+        run.until_step(len(logged(workdir)) + 3)
         assert run.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(run.said)
     assert any("device_count: 1 -> 4" in line for line in run.said)
     ours, theirs = ([x["train/loss"] for x in logged(path)] for path in (workdir, uninterrupted))
-    assert len(ours) >= 12
+    assert len(ours) >= 9
     np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=1e-3)
     assert len(set(theirs)) == STEPS  # a step out of place would show
     assert arrays(workdir).keys() == arrays(uninterrupted).keys()

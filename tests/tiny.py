@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
@@ -62,6 +63,21 @@ def probe_of(workdir, **changes) -> ConfigDict:
     config.checkpoint.update(every="5 steps", keep_every="")
     config.update_from_flattened_dict(changes)
     return config
+
+
+def random_params(init, *args, seed=0):
+    """Return parameters that are all random, so that none is hidden by a zero; scales are around 1.
+
+    Drawn without JAX, which would compile a program for each shape.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(0), *args)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        values = rng.normal(size=x.shape) / 3
+        return jnp.asarray(values + (path[-1].key == "scale"), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def mesh_of(data, fsdp, tensor) -> Mesh:
