@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,8 +37,11 @@ def test_a_short_study_learns_and_is_made_once(tmp_path):
     assert f"| MAE | {trained:.1f} |" in again.stdout
 
 
-def test_a_study_without_its_images_says_where_they_should_be(tmp_path):
-    refused = study("launch/study_cifar10.py", tmp_path / "study", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("cifar10", "train/CLASS/*.jpg"), ("camvid", "{train,test}/labels")]
+)
+def test_a_study_without_its_images_says_where_they_should_be(name, wanted, tmp_path):
+    refused = study(f"launch/study_{name}.py", tmp_path / "study", tmp_path)
     assert refused.returncode == 2
-    assert "holds no train/CLASS/*.jpg" in refused.stderr
+    assert f"holds no {wanted}" in refused.stderr
     assert not (tmp_path / "study").exists()
