@@ -37,7 +37,7 @@ from mae_jax.configs.pretrain import get_config as pretrain_recipe
 
 IMAGES = 50_000
 # Percent of the labels -> epochs and batch size of the small model.
-LABELS = {1: (60, 50), 10: (20, 64), 100: (4, 128)}
+LABELS = {1: (40, 50), 10: (10, 64), 100: (2, 128)}
 
 
 def get_config(arg=None):
@@ -109,7 +109,7 @@ def finetune(args):
 
 def probe(args):
     config = probe_recipe(
-        f"init={args['init']},test=test,batch_size=512,epochs=8,select=10,small=true,"
+        f"init={args['init']},test=test,batch_size=512,epochs=3,select=10,small=true,"
         f"head={args['task']}"
     )
     config.features = "pixels" if args["pixels"] else config.features
@@ -117,7 +117,7 @@ def probe(args):
         config.features = "random"
     config.probe.attention_heads = 4
     config.evals.probe.update(every="", batch_size=500)
-    config.checkpoint.every = "2 epochs"
+    config.checkpoint.every = "1 epochs"
     return config
 
 

@@ -20,9 +20,9 @@ from mae_jax.metrics.table import cell
 
 LABELS = (10, 1, 100)
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # of fine-tuning and of training from scratch
+RATES = {"tuned": (2e-3, 4e-3, 8e-3, 1.6e-2), "scratch": (1e-3, 2e-3, 4e-3, 8e-3)}
 KINDS = ("block", "grid")
-SHORT = 8  # epochs of pre-training in comparisons of masks
+SHORT = 4  # epochs of pre-training in comparisons of masks
 FULL = "pretrain"
 KNN, LOGISTIC = "eval/knn20_cls", "eval/logistic_cls"
 PROBE, TUNED = "eval/best_top1", "eval/top1"
@@ -37,34 +37,39 @@ def recipe(data: str, **arguments: object) -> str:
 def chosen_rates(root: Path) -> dict[str, float]:
     """Return the rate of fine-tuning and of scratch that is best on held-out training images."""
     best = {}
-    for start in ("tuned", "scratch"):
+    for start, rates in RATES.items():
         tried = {
             rate: last_value(root, name, TUNED)
-            for rate in RATES
+            for rate in rates
             if (root / f"{(name := f'rate-{start}-{rate}')}.done").exists()
         }
-        if len(tried) == len(RATES):
+        if len(tried) == len(rates):
             best[start] = max(tried, key=tried.__getitem__)
     return best
 
 
 def first_runs(data: str) -> Iterator[Run]:
-    """Yield pre-training, frozen features, and the choice of rates."""
+    """Yield pre-training, k-NN and logistic regression, and the choice of rates."""
     yield Run(FULL, recipe(data, task="pretrain"))
-    for rate in RATES:
-        for start, init in (("scratch", ""), ("tuned", FULL)):
-            # 5,000 labels for half of the epochs, measured on the end of the training images.
+    yield from frozen(data, "knn")
+    for start, rates in RATES.items():
+        for rate in rates:
+            # 5,000 labels, measured on the end of the training images.
             config = recipe(data, task="finetune", labels=10, epochs=10, blr=rate)
             split = "--config.evals.accuracy.split=train[45000:]"
+            init = FULL if start == "tuned" else ""
             yield Run(f"rate-{start}-{rate}", config, 0, init, (split,))
-    for task in ("knn", "linear", "attentive"):
-        yield Run(f"{task}-mae", recipe(data, task=task), 0, FULL)
-        yield Run(f"{task}-random", recipe(data, task=task))
-        yield Run(f"{task}-pixels", recipe(data, task=task, pixels="true"))
+
+
+def frozen(data: str, task: str) -> Iterator[Run]:
+    """Yield a task on frozen features: of the model, of one without training, and pixels."""
+    yield Run(f"{task}-mae", recipe(data, task=task), 0, FULL)
+    yield Run(f"{task}-random", recipe(data, task=task))
+    yield Run(f"{task}-pixels", recipe(data, task=task, pixels="true"))
 
 
 def other_runs(data: str, rates: dict[str, float]) -> Iterator[Run]:
-    """Yield fine-tuning against scratch, and the comparisons of masks."""
+    """Yield fine-tuning against scratch, probes, and the comparisons of masks."""
     for labels in LABELS:
         for seed in SEEDS if labels < 100 else SEEDS[:1]:
             for start, longer in (("tuned", 1), ("scratch", 1), ("scratch", 2)):
@@ -75,6 +80,8 @@ def other_runs(data: str, rates: dict[str, float]) -> Iterator[Run]:
                 yield Run(f"{start}{longer}-{labels}-{seed}", config, seed, init)
         if labels == 10:
             yield from masks(data)
+    yield from frozen(data, "linear")
+    yield from frozen(data, "attentive")
 
 
 def masks(data: str) -> Iterator[Run]:
@@ -143,8 +150,8 @@ def tables(root: Path) -> list[str]:
         rmse = values(root, name, "eval/rmse")
         lines.append(row(name, *([max(x)] if x else [] for x in best), rmse))
     lines += head("rate", "fine-tuned", "from scratch")
-    for rate in RATES:
-        starts = (values(root, f"rate-{start}-{rate}", TUNED) for start in ("tuned", "scratch"))
+    for rate in sorted({*RATES["tuned"], *RATES["scratch"]}):
+        starts = (values(root, f"rate-{start}-{rate}", TUNED) for start in RATES)
         lines.append(row(f"{rate}", *starts))
     return lines
 
