@@ -31,15 +31,9 @@ COMPILED_FAST = {
     *("test_optimizers", "test_patches", "test_segment", "test_segment_pictures", "test_sweep"),
     *("test_visualize", "test_crossmae", "test_examples", "test_latent"),
     *("test_api", "test_axes", "test_bands", "test_compute", "test_fork", "test_limits"),
-    *(
-        "test_logistic",
-        "test_masks",
-        "test_channel_groups",
-        "test_encoders",
-        "test_profiling",
-        "test_evals_multihost",
-    ),
-    *("test_segment_multihost", "test_command_recipes", "test_main", "test_checkpoint"),
+    *("test_logistic", "test_masks", "test_profiling", "test_evals_multihost"),
+    *("test_segment_multihost", "test_checkpoint"),
+    *("test_channel_groups", "test_encoders"),
 }
 
 
