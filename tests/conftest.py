@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+import compiler
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one process of the tests compiled, the others need not.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# Without XLA's newer way of writing fusions, programs for CPUs compile in a third of the time.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {compiler.FLAG}"
 )
 
 import jax
@@ -21,8 +21,8 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files whose time goes into compiling. What is spared is the machine code's quality, not the passes
-# over the program: what is counted in a program stays as it is. Parity with the golden numbers and
-# what compares bits with another process have the compiler as users have it.
+# over the program: what is counted in a program stays as it is. What compares bits with another
+# process is compiled as that is, and tests/test_parity.py as users compile.
 COMPILED_FAST = {
     *("test_block_options", "test_class_tokens", "test_classifier", "test_convert"),
     *("test_finetune", "test_fit"),

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import compiler
 import numpy as np
 from PIL import Image
 
@@ -19,8 +20,7 @@ STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reac
 IMAGES = 1437
 # For processes whose time would go into compiling.
 QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false"
+    f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true {compiler.FLAG}"
 )
 
 CONFIG = f'''

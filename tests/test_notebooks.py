@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+import compiler
 import nbclient
 import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
 # They compile in half of the time, and train as fast.
-FLAGS = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+FLAGS = f"--xla_backend_optimization_level=1 {compiler.FLAG}"
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 

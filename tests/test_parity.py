@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import AS_USERS
 from official import GOLDEN, META, STATE, assert_close, mae_spec, params_of
 
 from mae_jax.models import mae, masking, targets
@@ -26,10 +27,6 @@ PATCHES = patchify(IMAGES, SPEC.patch_size)
 MASK = masking.keep_lowest(
     jnp.asarray(GOLDEN["noise"]), masking.num_kept(SPEC.num_patches, META["mask_ratio"])
 )
-
-
-# As users have it: tests/conftest.py compiles otherwise.
-AS_USERS = {"xla_cpu_use_fusion_emitters": True}
 
 
 def loss_fn(params, target, model):
