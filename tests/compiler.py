@@ -1,4 +1,4 @@
-"""How tests compile for CPUs: without XLA's newer way of writing fusions, in a third of the time."""
+"""How tests compile for CPUs: without the newer way of writing fusions, in a third of the time."""
 
 from importlib import metadata
 
