@@ -2,8 +2,7 @@
 
     python launch/study_camvid.py WORKDIR DATA      (see launch/study.sh)
 
-Rates are those of the recipe and were not tuned. The table is
-written to study.md and drawn in study.png.
+The table is written to study.md and drawn in study.png.
 """
 
 import statistics
