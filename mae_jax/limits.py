@@ -43,6 +43,19 @@ class Range(NamedTuple):
         return f"{kind} {above} and {below}"
 
 
+class Tuples(NamedTuple):
+    """Tuples of such numbers."""
+
+    numbers: Range
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a value is a tuple of tuples of such numbers."""
+        return isinstance(value, tuple | list) and all(map(self.numbers.holds, value))
+
+    def __str__(self) -> str:
+        return f"tuples of {self.numbers}"
+
+
 def whole(low: int, high: int, several: bool = False) -> Range:
     """Return the whole numbers from `low` to `high`."""
     return Range(low, high, whole=True, several=several)
@@ -76,6 +89,7 @@ NUMBERS = {
     "model.block.rope": Range(0, 10**9),
     "model.block.eps": Range(0, 1, "(]"),
     "model.cls_tokens": whole(1, 2**12),
+    "model.channel_groups": Tuples(whole(0, 1023, several=True)),
     "model.channels": whole(1, 1024),
     "model.decoder_maps": whole(0, 1001),
     "model.decoder_share": Range(0, 1, "(]"),

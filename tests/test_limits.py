@@ -25,6 +25,7 @@ KINDS = ("zero", "negative", "huge", "nan", "type")
 # Pattern of a key -> which of the wrong-looking values work: 0 often does. Whatever is not listed
 # must be refused.
 LEGAL = {
+    "bands:model.channel_groups": "zero",
     "linprobe:optim.blr": "",  # a head that cannot learn
     "knn:optim.blr": "",
     "segment:optim.blr": "",
@@ -96,6 +97,8 @@ def recipe(name):
     elif "features" in config:
         config.features, config.init_from = "random", ""
         config.probe.update(bn_group=8, attention_heads=4)
+    if name == "bands":
+        config.model.channel_groups, config.evals.reconstruct.bands = ((0,),), (1,)
     if "mix" in config:
         config.mix.group = 8
     if name == "robustness":
