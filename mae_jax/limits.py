@@ -69,7 +69,7 @@ def several(low: float, high: float, ends: str = "[]") -> Range:
 SHARE = Range(0, 1)
 # Pattern of a key -> what its value may be. Upper limits are far above what anybody uses: they only
 # catch a slip of the hand.
-NUMBERS = {
+NUMBERS: dict[str, Range | Tuples] = {
     "seed": whole(0, 2**32 - 1),
     "batch_size": whole(1, 2**24),
     "grad_accum": whole(1, 2**16),
