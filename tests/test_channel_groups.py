@@ -264,10 +264,12 @@ def test_what_does_not_go_together_is_refused(workdir):
         with pytest.raises(UserError, match=words):
             tasks.build(config)
 
-    for groups in (((0, 1), (2,)), ((0, 1), (1, 2, 3, 4)), (0, 1)):
+    for groups in (((0, 1), (2,)), ((0, 1), (1, 2, 3, 4))):
         config = grouped_config()
         config.model["channel_groups"] = groups
         refused("each of the channels 0 to 4 must be in one group", config)
+    config.model["channel_groups"] = (0, 1)
+    refused("channel_groups=.*: give tuples of whole numbers", config)
     config = grouped_config()
     config.task = "pretrain"
     refused("give config.task='channel_groups' too", config)
