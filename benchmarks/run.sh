@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One benchmark, with what it needs: bash benchmarks/run.sh step|input|masking|start|growth [--OPTION=VALUE ...]
+# One benchmark, with what it needs: bash benchmarks/run.sh step|input|masking|start|growth|learning [--OPTION=VALUE ...]
 #
 # Ours runs in the environment of launch/setup.sh, each peer in one of its own beside it, which is
 # made on first use. A peer that cannot be installed is left out, and said so in the table. Results go
@@ -27,11 +27,16 @@ peer() {
 }
 
 name=${1:-}
-[ -f "benchmarks/$name.py" ] || fail "Which benchmark? bash benchmarks/run.sh step|input|masking|start|growth"
+[ -f "benchmarks/$name.py" ] || fail "Which benchmark? bash benchmarks/run.sh step|input|masking|start|growth|learning"
 shift
 torch='' tensorflow=''
 case $name in
   step) torch=$(peer torch torch==2.13.0 transformers pillow) ;;
+  learning)
+    torch=$(peer icarus torch==2.13.0 numpy einops)
+    # Without its dependency torchvision, of which it uses nothing here.
+    [ -z "$torch" ] || "$torch" -m pip install --quiet --no-deps timm==0.3.2 >&2
+    ;;
   input)
     torch=$(peer torch torch==2.13.0 transformers pillow)
     tensorflow=$(peer tensorflow tensorflow)
