@@ -126,7 +126,7 @@ def train(images: str, tiny: bool) -> tuple[dict[str, float], str]:
     workdir = sides.OUT / "gpu_run"
     shutil.rmtree(workdir, ignore_errors=True)
     size = "variant=Ti/16,image_size=32,batch_size=8" if tiny else "variant=B/16,batch_size=256"
-    steps, every, decoder_depth = (4, 2, 1) if tiny else (150, 50, 8)
+    steps, every, warmup, decoder_depth = (4, 2, 2, 1) if tiny else (150, 50, 4, 8)
     words = [
         f"--config=pretrain:{size}",
         f"--config.model.decoder_depth={decoder_depth}",
@@ -137,7 +137,7 @@ def train(images: str, tiny: bool) -> tuple[dict[str, float], str]:
         f"--config.log_every={every} steps",
         f"--config.checkpoint.every={steps} steps",
         "--config.checkpoint.keep_every=",
-        "--config.optim.warmup=2 steps",
+        f"--config.optim.warmup={warmup} steps",
         "--config.evals.reconstruct.every=",
         "--config.evals.reconstruct.split=train[:8]",
         "--config.evals.reconstruct.images=8",

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +124,12 @@ def last_value(root: Path, name: str, key: str) -> float:
     return [metrics[key] for metrics in map(json.loads, lines) if key in metrics][-1]
 
 
+def values(root: Path, name: str, key: str) -> list[float]:
+    """Return the last value of a metric in the runs NAME and NAME-SEED that are finished."""
+    names = [name, *(f"{name}-{seed}" for seed in SEEDS)]
+    return [last_value(root, x, key) for x in names if (root / f"{x}.done").exists()]
+
+
 def over_seeds(root: Path, name: str, key: str) -> tuple[float, float]:
     """Return mean and sample standard deviation of a metric over the seeds."""
     values = [last_value(root, f"{name}-{seed}", key) for seed in SEEDS]
@@ -135,6 +142,14 @@ def table(head: list[str], rows: dict[str, list[tuple[float, float]]]) -> list[s
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells) + " |")
     return [*lines, ""]
+
+
+def write(lines: list[str], root: Path, draw: Callable[[Path], None]) -> None:
+    """Write the tables to study.md, draw study.png, and print the first."""
+    (root / "study.md").write_text("\n".join(lines) + "\n")
+    draw(root)
+    print("\n".join(lines))
+    print(f"table  {root / 'study.md'}\nfigure {root / 'study.png'}")
 
 
 def run(study: list[Run], root: Path) -> int:

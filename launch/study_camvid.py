@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import study
-from study import SEEDS, Run, last_value
+from study import SEEDS, Run, values
 
 from mae_jax.metrics.table import cell
 
@@ -47,14 +47,8 @@ def runs(data: str) -> Iterator[Run]:
     yield Run("frozen-pixels-0", recipe(data, task="frozen", features="pixels"))
 
 
-def values(root: Path, name: str, key: str) -> list[float]:
-    """Return the last value of a metric in the runs NAME-SEED that are finished."""
-    names = [f"{name}-{seed}" for seed in SEEDS]
-    return [last_value(root, x, key) for x in names if (root / f"{x}.done").exists()]
-
-
 def table(root: Path) -> list[str]:
-    """Return the lines of the table; a cell of a run that is not finished is empty."""
+    """Return the lines of the table; without finished runs a cell says "not run"."""
     columns = {words: start or "none" for words, start in STARTS.items()} | {"pixels": "pixels"}
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for words, (task, key) in MEASURES.items():
@@ -95,10 +89,7 @@ def main() -> int:
     status = study.run([*runs(data)], root)
     text = ["mIoU in percent; mean ± standard deviation (seeds) where there are several.", ""]
     text += table(root)
-    (root / "study.md").write_text("\n".join(text) + "\n")
-    draw(root)
-    print("\n".join(text))
-    print(f"table  {root / 'study.md'}\nfigure {root / 'study.png'}")
+    study.write(text, root, draw)
     return status
 
 

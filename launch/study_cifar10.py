@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import study
-from study import SEEDS, Run, last_value
+from study import SEEDS, Run, last_value, values
 
 from mae_jax.metrics.table import cell
 
@@ -97,12 +97,6 @@ def masks(data: str) -> Iterator[Run]:
         yield Run(name, config, 0, "", overrides)
     for name in short:
         yield Run(f"knn-{name}", recipe(data, task="knn"), 0, name)
-
-
-def values(root: Path, name: str, key: str) -> list[float]:
-    """Return the last value of a metric in the runs NAME and NAME-SEED that are finished."""
-    names = [name, *(f"{name}-{seed}" for seed in SEEDS)]
-    return [last_value(root, x, key) for x in names if (root / f"{x}.done").exists()]
 
 
 def blocks(root: Path, name: str, key: str) -> dict[int, float]:
@@ -196,10 +190,7 @@ def main() -> int:
         status = study.run([*other_runs(data, rates)], root)
     text = ["Top-1 accuracy in percent; mean ± standard deviation (seeds) where there are several."]
     text += tables(root)
-    (root / "study.md").write_text("\n".join(text) + "\n")
-    draw(root)
-    print("\n".join(text))
-    print(f"table  {root / 'study.md'}\nfigure {root / 'study.png'}")
+    study.write(text, root, draw)
     return status
 
 

@@ -17,13 +17,7 @@ from mae_jax.models import channel_groups, mae, masking
 from mae_jax.models.block import layer_norm
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.patchify import (
-    normalize,
-    patchify,
-    to_levels,
-    to_patches,
-    unpatchify,
-)
+from mae_jax.models.patchify import normalize, patchify, to_levels, to_patches, unpatchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 

@@ -1,4 +1,4 @@
-"""What was found since the paper, one switch at a time, and where they come together.
+"""Switches for what was found since the paper, one at a time, and where they come together.
 
     mae-jax sweep --config=configs/ablations/switches.py:base=cifar10,data=PATH,epochs=4,seeds=3 \\
         --workdir=DIR

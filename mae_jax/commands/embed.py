@@ -102,15 +102,8 @@ ADDED = ("value_range=()", "block=None", "cls_tokens=1", "channel_groups=()", "e
 def described(spec: Any) -> str:
     """Return the network of features in words, without what older versions of this code had not."""
     text = str(spec)
-    added = (
-        ", value_range=()",
-        ", block=None",
-        ", cls_tokens=1",
-        ", channel_groups=()",
-        ", eps=1e-06",
-    )
-    for words in added:
-        text = text.replace(words, "")
+    for words in ADDED:
+        text = text.replace(f", {words}", "")
     return text
 
 

@@ -151,7 +151,7 @@ def _resize(weights: Weights, size: Size) -> Weights:
             if table is None:
                 table = posemb.sincos_table(vit.width, weights.spec.grid, groups=spec.groups)[None]
             sizes = weights.spec.grid, spec.grid, spec.cls_tokens
-            resized = posemb.resize(jnp.asarray(table), *sizes, antialias=bool(vit.registers))
+            resized = posemb.resize(jnp.asarray(table), *sizes, bool(vit.registers), spec.groups)
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))

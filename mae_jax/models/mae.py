@@ -104,5 +104,9 @@ class MAE(nn.Module):
 
 def masked_mse(pred_BLT: Array, target_BLT: Array, mask_BL: Array) -> Array:
     """Return the mean squared error over hidden patches only (mask 1), a scalar."""
-    error_BL = jnp.square(pred_BLT - target_BLT).mean(-1)
+    return masked_mean(jnp.square(pred_BLT - target_BLT).mean(-1), mask_BL)
+
+
+def masked_mean(error_BL: Array, mask_BL: Array) -> Array:
+    """Return the mean of an error over hidden patches only (mask 1), a scalar."""
     return (error_BL * mask_BL).sum() / mask_BL.sum()

@@ -61,10 +61,11 @@ def resize(
     new: tuple[int, int],
     cls_tokens: int = 1,
     antialias: bool = False,
+    groups: int = 1,
 ) -> Array:
     """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
 
-    The table may hold several channel groups, one after the other.
+    The table holds the rows of each channel group, one after the other.
 
     Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
     aligned. DINOv2 with registers and timm resize with antialiasing, with which PyTorch takes
@@ -73,11 +74,11 @@ def resize(
     Raises:
       UserError: the table is not one of the old grid.
     """
-    patches = old[0] * old[1]
-    if table_1ND.shape[1] <= cls_tokens or (table_1ND.shape[1] - cls_tokens) % patches:
+    rows = cls_tokens + groups * old[0] * old[1]
+    if table_1ND.shape[1] != rows:
         raise UserError(
             f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
-            f" {old[1]} patches and {cls_tokens} cls token(s), which has {cls_tokens + patches}"
+            f" {old[1]} patches and {cls_tokens} cls token(s), which has {rows}"
         )
     if old == new:
         return table_1ND

@@ -6,7 +6,6 @@ recipe configs/bands.py. See models/channel_groups.py, also for the shape suffix
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -15,9 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import train
-from mae_jax.models import channel_groups, masking
+from mae_jax.models import channel_groups, mae, masking
 from mae_jax.models.channel_groups import Groups
-from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common, pretrain
 
@@ -74,7 +72,7 @@ class Task(pretrain.Task):
     def objective(self, outputs: dict[str, Array]) -> Array:
         error_BLP = jnp.square(outputs["pred_BLT"] - outputs["target_BLT"])
         error_BL = channel_groups.channel_mean(error_BLP, self.groups)
-        return (error_BL * outputs["mask_BL"]).sum() / outputs["mask_BL"].sum()
+        return mae.masked_mean(error_BL, outputs["mask_BL"])
 
     def reconstruct_places(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Predict whole patches, for evaluators; `score` (B, A) hides all channels of a patch.
@@ -82,20 +80,11 @@ class Task(pretrain.Task):
         Returns:
           As `pretrain.Task.reconstruct`, of the A places of patches.
         """
-        del extra
-        images_BHWC, spec = normalize(batch["image"], self.spec), self.spec
         places = masking.keep_lowest(batch["score"], self.num_kept // len(self.groups))
         mask = channel_groups.shared(places, self.groups)
-        patches_BLP = to_patches(images_BHWC, spec)
-        variables = {"params": params}
-        latent_BND: Any = self.network.apply(variables, patches_BLP, mask, method="encode")
-        pred_BLP: Any = self.network.apply(variables, latent_BND, mask, method="decode")
-        return {
-            "latent_BND": latent_BND,
-            "pred_BLT": channel_groups.merge(pred_BLP, self.groups),
-            "target_BLT": self.make_target(images_BHWC, spec.patch_size),
-            "mask_BL": places.mask_BL,
-        }
+        outputs = super().reconstruct(params, extra, batch | {"score": mask.restore_BL})
+        pred_BAP = channel_groups.merge(outputs["pred_BLT"], self.groups)
+        return outputs | {"pred_BLT": pred_BAP, "mask_BL": places.mask_BL}
 
     def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
         """Return one feature (B, A, D) for each place: the mean of its tokens."""

@@ -86,6 +86,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
             new=spec.grid,
             cls_tokens=spec.cls_tokens,
             antialias=bool(spec.encoder.registers),
+            groups=spec.groups,
         )
         restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
     if notes:
