@@ -47,7 +47,7 @@ def pretrain(args):
     config = pretrain_recipe(f"epochs={args['epochs'] or 40},batch_size=32")
     config.model.update(decoder_width=64, decoder_depth=2, decoder_heads=2)
     config.init_from = args["init"]
-    config.optim.update(blr=1e-3, warmup="4 epochs")
+    config.optim.update(blr=1.6e-2, warmup="4 epochs")
     config.evals.reconstruct.update(every="", split="test", images=200, batch_size=40)
     config.checkpoint.update(every="10 epochs", keep_every="")
     return config
@@ -73,7 +73,7 @@ def heads(args):
     )
     config.features = features(args)
     config.train_for = f"{args['epochs'] or (12 if tuned else 8)} epochs"
-    config.optim.update(blr=0.05 if tuned else 0.5, warmup="1 epochs")
+    config.optim.update(blr=0.16 if tuned else 5.0, warmup="1 epochs")
     config.evals.segment.every = ""
     config.checkpoint.every = "2 epochs"
     return config

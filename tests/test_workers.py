@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hosts
 import numpy as np
 import pytest
 from test_pipeline import Noise, assert_same, config, evaluate, stream, train
@@ -110,9 +111,9 @@ def test_a_run_that_is_stopped_leaves_no_process_memory_or_warning_behind(number
     command = [sys.executable, "-m", "mae_jax", "train", "--config=configs/digits.py"]
     command += [f"--workdir={tmp_path}/run", "--config.data.workers=2"]
     command += ["--config.train_for=100000 steps", "--config.log_every=5 steps"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    quick = os.environ | {"XLA_FLAGS": hosts.QUICK}
+    with subprocess.Popen(command, cwd=ROOT, env=quick, **pipes) as run:
         for line in run.stdout:
             if re.match("step +10/", line):
                 run.send_signal(number)
