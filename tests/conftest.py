@@ -33,7 +33,7 @@ COMPILED_FAST = {
     *("test_api", "test_axes", "test_bands", "test_compute", "test_fork", "test_limits"),
     *("test_logistic", "test_masks", "test_profiling", "test_evals_multihost"),
     *("test_segment_multihost", "test_checkpoint"),
-    *("test_channel_groups", "test_encoders", "test_compare_encoders"),
+    *("test_channel_groups", "test_encoders", "test_compare_encoders", "test_plan"),
 }
 
 
