@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiler
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -13,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def study(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.FLAG}
+    environment = os.environ | one_device
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
