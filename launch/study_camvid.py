@@ -64,11 +64,11 @@ def draw(root: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panel = figure.subplots()
     for number, (words, start) in enumerate(STARTS.items()):
+        panel.bar(0, 0, color=f"C{number}", label=words)  # for the legend, whatever has been run
         for place, (task, key) in enumerate(MEASURES.values()):
             if found := values(root, f"{task}-{start or 'none'}", key):
                 at = place + 0.25 * (number - 1)
-                label = words if place == 0 else None
-                panel.bar(at, statistics.mean(found), 0.22, color=f"C{number}", label=label)
+                panel.bar(at, statistics.mean(found), 0.22, color=f"C{number}")
                 panel.plot([at] * len(found), found, "k.", markersize=4)
     panel.set_xticks(range(len(MEASURES)), MEASURES)
     panel.set_ylabel("mIoU, %")
