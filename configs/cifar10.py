@@ -73,7 +73,7 @@ def pretrain(args):
         config.optim.blr = 1e-3
     else:
         config.target.name = "pixels"
-    config.optim.warmup = f"{max(1, epochs // 10)} epochs"
+    config.optim.warmup = f"{epochs / 10:g} epochs"
     config.evals.reconstruct.update(
         every="25 epochs", split="test[:5%]", images=500, batch_size=100
     )
@@ -96,7 +96,7 @@ def finetune(args):
     first = args["seed"] * count % IMAGES
     config.data.split = f"train[{first}:{first + count}]"
     config.model.pool = "avg" if small else "cls"
-    config.optim.warmup = f"{max(1, epochs // 10)} epochs"
+    config.optim.warmup = f"{epochs / 10:g} epochs"
     if not small:  # as published
         config.smoothing = 0.0
         config.optim.update(blr=1e-3, b2=0.999, weight_decay=0.05, layer_decay=1.0, min_lr=0.0)
