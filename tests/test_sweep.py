@@ -10,6 +10,8 @@ from tiny import batch_of, compiled, mesh_of
 
 from mae_jax import sharding, tasks
 from mae_jax.commands import recipes, sweep
+from mae_jax.config import steps
+from mae_jax.configs.cifar10 import get_config as cifar10
 from mae_jax.errors import UserError
 from mae_jax.metrics import table
 
@@ -99,6 +101,13 @@ def test_a_dry_run_shows_what_each_run_takes_and_writes_nothing(tmp_path, capsys
     assert float(cells["depth_1"][4]) < float(cells["depth_8"][4])
     assert "2 runs" in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 40])
+def test_a_run_of_any_length_warms_up_for_a_tenth_of_it(epochs):
+    config = cifar10(f"small=true,epochs={epochs}")
+    total, warmup = (steps(x, 256, 195) for x in (config.train_for, config.optim.warmup))
+    assert warmup == pytest.approx(total / 10, abs=1)
 
 
 def test_several_seeds_are_several_runs_of_a_row():
