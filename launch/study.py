@@ -132,8 +132,8 @@ def values(root: Path, name: str, key: str) -> list[float]:
 
 def over_seeds(root: Path, name: str, key: str) -> tuple[float, float]:
     """Return mean and sample standard deviation of a metric over the seeds."""
-    values = [last_value(root, f"{name}-{seed}", key) for seed in SEEDS]
-    return statistics.mean(values), statistics.stdev(values)
+    found = values(root, name, key)
+    return statistics.mean(found), statistics.stdev(found)
 
 
 def table(head: list[str], rows: dict[str, list[tuple[float, float]]]) -> list[str]:

@@ -4,8 +4,9 @@
         --workdir=DIR
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
-Expected: for other data and lengths see the files that the rows are from: masks.py, optimizers.py,
-blocks.py and crossmae.py, which have more rows of each kind.
+Expected: docs/switches.md has the command for one epoch of CIFAR-10, and what it gave so far. For
+other data and lengths see the files that the rows are from: masks.py, optimizers.py, blocks.py and
+crossmae.py, which have more rows of each kind.
 """
 
 from mae_jax.configs.ablations import crossmae, masks, optimizers

@@ -15,13 +15,15 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 import mae_jax
+from mae_jax.evals.knn import unit
+from mae_jax.models.patchify import patchify
 from mae_jax.models.vit import Encoder
 
 SIZE, PATCH, CLASSES = (160, 120), 8, 11
 
 
 def read(data, split, images=100):
-    """Return images (N, H, W, 3), and the most frequent class of each patch (N * L,)."""
+    """Return images (N, H, W, 3), and the class of each pixel of each patch (N * L, E)."""
     files = sorted((data / split / "images").iterdir())
     files = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:images]]
     pictures, maps = [], []
@@ -29,9 +31,8 @@ def read(data, split, images=100):
         (label,) = (data / split / "labels").glob(f"{file.stem}.*")
         pictures.append(np.asarray(Image.open(file).convert("RGB").resize(SIZE, Image.BICUBIC)))
         maps.append(np.asarray(Image.open(label).resize(SIZE, Image.NEAREST)))
-    blocks = np.stack(maps).reshape(images, SIZE[1] // PATCH, PATCH, SIZE[0] // PATCH, PATCH)
-    pixels = blocks.transpose(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH)
-    return np.stack(pictures), pixels
+    pixels = patchify(np.stack(maps)[..., None], (PATCH, PATCH))
+    return np.stack(pictures), np.asarray(pixels).reshape(-1, PATCH * PATCH)
 
 
 def features(root, images, trained):
@@ -57,7 +58,7 @@ def whitened(bank, query):
 
 
 def miou(bank, query, bank_pixels, pixels):
-    bank, query = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (bank, query))
+    bank, query = unit(bank), unit(query)
     nearest = jax.jit(lambda x: jax.lax.top_k(x @ bank.T, 10)[1])
     starts = range(0, len(query), 1000)
     found = np.concatenate([np.asarray(nearest(query[i : i + 1000])) for i in starts])
