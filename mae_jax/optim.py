@@ -1,4 +1,4 @@
-"""AdamW and LARS as MAE uses them: learning-rate rule, schedule, and weight decay by role."""
+"""AdamW as MAE uses it: learning-rate rule, schedule, and weight decay by role."""
 
 import re
 from collections.abc import Callable
@@ -110,18 +110,6 @@ def cosine_schedule(peak: float, total: int, warmup: int, min_lr: float = 0.0) -
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total, warmup + 1), min_lr)
 
 
-def poly_schedule(
-    peak: float, total: int, warmup: int, power: float, min_lr: float = 0.0
-) -> optax.Schedule:
-    """Return the learning rate by the 0-based step: linear warm-up from 0, then a polynomial.
-
-    After the warm-up it is min_lr + (peak - min_lr) * (1 - t) ** power, where t goes from 0 to 1,
-    which would be reached one step after the last (as in segmentation recipes since DeepLab).
-    """
-    decay = optax.polynomial_schedule(peak, min_lr, power, max(total - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
-
-
 def adamw(
     schedule: optax.Schedule,
     *,
@@ -151,50 +139,3 @@ def scaled_by(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
         return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales(params))
 
     return optax.stateless(scale)
-
-
-def lars(
-    schedule: optax.Schedule,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    trust: float = 0.001,
-) -> optax.GradientTransformation:
-    """Return LARS of the official linear probe (docs/REFERENCE.md section 4).
-
-    Matrices are decayed, and their gradient is scaled to `trust` times their own norm; other
-    parameters take the raw gradient. The rate stands outside the momentum buffer. `optax.lars` has
-    it inside, and the two differ as soon as the rate changes. Pinned by tests/data/lars.npz.
-    """
-
-    def scaled(path: tuple, grad: jax.Array, param: jax.Array) -> jax.Array:
-        if role(path) != "matrix":
-            return grad
-        grad = grad + weight_decay * param
-        grad_norm, param_norm = jnp.linalg.norm(grad), jnp.linalg.norm(param)
-        defined = (grad_norm > 0) & (param_norm > 0)
-        ratio = trust * param_norm / jnp.where(defined, grad_norm, 1.0)
-        return grad * jnp.where(defined, ratio, 1.0)
-
-    return optax.chain(
-        optax.stateless(lambda grads, params: jax.tree.map_with_path(scaled, grads, params)),
-        optax.trace(momentum),
-        optax.scale_by_learning_rate(schedule),
-    )
-
-
-def side_by_side(
-    make: Callable[[jax.Array], optax.GradientTransformation], scales: tuple[float, ...]
-) -> optax.GradientTransformation:
-    """Return an optimizer for parameters stacked on a leading axis: make(scales[i]) for row i."""
-    factors = jnp.asarray(scales, jnp.float32)
-
-    def init(params: Any) -> Any:
-        return jax.vmap(lambda factor, p: make(factor).init(p))(factors, params)
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.vmap(lambda factor, *args: make(factor).update(*args))(
-            factors, grads, state, params
-        )
-
-    return optax.GradientTransformation(init, update)

@@ -46,7 +46,7 @@ RECORDING = """
     import json, os, sys
     sys.path.insert(0, os.getcwd())
     from mae_jax import __main__
-    from mae_jax.tasks.common import TrainImages
+    from mae_jax.tasks.examples import TrainImages
 
     batches, seen = TrainImages.batches, sys.argv.pop(1)
 

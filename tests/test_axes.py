@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from tiny import batch_of, run, tiny_config
 
 from mae_jax import tasks
-from mae_jax.data import jitter, pipeline
+from mae_jax.data import jitter, settings
 from mae_jax.errors import UserError
 from mae_jax.models import pca
 from mae_jax.models.patchify import patchify
@@ -110,11 +110,11 @@ def test_a_jitter_that_is_none_is_refused(name):
     config = tiny_config()
     config.data.augment = name
     with pytest.raises(UserError, match="write jitter-bB-cC-sS-hH"):
-        pipeline.check(config.data)
+        settings.check(config.data)
 
 
 def test_a_jitter_is_for_images_of_8_bits():
     config = tiny_config()
     config.data.update(augment="jitter-b0.4", value_range=(0, 100))
     with pytest.raises(UserError, match="is for 8-bit images"):
-        pipeline.check(config.data)
+        settings.check(config.data)

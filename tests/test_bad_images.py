@@ -12,7 +12,7 @@ from mae_jax.data import bad_images, transforms
 from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.sources import Unreadable, open_source
 from mae_jax.models.spec import ModelSpec, ViTSpec
-from mae_jax.tasks.common import TrainImages
+from mae_jax.tasks.examples import TrainImages
 
 
 def test_an_unreadable_image_is_replaced_by_another_and_reported():

@@ -30,8 +30,8 @@ import mae_jax
 from mae_jax import flops, optim, tasks
 from mae_jax.configs import finetune, vit5
 from mae_jax.errors import UserError
+from mae_jax.interop import described, write
 from mae_jax.interop import open as weights
-from mae_jax.interop import write
 from mae_jax.models import classifier, mae, masking, modern
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.compute import ComputeConfig
@@ -395,7 +395,9 @@ def test_weights_are_loaded_with_their_options(workdir):
     model, params = mae_jax.load(workdir / "once")
     assert model.spec.encoder.block == BlockOptions(**ALL)
     assert model.spec.decoder.block == BlockOptions(**ALL | {"registers": 0})
-    assert ModelSpec.from_config(json.loads(json.dumps(model.spec.to_json()))) == model.spec
+    assert (
+        ModelSpec.from_config(json.loads(json.dumps(described.config_of(model.spec)))) == model.spec
+    )
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
     tokens = model.encode(params, images)
     assert tokens.shape == (2, 17, 32)
@@ -449,7 +451,7 @@ def test_fine_tuning_takes_the_options_of_what_it_starts_from(workdir, pool):
         optim.path_name(path): x.shape
         for path, x in jax.tree_util.tree_leaves_with_path(states[0].params)
     }
-    spec = ModelSpec.from_params(shapes, config.to_dict())
+    spec = described.spec_of(shapes, config.to_dict())
     assert (spec.pool, spec.encoder.block) == (pool, BlockOptions(**ALL))
 
 

@@ -27,9 +27,9 @@ from mae_jax import flops, tasks
 from mae_jax.commands import recipes
 from mae_jax.configs import bands, finetune, segment_frozen
 from mae_jax.errors import UserError
+from mae_jax.interop import described, write
 from mae_jax.interop import open as weights
-from mae_jax.interop import write
-from mae_jax.models import channel_groups, masking, posemb
+from mae_jax.models import channel_groups, masking, posemb, resize
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.mae import MAE
 from mae_jax.models.patchify import patchify, to_patches
@@ -174,9 +174,9 @@ def test_positions_say_place_and_group():
     assert (patches[:, :, :24] == patches[:1, :, :24]).all()
     assert (patches[:, :, 24:] == patches[:, :1, 24:]).all()
     assert len(np.unique(patches[:, 0, 24:], axis=0)) == 4
-    resized = posemb.resize(jnp.asarray(table)[None], (2, 3), (4, 6), groups=4)
+    resized = resize.positions(jnp.asarray(table)[None], (2, 3), (4, 6), groups=4)
     resized = resized[0, 1:].reshape(4, 24, 32)
-    one = posemb.resize(jnp.asarray(table[:7])[None], (2, 3), (4, 6))[0, 1:]
+    one = resize.positions(jnp.asarray(table[:7])[None], (2, 3), (4, 6))[0, 1:]
     np.testing.assert_allclose(resized[0], one, atol=1e-6)
     np.testing.assert_array_equal(posemb.sincos_table(32, (2, 3)), posemb.sincos_2d(32, (2, 3)))
 
@@ -234,7 +234,9 @@ def test_the_recipe_trains_measures_and_resumes(folder, workdir, tmp_path):
 def test_weights_are_loaded_shown_and_embedded_with_their_groups(workdir, folder, tmp_path):
     model, loaded = mae_jax.load(workdir)
     assert len(model.spec.channel_groups) == 4
-    assert ModelSpec.from_config(json.loads(json.dumps(model.spec.to_json()))) == model.spec
+    assert (
+        ModelSpec.from_config(json.loads(json.dumps(described.config_of(model.spec)))) == model.spec
+    )
     images = np.random.default_rng(0).integers(0, 10_000, (2, 16, 16, 12)).astype(np.uint16)
     assert model.encode(loaded, images).shape == (2, 1 + 4 * 4, 32)
     out = model.reconstruct(loaded, images, jax.random.key(0))

@@ -27,12 +27,12 @@ import mae_jax
 from mae_jax import flops, tasks
 from mae_jax.configs import finetune, pixio
 from mae_jax.errors import UserError
+from mae_jax.interop import described, write
 from mae_jax.interop import open as weights
-from mae_jax.interop import write
-from mae_jax.models import masking, modern, probe
+from mae_jax.models import masking, modern, probe, resize
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.mae import MAE
-from mae_jax.models.posemb import resize, sincos_2d
+from mae_jax.models.posemb import sincos_2d
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder
 
@@ -151,13 +151,13 @@ def test_rotary_positions_turn_no_class_token():
 
 def test_position_rows_of_class_tokens_are_kept_when_a_table_is_resized():
     table = jnp.asarray(sincos_2d(WIDTH, (4, 4), N_CLS))[None].at[:, :N_CLS].set(7.0)
-    resized = resize(table, (4, 4), (6, 5), N_CLS)
+    resized = resize.positions(table, (4, 4), (6, 5), N_CLS)
     assert resized.shape == (1, N_CLS + 30, WIDTH)
     assert (resized[:, :N_CLS] == 7).all()
-    alone = resize(table[:, N_CLS - 1 :], (4, 4), (6, 5))
+    alone = resize.positions(table[:, N_CLS - 1 :], (4, 4), (6, 5))
     np.testing.assert_array_equal(resized[:, N_CLS:], alone[:, 1:])
     with pytest.raises(UserError, match="4 x 4 patches and 1 cls token"):
-        resize(table, (4, 4), (6, 5))
+        resize.positions(table, (4, 4), (6, 5))
 
 
 def test_flops_count_all_class_tokens():
@@ -196,7 +196,9 @@ def workdir(tmp_path_factory):
 def test_weights_are_loaded_with_all_class_tokens(workdir, tmp_path):
     model, loaded = mae_jax.load(workdir)
     assert model.spec.cls_tokens == 4
-    assert ModelSpec.from_config(json.loads(json.dumps(model.spec.to_json()))) == model.spec
+    assert (
+        ModelSpec.from_config(json.loads(json.dumps(described.config_of(model.spec)))) == model.spec
+    )
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
     assert model.encode(loaded, images).shape == (2, 17, 32)
     assert model.reconstruct(loaded, images, jax.random.key(0)).images_BHWC.shape == images.shape

@@ -11,7 +11,7 @@ import pytest
 from official import DATA, assert_close, classifier_spec, golden_state, params_of
 
 from mae_jax import optim
-from mae_jax.models import classifier, posemb
+from mae_jax.models import classifier, resize
 from mae_jax.models.block import Block
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import patchify
@@ -87,7 +87,7 @@ def test_a_parameter_without_a_layer_raises():
 
 def test_a_table_resized_is_the_official_one():
     arrays = np.load(DATA / "posemb_resize.npz")
-    assert_close(posemb.resize(jnp.asarray(arrays["old"]), (4, 4), (7, 7)), arrays["new"])
+    assert_close(resize.positions(jnp.asarray(arrays["old"]), (4, 4), (7, 7)), arrays["new"])
 
 
 def bicubic_1d(values, size):
@@ -112,14 +112,14 @@ def test_resizing_is_pytorchs_bicubic_for_any_grid_also_a_smaller_one(old, new):
     table = np.random.default_rng(0).normal(size=(1, 1 + old[0] * old[1], 8)).astype(np.float32)
     image = bicubic_1d(table[0, 1:].reshape(*old, 8).astype(np.float64), new[0])
     image = bicubic_1d(image.swapaxes(0, 1), new[1]).swapaxes(0, 1)
-    ours = posemb.resize(jnp.asarray(table), old, new)
+    ours = resize.positions(jnp.asarray(table), old, new)
     np.testing.assert_array_equal(ours[:, 0], table[:, 0])
     assert_close(ours[0, 1:], image.reshape(-1, 8))
 
 
 def test_a_table_of_another_grid_is_refused():
     with pytest.raises(ValueError, match="10 rows is not one of a grid of 2 x 4"):
-        posemb.resize(jnp.zeros((1, 10, 4)), (2, 4), (3, 3))
+        resize.positions(jnp.zeros((1, 10, 4)), (2, 4), (3, 3))
 
 
 def test_drop_path_drops_whole_branches_of_samples_and_scales_the_survivors():

@@ -15,7 +15,7 @@ from mae_jax.commands import convert, embed, sweep
 from mae_jax.configs import encoders, finetune, segment
 from mae_jax.data import crops, transforms
 from mae_jax.interop.open import open_weights
-from mae_jax.models import posemb
+from mae_jax.models import resize
 
 FOLDER = DATA / "encoders"
 NAMES = ("dinov2", "dinov2_registers", "dinov3", "pixio")
@@ -68,7 +68,7 @@ def test_training_at_another_size_resizes_positions_as_loading_does(name, ours):
     spec, params, _ = open_weights(FOLDER / name, image_size=(8, 24))
     np.testing.assert_array_equal(found, params["encoder"]["pos_embed"])
     table = open_weights(FOLDER / name).params["encoder"]["pos_embed"]
-    other = posemb.resize(table, (4, 4), spec.grid, antialias=not spec.encoder.registers)
+    other = resize.positions(table, (4, 4), spec.grid, antialias=not spec.encoder.registers)
     assert np.abs(found - other).max() > 0.01  # the contrast: the other way of resizing
 
 

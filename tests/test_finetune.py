@@ -27,7 +27,7 @@ from mae_jax.configs import finetune
 from mae_jax.data import pipeline, sources
 from mae_jax.evals import results
 from mae_jax.metrics import writer
-from mae_jax.models import classifier, posemb
+from mae_jax.models import classifier, posemb, resize
 
 # --- recipes ---
 
@@ -297,7 +297,7 @@ def test_a_run_starts_from_the_encoder_and_positions_of_its_grid(pretrained, poo
     path, saved = saved_encoder(pretrained)
     state = task.load(path, fresh)
     table = posemb.sincos_2d(32, (2, 2))[None]
-    saved["pos_embed"] = posemb.resize(table, (2, 2), (image_size[0] // 8, image_size[1] // 8))
+    saved["pos_embed"] = resize.positions(table, (2, 2), (image_size[0] // 8, image_size[1] // 8))
     if pool == "avg":
         saved.pop("norm")
     ours = jax.device_get(state.params)
@@ -331,7 +331,7 @@ def test_a_checkpoint_without_the_final_norm_cannot_be_pooled_by_cls(pretrained,
     workdir = save_workdir(config, tmp_path / "finetuned", state)
     config = finetune_config(f"init={workdir}", image_size=(24, 24))
     found = load_encoder_into(config, workdir)
-    table = posemb.resize(state.params["encoder"]["pos_embed"], (2, 2), (3, 3))
+    table = resize.positions(state.params["encoder"]["pos_embed"], (2, 2), (3, 3))
     np.testing.assert_allclose(found["pos_embed"], table, atol=1e-6)
     config.model.pool = "cls"
     with pytest.raises(ValueError, match="no final norm, which this task reads"):

@@ -19,7 +19,7 @@ from mae_jax.commands import train as command
 from mae_jax.data import pipeline
 from mae_jax.metrics import summary, writer
 from mae_jax.schedule import Schedule
-from mae_jax.tasks import common, pretrain
+from mae_jax.tasks import examples, pretrain
 
 
 def whole_images(images_BHWC, patch_size):
@@ -27,7 +27,7 @@ def whole_images(images_BHWC, patch_size):
     return images_BHWC
 
 
-class LastIsMarked(common.TrainImages):
+class LastIsMarked(examples.TrainImages):
     """Batches that say whether they are the fourth."""
 
     @property
@@ -61,7 +61,7 @@ class ExplodesLater(FailsAtStepThree):
         return value + jax.numpy.where(batch["last"].any(), np.inf, 0.0) * size, rest
 
 
-class Broken(common.TrainImages):
+class Broken(examples.TrainImages):
     """Batches that end with an error."""
 
     def batches(self, start_step, rows):

@@ -23,10 +23,10 @@ from mae_jax import checkpoint, evals, tasks
 from mae_jax.commands import train as command
 from mae_jax.configs import finetune, linprobe
 from mae_jax.evals import fewshot
-from mae_jax.models import patch_embed
+from mae_jax.models import resize
 from mae_jax.models.patchify import patchify
 from mae_jax.models.spec import ModelSpec, ViTSpec
-from mae_jax.tasks import common
+from mae_jax.tasks import examples
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -60,7 +60,7 @@ def test_grey_images_keep_their_embedding_when_channels_change(old, new):
     grey = np.random.default_rng(1).uniform(size=(2, 16, 16, 1))
     before, after = (np.repeat(grey, len(p.mean), 3) for p in (old, new))
     expected = embed(before, old, kernel, bias)
-    found = embed(after, new, *patch_embed.adapt(kernel, bias, old, new))
+    found = embed(after, new, *resize.patch_embedding(kernel, bias, old, new))
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -70,7 +70,7 @@ def test_enlarged_patches_keep_their_embedding():
     patches = np.random.default_rng(1).normal(size=(5, 4, 6, 3)).astype(np.float32)
     larger = jax.image.resize(patches, (5, 7, 12, 3), "bilinear")
     expected = embed(patches, old, kernel, bias)
-    found = embed(np.asarray(larger), new, *patch_embed.adapt(kernel, bias, old, new))
+    found = embed(np.asarray(larger), new, *resize.patch_embedding(kernel, bias, old, new))
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -81,7 +81,7 @@ def test_of_shrunken_patches_no_kernel_is_nearer():
     small = np.asarray(jax.image.resize(patches, (40_000, 3, 4), "bilinear"))
     wanted = patches.reshape(len(patches), -1) @ kernel
     solved = np.linalg.lstsq(small.reshape(len(small), -1), wanted, rcond=None)[0]
-    found = np.asarray(patch_embed.resize(jnp.asarray(kernel), (6, 6), (3, 4)))
+    found = np.asarray(resize.patch_kernel(jnp.asarray(kernel), (6, 6), (3, 4)))
     assert np.abs(found - solved).max() < 0.03 * np.abs(found).max()
     summed = np.abs(kernel.reshape(3, 2, 6, 3).sum(1)).max()
     assert np.abs(found).max() > 0.3 * summed  # a patch of fewer pixels has larger weights
@@ -90,7 +90,7 @@ def test_of_shrunken_patches_no_kernel_is_nearer():
 def test_channels_that_have_nothing_to_do_with_each_other_are_refused():
     four = spec_of((8, 8), (0.5,) * 4, (0.5,) * 4)
     with pytest.raises(ValueError, match="of 3 channels cannot be adapted to 4"):
-        patch_embed.adapt(*kernel_and_bias(RGB), RGB, four)
+        resize.patch_embedding(*kernel_and_bias(RGB), RGB, four)
 
 
 # --- from a checkpoint ---
@@ -134,7 +134,7 @@ def test_fine_tuning_starts_from_an_encoder_of_other_channels_and_patches(
         spec_of(patch, MEAN[:n], STD[:n]) for patch, n in (((8, 8), old), ((4, 4), new))
     )
     held = encoder["patch_embed"]
-    kernel, bias = patch_embed.adapt(held["kernel"], held["bias"], before, after)
+    kernel, bias = resize.patch_embedding(held["kernel"], held["bias"], before, after)
     np.testing.assert_allclose(ours["patch_embed"]["kernel"], kernel, atol=1e-6)
     np.testing.assert_allclose(ours["patch_embed"]["bias"], bias, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, ours["stack"], encoder["stack"])
@@ -312,7 +312,7 @@ class Unlabelled:
 
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_out_of_range_stops_fine_tuning_before_an_update(label, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "open_labelled", lambda *_: Unlabelled(label))
+    monkeypatch.setattr(examples, "open_labelled", lambda *_: Unlabelled(label))
     config = folder_config("bundled:digits", "test[:20]")
     config.evals = {}
     with pytest.raises(ValueError, match=f"an image has label {label}, and labels go from 0 to 9"):

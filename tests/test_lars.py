@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mae_jax import optim
+from mae_jax import optim, optimizers
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "lars.npz")
 STEPS = len(GOLDEN["lrs"])
@@ -45,7 +45,7 @@ def relative(a, b):
 
 
 def test_six_steps_are_the_official_ones():
-    for step, head in enumerate(trajectory(optim.lars(schedule), start())):
+    for step, head in enumerate(trajectory(optimizers.lars(schedule), start())):
         assert relative(head["kernel"].T, GOLDEN["W"][step]) <= 1e-5
         assert relative(head["bias"], GOLDEN["b"][step]) <= 1e-5
 
@@ -60,13 +60,13 @@ def test_the_lars_of_optax_is_another_one():
 def test_a_matrix_that_is_zero_or_has_no_gradient_is_not_scaled(zero):
     params = jax.tree.map(jnp.zeros_like, start()) if zero == "parameter" else start()
     grads = gradients(0) if zero == "parameter" else jax.tree.map(jnp.zeros_like, gradients(0))
-    tx = optim.lars(lambda step: 0.5)
+    tx = optimizers.lars(lambda step: 0.5)
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["kernel"], -0.5 * grads["head"]["kernel"])
 
 
 def test_decay_joins_the_gradient_of_matrices_before_it_is_scaled():
-    tx = optim.lars(lambda step: 1.0, weight_decay=0.1, trust=0.01)
+    tx = optimizers.lars(lambda step: 1.0, weight_decay=0.1, trust=0.01)
     updates, _ = tx.update(gradients(0), tx.init(start()), start())
     weight, grad = GOLDEN["W0"].T, GOLDEN["gradW"][0].T
     grad = grad + 0.1 * weight
@@ -75,7 +75,7 @@ def test_decay_joins_the_gradient_of_matrices_before_it_is_scaled():
     np.testing.assert_allclose(updates["head"]["bias"], -GOLDEN["gradb"][0])
 
 
-@pytest.mark.parametrize("make", [optim.lars, optim.adamw], ids=["lars", "adamw"])
+@pytest.mark.parametrize("make", [optimizers.lars, optim.adamw], ids=["lars", "adamw"])
 def test_side_by_side_each_goes_its_own_way(make):
     scales = (1.0, 0.25, 4.0)
 
@@ -86,7 +86,7 @@ def test_side_by_side_each_goes_its_own_way(make):
         return jax.tree.map(lambda x: jnp.stack([x] * len(scales)), tree)
 
     together = trajectory(
-        optim.side_by_side(of, scales), stacked(start()), lambda step: stacked(gradients(step))
+        optimizers.side_by_side(of, scales), stacked(start()), lambda step: stacked(gradients(step))
     )
     for i, scale in enumerate(scales):
         alone = trajectory(of(scale), start())

@@ -18,7 +18,7 @@ from tiny import assert_trees_equal, save_workdir
 import mae_jax
 from configs import quickstart
 from mae_jax.commands import convert
-from mae_jax.models import masking, posemb
+from mae_jax.models import masking, resize
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.posemb import sincos_2d
 from mae_jax.pretrained import Model
@@ -152,7 +152,7 @@ def test_positions_of_another_size_are_resized_fixed_ones_too(tmp_path):
     assert model.spec.grid == (3, 5)
     for name, width in (("encoder", META["embed_dim"]), ("decoder", META["dec_dim"])):
         table = jnp.asarray(sincos_2d(width, (side, side)))[None]
-        resized = posemb.resize(table, (side, side), (3, 5))
+        resized = resize.positions(table, (side, side), (3, 5))
         np.testing.assert_array_equal(params[name]["pos_embed"], resized)
     images = np.random.default_rng(0).integers(0, 256, (1, patch * 3, patch * 5, 3), np.uint8)
     assert model.encode(params, images).shape[1] == 16

@@ -133,7 +133,7 @@ def square(picture, size_HW, rng):
     return np.full((*size_HW, 3), rng.integers(256), np.uint8)
 
 
-def settings(picture, size_HW, rng, ratio=None, *, scale):
+def with_settings(picture, size_HW, rng, ratio=None, *, scale):
     return np.full((*size_HW, 3), 100 * scale[0] if ratio is None else 0, np.uint8)
 
 
@@ -150,7 +150,7 @@ def test_crop_and_augmentation_of_ones_own_are_named_by_their_dotted_paths():
 
 
 def test_a_crop_is_given_the_settings_that_are_keyword_only_arguments_of_it():
-    (batch,) = train(Noise(8), 1, config(crop="test_pipeline.settings", crop_scale=(0.5, 1.0)))
+    (batch,) = train(Noise(8), 1, config(crop="test_pipeline.with_settings", crop_scale=(0.5, 1.0)))
     assert (batch["image"] == 50).all()
 
 
@@ -390,13 +390,13 @@ def test_a_dataset_of_less_than_one_batch_is_refused(length):
 )
 def test_values_that_cannot_work_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.check(config(**changed))
+        settings.check(config(**changed))
 
 
 def test_the_published_recipe_passes_the_check():
     from configs.pretrain import get_config
 
-    pipeline.check(get_config().data)
+    settings.check(get_config().data)
 
 
 def test_workers_without_memory_to_share_are_refused():

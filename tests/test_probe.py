@@ -25,7 +25,7 @@ from mae_jax import checkpoint, evals, optim, provenance, tasks, train
 from mae_jax.configs.finetune import get_config as finetune_config
 from mae_jax.configs.knn import get_config as knn_config
 from mae_jax.configs.linprobe import get_config
-from mae_jax.data import labels, pipeline, transforms
+from mae_jax.data import labels, pipeline, settings, transforms
 from mae_jax.evals.probe import Evaluator
 from mae_jax.metrics import summary, writer
 from mae_jax.models import probe
@@ -115,7 +115,7 @@ def test_the_pipeline_knows_the_crop_of_the_probe():
     data = get_config("init=x").data
     assert (data.crop, data.crop_scale, data.flip) == ("probe", (0.08, 1.0), 0.5)
     picture = np.arange(3000, dtype=np.uint8).reshape(25, 40, 3)
-    crop = pipeline.make_crop(data)(picture, (8, 16), np.random.default_rng(3))
+    crop = settings.make_crop(data)(picture, (8, 16), np.random.default_rng(3))
     left, top, w, h = transforms.probe_box(
         40, 25, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(3)
     )

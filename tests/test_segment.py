@@ -12,7 +12,7 @@ from segments import CLASSES, small, write_folder, write_pairs
 from sklearn.metrics import jaccard_score
 from tiny import assert_trees_equal, fresh_state, mesh_of, run, task_on, tiny_config
 
-from mae_jax import evals, optim, sharding, tasks, train
+from mae_jax import evals, optim, optimizers, sharding, tasks, train
 from mae_jax.configs import segment as recipe
 from mae_jax.data import segmentation
 from mae_jax.data.label_maps import IGNORED
@@ -164,7 +164,7 @@ def test_several_blocks_are_joined(root):
 
 
 def test_the_polynomial_rate_rises_and_falls():
-    schedule = optim.poly_schedule(1.0, 110, 10, 2.0, 0.1)
+    schedule = optimizers.poly_schedule(1.0, 110, 10, 2.0, 0.1)
     wanted = {0: 0, 5: 0.5, 10: 1, 60: 0.1 + 0.9 * 0.25, 110: 0.1}
     assert {step: pytest.approx(float(schedule(step))) for step in wanted} == wanted
 

@@ -6,9 +6,6 @@ the sequence alone. So batches are the same for any number of hosts, threads and
 run resumes at any step with nothing saved.
 """
 
-import functools
-import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +13,7 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.config import resolve
-from mae_jax.data import augment, bad_images, bands, crops, jitter, transforms
+from mae_jax.data import bad_images, bands, crops, settings, transforms
 from mae_jax.data.sources import Source, Unreadable
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.data.workers import read_ahead
@@ -27,8 +23,6 @@ MAX_DRAWS = 100  # attempts to find a readable record in place of an unreadable 
 
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # arrays and numbers of one record, `image` among them
-Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
-Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def train_batches(
@@ -47,7 +41,7 @@ def train_batches(
     Every epoch is a new permutation of the source, cut to whole batches.
 
     Args:
-      data: config.data, after `check`.
+      data: config.data, after `settings.check`.
       batch_size: images in the global batch.
       image_size: (height, width).
       channels: of the images; see `transforms.decode`.
@@ -68,7 +62,7 @@ def train_batches(
     if data.get("synthetic"):
         rows = np.arange(batch_size) if rows is None else rows
         return synthetic_batches(rows, image_size, channels, dtype)
-    crop, flip, distort = make_crop(data), data.flip, make_augment(data)
+    crop, flip, distort = settings.make_crop(data), data.flip, settings.make_augment(data)
 
     def make(index: int, rng: np.random.Generator) -> Example:
         record, picture = bad_images.read(source, index, channels, dtype)
@@ -229,70 +223,3 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
             f" set config.batch_size to at most {num_examples:,}, or add images"
         )
     return num_examples // batch_size
-
-
-def check(data: ConfigDict) -> None:
-    """Check the names and ranges of config.data before anything is opened."""
-    make_crop(data)
-    make_augment(data)
-    for name in ("crop_scale", "crop_ratio"):
-        if len(data[name]) != 2 or data[name][0] > data[name][1]:
-            raise UserError(f"config.data.{name}={data[name]!r}: give two numbers (low, high)")
-    value_range = tuple(data.get("value_range", ()))
-    if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
-        raise UserError(
-            f"config.data.value_range={value_range!r}: give the values that become 0 and 1, such as"
-            " (0, 10000), or () for 8-bit images"
-        )
-    of_ours = isinstance(make_augment(data), augment.RandAugment | jitter.ColourJitter)
-    if value_range and of_ours:
-        raise UserError(
-            f"config.data.augment={data.augment!r} is for 8-bit images, and"
-            f" config.data.value_range={value_range!r} is given: set augment to ''"
-        )
-
-
-def make_crop(data: ConfigDict) -> Crop:
-    """Return the function that config.data.crop names, one of `crops` or of a fork."""
-    resizer = data.get("resizer", "pillow")
-    settings = dict(scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio), resizer=resizer)
-    crop = _resolve("crop", data.crop, "picture, size, rng", settings)
-    require_resizer(resizer)
-    if resizer != "pillow" and "resizer" not in crop.keywords:
-        raise UserError(
-            f"config.data.resizer={resizer!r} is for the crops random_resized and probe, not for"
-            f" {data.crop!r}: leave it at pillow"
-        )
-    return crop
-
-
-def require_resizer(resizer: str) -> None:
-    """Raise a UserError if there is no such config.data.resizer here."""
-    if resizer not in transforms.RESIZERS:
-        raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
-    if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
-        raise UserError("config.data.resizer='fast': pip install cykooz-resizer, or give 'pillow'")
-
-
-def make_augment(data: ConfigDict) -> Augment | None:
-    """Return what config.data.augment names, if any: RandAugment, jitter, a fork's function."""
-    name = data.get("augment", "")
-    if "." in name and "-" not in name:
-        return _resolve("augment", name, "image, rng", {})
-    if name.startswith("jitter"):
-        return jitter.parse(name)
-    return augment.parse(name) if name else None
-
-
-def _resolve(key: str, name: str, arguments: str, settings: dict[str, Any]) -> functools.partial:
-    """Return the function that config.data.KEY names, with those settings that it takes bound."""
-    try:
-        function = resolve(name, crops)
-        keywords = inspect.getfullargspec(function).kwonlyargs
-        bound = functools.partial(function, **{k: v for k, v in settings.items() if k in keywords})
-        inspect.signature(bound).bind(*arguments.split(", "))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"config.data.{key}={name!r} is no function ({arguments}) -> uint8 [H, W, C]: {error}"
-        ) from error
-    return bound

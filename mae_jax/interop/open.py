@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 from mae_jax import checkpoint, files
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
-from mae_jax.interop import encoders, infer, names, read
-from mae_jax.models import posemb
+from mae_jax.interop import described, encoders, infer, names, read
+from mae_jax.models import posemb, resize
 from mae_jax.models.spec import ModelSpec, Size
 
 
@@ -151,7 +151,7 @@ def _resize(weights: Weights, size: Size) -> Weights:
             if table is None:
                 table = posemb.sincos_table(vit.width, weights.spec.grid, groups=spec.groups)[None]
             sizes = weights.spec.grid, spec.grid, spec.cls_tokens
-            resized = posemb.resize(jnp.asarray(table), *sizes, bool(vit.registers), spec.groups)
+            resized = resize.positions(jnp.asarray(table), *sizes, bool(vit.registers), spec.groups)
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))
@@ -177,7 +177,7 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
         raise UserError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     try:
         config = json.loads(configs[0].read_text())
-        spec = ModelSpec.from_params(flat, config)
+        spec = described.spec_of(flat, config)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{configs[0]} is not the config of a run: {error!r}") from None
     report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
@@ -197,4 +197,4 @@ def save(directory: Path, spec: ModelSpec, params: dict, origin: str) -> None:
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params})
     config = {"task": "classify" if spec.classes else "pretrain", "converted_from": origin}
-    write_json(directory / "config.json", config | spec.to_json())
+    write_json(directory / "config.json", config | described.config_of(spec))

@@ -1,10 +1,6 @@
-"""Position tables: fixed 2-D sine-cosine, and the resizing of a table to another grid."""
+"""Position tables: fixed 2-D sine-cosine."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jax import Array
 
 from mae_jax.errors import UserError
 
@@ -53,39 +49,3 @@ def sincos_table(
     group_LD = np.repeat(_sincos_1d(quarter, np.arange(groups)), len(place_LD) // groups, axis=0)
     table_LD = np.concatenate([place_LD, group_LD], axis=1)
     return np.concatenate([np.zeros((cls_tokens, width)), table_LD]).astype(np.float32)
-
-
-def resize(
-    table_1ND: Array,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    cls_tokens: int = 1,
-    antialias: bool = False,
-    groups: int = 1,
-) -> Array:
-    """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
-
-    The table holds the rows of each channel group, one after the other.
-
-    Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
-    aligned. DINOv2 with registers and timm resize with antialiasing, with which PyTorch takes
-    a = -0.5; others do not.
-
-    Raises:
-      UserError: the table is not one of the old grid.
-    """
-    rows = cls_tokens + groups * old[0] * old[1]
-    if table_1ND.shape[1] != rows:
-        raise UserError(
-            f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
-            f" {old[1]} patches and {cls_tokens} cls token(s), which has {rows}"
-        )
-    if old == new:
-        return table_1ND
-    h, w = old
-    image_GHWD = rearrange(table_1ND[0, cls_tokens:], "(g h w) d -> g h w d", h=h, w=w)
-    shape = (len(image_GHWD), *new, table_1ND.shape[-1])
-    method = "cubic" if antialias else "cubic-pytorch"
-    image_GHWD = jax.image.resize(image_GHWD, shape, method, antialias=antialias)
-    patches_1LD = rearrange(image_GHWD, "g h w d -> 1 (g h w) d")
-    return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)

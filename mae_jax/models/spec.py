@@ -218,67 +218,6 @@ class ModelSpec:
         }
         return cls(**fields | changes)
 
-    @classmethod
-    def from_params(cls, shapes: Mapping[str, tuple], config: Mapping[str, Any]) -> "ModelSpec":
-        """Return the network whose parameters these are.
-
-        Args:
-          shapes: parameter path -> shape, such as "encoder/stack/blocks/attn/qkv/kernel".
-          config: of the run; its sizes are replaced by those of `shapes`.
-        """
-
-        options = BlockOptions.from_config(config["model"].get("block", {}))
-
-        def vit(side: str) -> ViTSpec:
-            depth, width, _, heads, _ = shapes[f"{side}/stack/blocks/attn/qkv/kernel"]
-            hidden = shapes[f"{side}/stack/blocks/mlp/fc1/kernel"][-1]
-            trained = f"{side}/pos_embed" in shapes
-            block = options and (options if side == "encoder" else options.of_decoder())
-            return ViTSpec(width, depth, heads, hidden, 0.0, trained, block)
-
-        classes = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
-        plain = config.get("model", {}).get("decoder", "mae") == "mae"  # else a fork's decoder
-        decoded = plain and "decoder/stack/blocks/attn/qkv/kernel" in shapes
-        return cls.from_config(
-            config,
-            encoder=vit("encoder"),
-            decoder=vit("decoder") if decoded else None,
-            target_dim=shapes["decoder/pred/kernel"][-1] if decoded else 0,
-            cls_tokens=shapes["encoder/cls_token"][1],
-            tokens_in_encoder="encoder/mask_token" in shapes,
-            classes=classes,
-            pool="avg" if "fc_norm/scale" in shapes else "cls",
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a config that `from_config` reads; the shapes of the parameters say the rest."""
-        e, d = self.encoder, self.decoder
-        model: dict[str, Any] = {
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "channels": self.channels,
-            "width": e.width,
-            "depth": e.depth,
-            "heads": e.heads,
-            "mlp_ratio": e.hidden / e.width,
-        }
-        if d:
-            model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}
-        if self.cls_tokens > 1:
-            model["cls_tokens"] = self.cls_tokens
-        if self.channel_groups:
-            model["channel_groups"] = self.channel_groups
-        if e.block:
-            model["block"] = dataclasses.asdict(e.block)
-        if self.classes:
-            model["pool"] = self.pool
-        return {
-            "mask_ratio": self.mask_ratio,
-            "target": {"name": self.target},
-            "model": model,
-            "data": {"mean": self.mean, "std": self.std, "value_range": self.value_range},
-        }
-
 
 def _vit(model: Mapping[str, Any], prefix: str = "", trained_positions: bool = False) -> ViTSpec:
     width = model[f"{prefix}width"]

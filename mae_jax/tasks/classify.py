@@ -20,6 +20,7 @@ from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
+from mae_jax.tasks.examples import TrainImages
 from mae_jax.tasks.init_from import load_encoder, require_same_tokens_and_blocks, saved_spec
 
 DECAYED = ("matrix",)  # fine-tuning decays no tokens and no positions; docs/REFERENCE.md section 3
@@ -33,7 +34,7 @@ class Task(train.Task):
     """Fine-tuning, or supervised training from scratch, as configs/finetune.py describes it."""
 
     network: classifier.Classifier
-    examples: common.TrainImages
+    examples: TrainImages
     config: ConfigDict
 
     @classmethod
@@ -45,7 +46,7 @@ class Task(train.Task):
         """
         spec = ModelSpec.from_config(config.to_dict(), classes=1)
         check(config)
-        images = common.TrainImages.from_config(config, spec, labelled=True)
+        images = TrainImages.from_config(config, spec, labelled=True)
         spec = replace(spec, classes=images.classes)
         compute = common.compute(config.model, mesh)
         return cls(classifier.Classifier(spec, compute), images, config)

@@ -13,17 +13,36 @@ from etils import epath
 from mae_jax import checkpoint
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
-from mae_jax.models import patch_embed, posemb
+from mae_jax.models import mae, posemb, resize
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.spec import ModelSpec
 
 ENCODER, DECODER = ("params", "encoder"), ("params", "decoder")  # keys of a checkpoint
 
 
+def load_adapted(path: epath.Path, params: Any, network: mae.MAE) -> dict | None:
+    """Return the parameters of a checkpoint of other patches, adapted; None if they are the same.
+
+    The decoder is adapted if all else is the same, and otherwise that of `params`, a fresh one.
+
+    Raises:
+      UserError: see `load_encoder` and `require_same_tokens_and_blocks`.
+    """
+    saved, spec = saved_spec(path), network.spec
+    if saved is None or saved.patches == spec.patches:
+        require_same_tokens_and_blocks(saved, spec, path)
+        return None
+    parts = {"encoder": load_encoder(path, params["encoder"], spec)}
+    plain = network.make_decoder is mae.Decoder and spec.cls_tokens == 1
+    if plain and saved.resized(spec.image_size, spec.patch_size) == spec:
+        parts["decoder"] = load_decoder(path, params["decoder"], saved, spec)
+    return params | parts
+
+
 def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
     """Return the encoder of a checkpoint in the shardings of `target`; print what was adapted.
 
-    - A patch embedding of another patch size or number of channels is adapted (`patch_embed`).
+    - A patch embedding of another patch size or number of channels is adapted (`models/resize.py`).
     - Trained positions that the checkpoint lacks are the sine-cosine table of its grid; positions
       of another grid are resized.
     - A final norm that the target lacks is left out (docs/REFERENCE.md section 3), and so is the
@@ -80,15 +99,15 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
         if table is None:
             fixed = posemb.sincos_table(spec.encoder.width, grid, groups=spec.groups)
             table = jnp.asarray(fixed[None])
-        resize = partial(
-            posemb.resize,
+        resized_to = partial(
+            resize.positions,
             old=grid,
             new=spec.grid,
             cls_tokens=spec.cls_tokens,
             antialias=bool(spec.encoder.registers),
             groups=spec.groups,
         )
-        restored["pos_embed"] = jax.jit(resize, out_shardings=sharding)(table)
+        restored["pos_embed"] = jax.jit(resized_to, out_shardings=sharding)(table)
     if notes:
         log_once(f"encoder of {path}: {'; '.join(notes)}")
     return {name: restored[name] for name in target}
@@ -113,15 +132,15 @@ def load_decoder(path: epath.Path, target: Any, old: ModelSpec, new: ModelSpec) 
     shapes["pred"] = jax.tree.map(partial(wanted, sharding=replicated), saved)
     decoder = checkpoint.restore(path, shapes, DECODER)
 
-    def resize(pred: dict) -> dict:
-        kernel, bias = patch_embed.resize_prediction(
+    def resized_prediction(pred: dict) -> dict:
+        kernel, bias = resize.prediction(
             pred["kernel"], pred["bias"], old.patch_size, new.patch_size
         )
         return {"kernel": kernel, "bias": bias}
 
     shardings = jax.tree.map(lambda x: x.sharding, dict(target["pred"]))
     log_once(f"decoder of {path}: predictions of {old.patches} resized to {new.patches}")
-    return decoder | {"pred": jax.jit(resize, out_shardings=shardings)(decoder["pred"])}
+    return decoder | {"pred": jax.jit(resized_prediction, out_shardings=shardings)(decoder["pred"])}
 
 
 def saved_spec(path: epath.Path) -> ModelSpec | None:
@@ -171,7 +190,7 @@ def adapt_patches(
     """
 
     def adapt(embed: Any) -> dict:
-        kernel, bias = patch_embed.adapt(embed["kernel"], embed["bias"], old, new)
+        kernel, bias = resize.patch_embedding(embed["kernel"], embed["bias"], old, new)
         return {"kernel": kernel, "bias": bias}
 
     shardings = jax.tree.map(lambda x: x.sharding, dict(target))

@@ -17,12 +17,8 @@ from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.init_from import (
-    load_decoder,
-    load_encoder,
-    require_same_tokens_and_blocks,
-    saved_spec,
-)
+from mae_jax.tasks.examples import TrainImages
+from mae_jax.tasks.init_from import load_adapted
 from mae_jax.tasks.shapes import check_predictions, check_scores, width_of_target
 
 
@@ -37,7 +33,7 @@ class Task(train.Task):
     """
 
     network: mae.MAE
-    examples: common.TrainImages
+    examples: TrainImages
     optim: Mapping[str, Any]
     score_patches: Callable[..., Array]
     make_target: Callable[..., Array]
@@ -61,7 +57,7 @@ class Task(train.Task):
         network = mae.MAE(spec, common.compute(config.model, mesh), decoder)
         check_predictions(network)
         labelled = config.get("online_probe", False)  # its probe reads labels
-        images = common.TrainImages.from_config(config, spec, labelled)
+        images = TrainImages.from_config(config, spec, labelled)
         return cls(network, images, config.optim, score_patches, make_target)
 
     @property
@@ -121,20 +117,10 @@ class Task(train.Task):
         return self.objective(self.reconstruct(params, extra, batch)), (extra, {})
 
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
-        """Return a fresh state with the parameters of a checkpoint (config.init_from).
-
-        Those of a network for other patches are adapted: the encoder, and the decoder if all else
-        is the same.
-        """
-        saved, spec = saved_spec(path), self.spec
-        if saved is None or saved.patches == spec.patches:
-            require_same_tokens_and_blocks(saved, spec, path)
-            return super().load(path, state)
-        parts = {"encoder": load_encoder(path, state.params["encoder"], spec)}
-        plain = self.network.make_decoder is mae.Decoder and spec.cls_tokens == 1
-        if plain and saved.resized(spec.image_size, spec.patch_size) == spec:
-            parts["decoder"] = load_decoder(path, state.params["decoder"], saved, spec)
-        return replace(state, params=state.params | parts)
+        """Return a fresh state with the parameters of a checkpoint (config.init_from), adapted."""
+        if adapted := load_adapted(path, state.params, self.network):
+            return replace(state, params=adapted)
+        return super().load(path, state)
 
     def patches(self, batch: dict) -> Array:
         """Return the patches (B, L, P) of the normalised images."""

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import flops, optim, train
+from mae_jax import flops, optimizers, train
 from mae_jax.errors import nearest
 from mae_jax.models import probe
 from mae_jax.models.patchify import normalize, to_patches
@@ -20,6 +20,7 @@ from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.common import refuse
+from mae_jax.tasks.examples import TrainImages
 from mae_jax.tasks.init_from import load_encoder
 
 FEATURES = ("pretrained", "random", "pixels")
@@ -39,7 +40,7 @@ class Task(train.Task):
 
     encoder: Encoder
     head: probe.LinearHead | probe.AttentiveHead
-    examples: common.TrainImages
+    examples: TrainImages
     config: ConfigDict
 
     @classmethod
@@ -54,7 +55,7 @@ class Task(train.Task):
         # The encoder may come with positions of its own, which stay as they are here.
         spec = replace(spec, encoder=replace(spec.encoder, trained_positions=True))
         encoder = Encoder(spec, common.compute(config.model, mesh))
-        images = common.TrainImages.from_config(config, spec, labelled=True)
+        images = TrainImages.from_config(config, spec, labelled=True)
         p = config.probe
         head = (
             probe.LinearHead(images.classes)
@@ -182,10 +183,10 @@ class Task(train.Task):
                 return scale * schedule(step)
 
             if o.name == "lars":
-                return optim.lars(scaled, momentum=o.momentum, weight_decay=o.weight_decay)
+                return optimizers.lars(scaled, momentum=o.momentum, weight_decay=o.weight_decay)
             return common.adamw(o, scaled, decayed=("matrix",))
 
-        return optim.side_by_side(make, tuple(rate / o.blr for rate in self.rates)), schedule
+        return optimizers.side_by_side(make, tuple(rate / o.blr for rate in self.rates)), schedule
 
 
 def check(config: ConfigDict) -> None:

@@ -12,9 +12,9 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import flops, optim, train
+from mae_jax import flops, optim, optimizers, train
 from mae_jax.config import steps
-from mae_jax.data import bad_images, bands, pipeline, segmentation
+from mae_jax.data import bad_images, bands, segmentation, settings
 from mae_jax.data.segfolder import PairSource
 from mae_jax.errors import nearest
 from mae_jax.models import probe, segmenter
@@ -225,7 +225,7 @@ class Task(train.Task):
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         o, batch_size = self.config.optim, self.config.batch_size
-        schedule = optim.poly_schedule(
+        schedule = optimizers.poly_schedule(
             optim.peak_lr(o.blr, batch_size),
             total_steps,
             steps(o.warmup, batch_size, steps_per_epoch),
@@ -262,7 +262,7 @@ def check(config: ConfigDict) -> None:
       UserError: a value that cannot work.
     """
     data, features = config.data, config.features
-    pipeline.require_resizer(data.resizer)
+    settings.require_resizer(data.resizer)
     if features not in FEATURES:
         refuse("features", features, f"unknown{nearest(features, FEATURES)}")
     if features == "pretrained" and not (config.init_from or config.resume):

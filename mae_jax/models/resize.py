@@ -1,4 +1,4 @@
-"""Adapt the linear layers that read and predict patches to another patch size or other channels.
+"""Adapt a network to another grid, patch size or channels: positions, embedding, predictions.
 
 The numbers of a patch, P, are in the order of `patchify`.
 """
@@ -13,11 +13,49 @@ from mae_jax.errors import UserError
 from mae_jax.models.spec import ModelSpec
 
 
-def adapt(kernel_PD: Array, bias_D: Array, old: ModelSpec, new: ModelSpec) -> tuple[Array, Array]:
+def positions(
+    table_1ND: Array,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    cls_tokens: int = 1,
+    antialias: bool = False,
+    groups: int = 1,
+) -> Array:
+    """Resize a position table to another (rows, columns) grid; rows of class tokens stay.
+
+    The table holds the rows of each channel group, one after the other.
+
+    Bicubic as PyTorch does it, which the official code uses: a = -0.75, edges clamped, corners not
+    aligned. DINOv2 with registers and timm resize with antialiasing, with which PyTorch takes
+    a = -0.5; others do not.
+
+    Raises:
+      UserError: the table is not one of the old grid.
+    """
+    rows = cls_tokens + groups * old[0] * old[1]
+    if table_1ND.shape[1] != rows:
+        raise UserError(
+            f"a position table of {table_1ND.shape[1]} rows is not one of a grid of {old[0]} x"
+            f" {old[1]} patches and {cls_tokens} cls token(s), which has {rows}"
+        )
+    if old == new:
+        return table_1ND
+    h, w = old
+    image_GHWD = rearrange(table_1ND[0, cls_tokens:], "(g h w) d -> g h w d", h=h, w=w)
+    shape = (len(image_GHWD), *new, table_1ND.shape[-1])
+    method = "cubic" if antialias else "cubic-pytorch"
+    image_GHWD = jax.image.resize(image_GHWD, shape, method, antialias=antialias)
+    patches_1LD = rearrange(image_GHWD, "g h w d -> 1 (g h w) d")
+    return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)
+
+
+def patch_embedding(
+    kernel_PD: Array, bias_D: Array, old: ModelSpec, new: ModelSpec
+) -> tuple[Array, Array]:
     """Return kernel and bias for the patches of another network, with nearly equal embeddings.
 
     The embedding of a grey image, whose channels are equal before they are normalised, stays the
-    same whatever the channels. For another patch size see `resize`.
+    same whatever the channels. For another patch size see `patch_kernel`.
 
     Raises:
       UserError: the numbers of channels differ and neither is 1: how the new channels relate to
@@ -41,11 +79,11 @@ def adapt(kernel_PD: Array, bias_D: Array, old: ModelSpec, new: ModelSpec) -> tu
             kernel_NCD = kernel_NCD.sum(1, keepdims=True)
         kernel_PD = rearrange(kernel_NCD, "n ch d -> (n ch) d")
     if old.patch_size != new.patch_size:
-        kernel_PD = resize(kernel_PD, old.patch_size, new.patch_size)
+        kernel_PD = patch_kernel(kernel_PD, old.patch_size, new.patch_size)
     return kernel_PD, bias_D
 
 
-def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+def patch_kernel(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
     """Return a kernel for patches of size `new`: PI-resize (arXiv 2212.08013 section 3.4).
 
     A patch that is enlarged bilinearly keeps exactly its embedding; that of a shrunk patch is as
@@ -60,7 +98,7 @@ def resize(kernel_PD: Array, old: tuple[int, int], new: tuple[int, int]) -> Arra
     ).astype(kernel_PD.dtype)
 
 
-def resize_prediction(
+def prediction(
     kernel_EP: Array, bias_P: Array, old: tuple[int, int], new: tuple[int, int]
 ) -> tuple[Array, Array]:
     """Return a layer whose predicted patches of size `new` are the old ones, resized bilinearly."""
