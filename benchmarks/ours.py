@@ -66,13 +66,14 @@ def compiled(args: argparse.Namespace, replicas: int = 1) -> tuple:
     import numpy as np
 
     from mae_jax import sharding, tasks, train
+    from mae_jax.mesh import make_mesh
 
     if (devices := args.devices * replicas) > 1:
         jax.config.update("jax_num_cpu_devices", devices)
         if jax.default_backend() != "cpu":
             raise SystemExit("several devices: for CPUs only")
     config = make_config(args)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = make_mesh(**config.mesh)
     task = tasks.build(config, mesh)
     tx, _ = task.optimizer(1000, 100)
     shapes, init = train.lay_out(task, tx, config.seed, mesh)

@@ -169,8 +169,8 @@ def restore_or_init(
 ) -> tuple[Any, str]:
     """Return the state to start from, and a line that says where it comes from.
 
-    The first of these that exists: a checkpoint in the own workdir; `resume`, the whole state of
-    another run; `init_from`, weights of another run; `init`.
+    In this order: a checkpoint in the own workdir; the whole state of `resume`, if given; weights
+    of `init_from`, if given; `init`.
 
     Args:
       target: shapes and shardings of a TrainState, on any mesh.

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -17,3 +18,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; nearest: {', '.join(close)}" if close else f"; there are: {', '.join(sorted(known))}"
+
+
+def refuse(key: str, value: Any, way_out: str) -> NoReturn:
+    """Raise a UserError about config.KEY."""
+    raise UserError(f"config.{key}={value!r}: {way_out}")

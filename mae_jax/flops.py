@@ -53,7 +53,7 @@ def stack(vit: ViTSpec, tokens: int) -> float:
 
     Counts matrix products only, two for each multiply-add.
     """
-    linear = 4 * vit.width**2 + 2 * vit.width * vit.hidden
+    linear = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width
     attention = 2 * tokens * vit.width
     return 2.0 * vit.depth * tokens * (linear + attention)
 
@@ -85,6 +85,6 @@ def crossmae(spec: ModelSpec, kept: int, predicted: int, maps: int) -> float:
     assert spec.decoder is not None
     vit, width, tokens = spec.decoder, spec.encoder.width, kept + 1
     of_tokens = tokens * width * (maps + 2 * vit.width)
-    of_query = 2 * vit.width**2 + 2 * tokens * vit.width + 2 * vit.width * vit.hidden
+    of_query = 2 * vit.width**2 + 2 * tokens * vit.width + 2 * vit.width * vit.mlp_width
     pred = predicted * vit.width * spec.target_dim
     return encoder(spec, kept) + 2.0 * (vit.depth * (of_tokens + predicted * of_query) + pred)

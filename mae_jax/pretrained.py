@@ -14,7 +14,7 @@ from mae_jax.errors import UserError
 from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
 from mae_jax.models import channel_groups, mae, masking
-from mae_jax.models.block import layer_norm
+from mae_jax.models.block import LayerNorm
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.patchify import normalize, patchify, to_levels, to_patches, unpatchify
@@ -149,7 +149,7 @@ class Model:
 
 def _cls_attention(block: Mapping, x_BND: Array) -> Array:
     """Return a block's attention of the cls token to all tokens: (B, S, N)."""
-    normed_BND: Any = layer_norm("").apply({"params": block["norm1"]}, x_BND)
+    normed_BND: Any = LayerNorm(name="").apply({"params": block["norm1"]}, x_BND)
     kernel_D3SF, bias_3SF = (block["attn"]["qkv"][name] for name in ("kernel", "bias"))
     query_BSF = jnp.einsum("bd,dsf->bsf", normed_BND[:, 0], kernel_D3SF[:, 0]) + bias_3SF[0]
     key_BNSF = jnp.einsum("bnd,dsf->bnsf", normed_BND, kernel_D3SF[:, 1]) + bias_3SF[1]

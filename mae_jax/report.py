@@ -1,23 +1,21 @@
 """Report on a run while it runs: start-up facts, metrics, evaluations and progress."""
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax import flops
-from mae_jax.metrics import writer
+from mae_jax.metrics import start_up, writer
 from mae_jax.metrics.progress import Progress
 
 
 class Reporter:
-    """The voice of a run: metrics.jsonl, TensorBoard, logs and the progress bar.
+    """What a run writes: metrics.jsonl, TensorBoard, logs and the progress bar.
 
     A context manager. Metrics of an update are read from the device when the next update has
     started, or at `flush`.
@@ -76,36 +74,9 @@ class Reporter:
           step: the compiled step.
           params: the parameters, or their shapes.
         """
-        task, mesh, schedule = self._task, self._mesh, self._schedule
-        shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        self.log(f"parameters: {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,}")
-        self.log(
-            f"forward pass: {task.flops_per_example / 1e9:.2f} GFLOPs per image"
-            f" ({task.flops_per_example / 2e9:.2f} GMACs)"
-        )
-        self.log(
-            f"mesh: {shape} on {mesh.size} x {mesh.devices.flat[0].device_kind},"
-            f" {jax.process_count()} host(s)"
-        )
-        kept = getattr(jax.config, "jax_compilation_cache_dir", None)
-        if not getattr(jax.config, "jax_enable_compilation_cache", True) or not kept:
-            kept = "no folder"
-        self.log(f"compiled programs are kept in {kept} (--nocompilation_cache: none are)")
-        if (memory := step.memory_analysis()) is not None:
-            state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-            self.log(
-                f"memory of the step per device: {(state + temporary) / 2**20:,.0f} MiB"
-                f" ({state / 2**20:,.0f} state and batch, {temporary / 2**20:,.0f} temporary)"
-            )
-        self.log(
-            f"batch: {self._batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps"
-            f" per epoch of {len(task.examples):,} examples; {schedule.total:,} steps"
-        )
-        rates = np.asarray(jax.vmap(self._learning_rate)(np.arange(schedule.total + 1)))
-        line = f"learning rate: peak {rates[:-1].max():.3g}"
-        if rates[-1] > rates[-2]:
-            line += ", still rising at the end: config.optim.warmup is not over when the run ends"
-        self.log(line)
+        settings = self._batch_size, grad_accum, self._learning_rate
+        for line in start_up.facts(self._task, self._mesh, self._schedule, step, params, *settings):
+            self.log(line)
         self.log(self._started)
         self._restart_clock(self._since_step)
 

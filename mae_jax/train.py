@@ -101,7 +101,7 @@ class Task(Protocol):
         return state
 
     def load(self, path: epath.Path, state: TrainState) -> TrainState:
-        """Return a fresh state with the parameters of a checkpoint (config.init_from)."""
+        """Return `state`, a fresh one, with the parameters of a checkpoint (config.init_from)."""
         params = {
             name: checkpoint.restore(path, shapes, (*checkpoint.PARAMS, name))
             for name, shapes in state.params.items()
@@ -132,8 +132,8 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one update from one global batch, and its metrics.
 
-    The batch goes through in `grad_accum` passes, whose gradients are averaged. Pass a takes rows
-    a, a + grad_accum, ...: every device keeps its own rows.
+    The batch goes through in `grad_accum` passes, whose gradients are averaged. Pass i takes rows
+    i, i + grad_accum, ..., so that each device keeps its own rows.
     """
     batch = task.prepare(batch, lambda name: stream(seed, name, state.step))
 
@@ -259,15 +259,14 @@ def fit(
 ) -> TrainState:
     """Train from the step of `state` to the end of `schedule`.
 
-    Between two updates: evaluate, then save, and only then take the next batch, so that what is
-    saved is one moment. The metrics of an update are read after the next one was started, so that
-    the device never waits for the host; before a save they are read first.
+    Between two updates: evaluate, then save. The metrics of an update are read after the next one
+    has started, so that the device does not wait for the host; before a save they are read first,
+    so that no state that is not finite is saved.
 
     Args:
       step_fn: from `compile_step`.
       batches: from `global_batches`, starting with that of the state's step.
-      unfinished: evaluators that have to measure this first state still, because a stop kept them
-        from it.
+      unfinished: evaluators that a stop kept from measuring the first state; they do so now.
       stop_requested: asked once a step, on all hosts alike.
 
     Raises:
@@ -284,7 +283,8 @@ def fit(
             if (name in unfinished and not is_new)
             or ((is_new or step == 0) and schedule.due(step, schedule.eval_every[name]))
         ]
-        saved_as = str(saver.root / str(step)) if save_due or not is_new else None
+        is_saved = save_due or step == saver.latest_step()
+        saved_as = str(saver.root / str(step)) if is_saved else None
         with contextlib.suppress(distributed.Preempted):  # the state is saved first
             while due:
                 report.evaluation(step, evaluators[due[0]], state, saved_as)

@@ -56,7 +56,7 @@ def test_each_unreadable_image_is_counted_and_named_once():
 
 def test_the_count_begins_again_with_every_start_and_says_so():
     source = Noise(21, bad=(4, 5, 20))
-    spec = ModelSpec(SIZE, SIZE, 3, ViTSpec(width=4, depth=1, heads=1, hidden=4))
+    spec = ModelSpec(SIZE, SIZE, 3, ViTSpec(width=4, depth=1, heads=1, mlp_width=4))
     images = TrainImages(source, config(max_bad_fraction=1.0), spec, BATCH, seed=0)
 
     def counts(first: int, last: int) -> list[int]:

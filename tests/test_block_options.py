@@ -27,7 +27,7 @@ from tiny import (
 )
 
 import mae_jax
-from mae_jax import flops, optim, tasks
+from mae_jax import flops, layer_decay, optim, tasks
 from mae_jax.configs import finetune, vit5
 from mae_jax.errors import UserError
 from mae_jax.interop import described, write
@@ -349,7 +349,7 @@ def test_every_parameter_has_a_role_a_rule_and_a_layer():
     config = finetune_config()
     config.model.block = ConfigDict(ALL)
     params, _ = jax.eval_shape(tasks.build(config).init, jax.random.key(0))
-    layers = optim.layer_ids(params)
+    layers = layer_decay.layer_ids(params)
     assert layers["encoder"]["register_token"] == 0
     assert layers["encoder"]["stack"]["blocks"]["scale1"]["scale"].tolist() == [[1], [2]]
 

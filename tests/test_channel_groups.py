@@ -167,7 +167,7 @@ def test_a_mesh_of_any_shape_makes_the_same_updates():
 
 
 def test_positions_say_place_and_group():
-    table = posemb.sincos_table(32, (2, 3), 1, 4)
+    table = channel_groups.sincos_table(32, (2, 3), 1, 4)
     assert table.shape == (1 + 24, 32) and not table[0].any()
     patches = table[1:].reshape(4, 6, 32)
     np.testing.assert_array_equal(patches[0, :, :24], posemb.sincos_2d(24, (2, 3))[1:])
@@ -178,7 +178,9 @@ def test_positions_say_place_and_group():
     resized = resized[0, 1:].reshape(4, 24, 32)
     one = resize.positions(jnp.asarray(table[:7])[None], (2, 3), (4, 6))[0, 1:]
     np.testing.assert_allclose(resized[0], one, atol=1e-6)
-    np.testing.assert_array_equal(posemb.sincos_table(32, (2, 3)), posemb.sincos_2d(32, (2, 3)))
+    np.testing.assert_array_equal(
+        channel_groups.sincos_table(32, (2, 3)), posemb.sincos_2d(32, (2, 3))
+    )
 
 
 def test_flops_count_every_group_and_agree_with_the_compiled_program():

@@ -10,7 +10,7 @@ import optax
 import pytest
 from official import DATA, assert_close, classifier_spec, golden_state, params_of
 
-from mae_jax import optim
+from mae_jax import layer_decay, optim
 from mae_jax.models import classifier, resize
 from mae_jax.models.block import Block
 from mae_jax.models.compute import ComputeConfig
@@ -59,7 +59,7 @@ def test_every_parameter_has_the_official_rate_and_decay(pool):
     numbered = {k: np.full(x.shape, i, np.float32) for i, (k, x) in enumerate(state.items())}
     params = params_of(numbered, build(pool, meta).spec)
     table = np.array([official[name] for name in state])
-    scales = jax.tree.leaves(optim.layer_scales(params, 0.65))
+    scales = jax.tree.leaves(layer_decay.layer_scales(params, 0.65))
     mask = jax.tree.leaves(optim.decay_mask(params, ("matrix",)))
     for number, ours, decayed in zip(jax.tree.leaves(params), scales, mask, strict=True):
         scale, decay = np.moveaxis(table[number.astype(int)], -1, 0)
@@ -82,7 +82,7 @@ def test_a_parameter_without_a_layer_raises():
     params = base_params()
     params["adapter"] = {"kernel": jnp.ones(2)}
     with pytest.raises(ValueError, match="'adapter/kernel' has no layer"):
-        optim.layer_ids(params)
+        layer_decay.layer_ids(params)
 
 
 def test_a_table_resized_is_the_official_one():
@@ -125,7 +125,7 @@ def test_a_table_of_another_grid_is_refused():
 def test_drop_path_drops_whole_branches_of_samples_and_scales_the_survivors():
     """Every sample is one of four: each branch dropped, or divided by the keep probability."""
     rate, batch = 0.4, 64
-    block = Block(heads=2, hidden=16, compute=ComputeConfig())
+    block = Block(heads=2, mlp_width=16, compute=ComputeConfig())
     x = jax.random.normal(jax.random.key(0), (batch, 3, 8))
     params = block.init(jax.random.key(1), x, jnp.float32(0), True)
 

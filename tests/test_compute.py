@@ -160,7 +160,7 @@ def test_a_padded_stream_without_its_length_would_give_other_tokens(anywhere, mo
 
 def kernel_gradients(compute: ComputeConfig) -> tuple:
     """Return the loss of a small network and the gradients of its matrices."""
-    vit = ViTSpec(width=32, depth=1, heads=2, hidden=64)
+    vit = ViTSpec(width=32, depth=1, heads=2, mlp_width=64)
     spec = ModelSpec((32, 32), (8, 8), 3, vit, decoder=vit)
     network = mae.MAE(spec, compute)
     patches_BLP = jax.random.normal(jax.random.key(0), (4, 16, 192))

@@ -24,8 +24,8 @@ TOGETHER = """
     import jax
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     import test_evals_multihost as test
-    from mae_jax import sharding
-    print("FOUND", json.dumps(test.measured(sharding.make_mesh(), workdir)))
+    from mae_jax.mesh import make_mesh
+    print("FOUND", json.dumps(test.measured(make_mesh(), workdir)))
 """
 
 

@@ -21,10 +21,10 @@ from tiny import (
     updates,
 )
 
-from mae_jax import checkpoint, evals, optim, sharding, tasks, train
+from mae_jax import checkpoint, evals, layer_decay, optim, sharding, tasks, train
 from mae_jax.commands import train as command
 from mae_jax.configs import finetune
-from mae_jax.data import pipeline, sources
+from mae_jax.data import eval_pipeline, pipeline, sources
 from mae_jax.evals import results
 from mae_jax.metrics import writer
 from mae_jax.models import classifier, posemb, resize
@@ -178,7 +178,7 @@ def test_the_rate_of_each_layer_is_scaled_floor_included():
         "head": {"bias": jnp.ones(3)},
     }  # fmt: skip
     schedule = optim.cosine_schedule(1e-2, 1, 0, min_lr=1e-2)
-    tx = optim.adamw(schedule, scales=partial(optim.layer_scales, layer_decay=0.5))
+    tx = optim.adamw(schedule, scales=partial(layer_decay.layer_scales, layer_decay=0.5))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["bias"], -1e-2, rtol=1e-5)
     blocks = updates["encoder"]["stack"]["blocks"]["fc1"]["bias"]
@@ -224,7 +224,7 @@ def test_accuracy_is_the_same_for_any_devices_and_batch_size():
         scalars = evals.build(config, task.predict(), mesh)["accuracy"].run(state).scalars
         found.append(scalars)
     source = sources.open_source("bundled:digits", "test[:50]")
-    (batch,) = pipeline.eval_batches(source, batch_size=50, image_size=(16, 16), channels=1)
+    (batch,) = eval_pipeline.eval_batches(source, batch_size=50, image_size=(16, 16), channels=1)
     logits = np.asarray(task.predict()["logits"](params, extra, {"image": batch["image"]}))
     top1 = 100 * (logits.argmax(1) == batch["label"]).mean()
     top5 = 100 * (np.argsort(-logits)[:, :5] == batch["label"][:, None]).any(1).mean()

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tiny import run, tiny_config
 
-from mae_jax import checkpoint, distributed, optim, report, sharding, tasks, train
+from mae_jax import checkpoint, distributed, optim, report, tasks, train
 from mae_jax.commands import train as command
-from mae_jax.data import pipeline
+from mae_jax.data import eval_pipeline
+from mae_jax.mesh import make_mesh
 from mae_jax.metrics import summary, writer
 from mae_jax.schedule import Schedule
 from mae_jax.tasks import examples, pretrain
@@ -216,7 +217,7 @@ def test_a_stop_during_an_evaluation_saves_first_and_evaluates_after_the_resume(
     tmp_path, config, monkeypatch
 ):
     config.evals.reconstruct.update(every="2 steps", images=20, batch_size=8)
-    read, asked = pipeline.eval_batches, []
+    read, asked = eval_pipeline.eval_batches, []
 
     def ask_to_stop(*args, **kwargs):
         for number, batch in enumerate(read(*args, **kwargs)):
@@ -229,7 +230,7 @@ def test_a_stop_during_an_evaluation_saves_first_and_evaluates_after_the_resume(
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return [x["step"] for x in map(json.loads, lines) if "eval/loss" in x]
 
-    monkeypatch.setattr(pipeline, "eval_batches", ask_to_stop)
+    monkeypatch.setattr(eval_pipeline, "eval_batches", ask_to_stop)
     config.train_for = "2 steps"
     (tmp_path / "asking").touch()
     with pytest.raises(distributed.Preempted, match="asked to stop at step 0 of 2: it is saved"):
@@ -261,7 +262,7 @@ def test_intervals_in_epochs_and_in_steps_are_compared_in_steps(tmp_path, config
 def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys, steps, rising):
     config = tiny_config()
     config.optim.warmup, config.train_for = "40 steps", f"{steps} steps"
-    task, mesh = tasks.build(config), sharding.make_mesh(**config.mesh)
+    task, mesh = tasks.build(config), make_mesh(**config.mesh)
     schedule = Schedule.from_config(config, 5)
     step = SimpleNamespace(memory_analysis=lambda: None)
     rate = task.optimizer(steps, 5)[1]

@@ -33,7 +33,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 def spec_of(patch, mean, std):
     """A network of which the patch embedding alone matters."""
-    vit = ViTSpec(width=16, depth=1, heads=1, hidden=16)
+    vit = ViTSpec(width=16, depth=1, heads=1, mlp_width=16)
     return ModelSpec(patch, patch, len(mean), vit, mean=mean, std=std)
 
 

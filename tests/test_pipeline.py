@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mae_jax.config import choices
-from mae_jax.data import crops, pipeline, transforms, workers
+from mae_jax.data import crops, eval_pipeline, pipeline, settings, transforms, workers
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -65,7 +65,7 @@ def train(source, steps: int, data: ConfigDict | None = None, **options) -> list
 
 def evaluate(source, **options) -> list[dict]:
     defaults = dict(batch_size=BATCH, image_size=SIZE, channels=3)
-    return list(pipeline.eval_batches(source, **(defaults | options)))
+    return list(eval_pipeline.eval_batches(source, **(defaults | options)))
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:

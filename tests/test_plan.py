@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import clock, flops, hlo, plan, sharding, tasks, topologies, traffic
+from mae_jax import clock, flops, hlo, plan, tasks, topologies, traffic
 from mae_jax.commands import plan as command
 from mae_jax.errors import UserError
+from mae_jax.mesh import arrange, make_mesh
 from tests.tiny import tiny_config
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
@@ -202,7 +203,7 @@ def test_every_way_to_write_groups_gives_the_axes_of_the_mesh(text, axes):
 
 
 def test_a_loop_over_sharded_weights_of_a_real_program_gathers_each_once_per_pass():
-    mesh = sharding.make_mesh(data=1, fsdp=8)
+    mesh = make_mesh(data=1, fsdp=8)
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "fsdp"))
     rows = NamedSharding(mesh, P("fsdp"))
 
@@ -470,11 +471,11 @@ def test_slices_are_outermost_on_the_data_axis():
         for index, y, x in itertools.product(range(2), repeat=3)
     ]
     slice_of = np.vectorize(lambda device: device.slice_index)
-    mesh = sharding.arrange({"data": 2, "fsdp": 4, "tensor": 1}, devices)
+    mesh = arrange({"data": 2, "fsdp": 4, "tensor": 1}, devices)
     np.testing.assert_array_equal(slice_of(mesh)[:, 0, 0], [0, 1])
     assert (slice_of(mesh) == slice_of(mesh)[:, :1]).all()
     with pytest.raises(ValueError, match="cannot be cut into 2 slices"):
-        sharding.arrange({"data": 1, "fsdp": 1, "tensor": 8}, devices)
+        arrange({"data": 1, "fsdp": 1, "tensor": 8}, devices)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from mae_jax import checkpoint, evals, optim, provenance, tasks, train
 from mae_jax.configs.finetune import get_config as finetune_config
 from mae_jax.configs.knn import get_config as knn_config
 from mae_jax.configs.linprobe import get_config
-from mae_jax.data import labels, pipeline, settings, transforms
+from mae_jax.data import eval_pipeline, labels, pipeline, settings, transforms
 from mae_jax.evals.probe import Evaluator
 from mae_jax.metrics import summary, writer
 from mae_jax.models import probe
@@ -270,7 +270,7 @@ def test_accuracies_of_each_head_are_those_counted_by_hand():
     config.evals.probe.split = "test[:100]"
     found = evaluate(config)
     source = labels.open_labelled("bundled:digits", "test[:100]", "")
-    (batch,) = pipeline.eval_batches(source, batch_size=100, image_size=(32, 32), channels=1)
+    (batch,) = eval_pipeline.eval_batches(source, batch_size=100, image_size=(32, 32), channels=1)
     label, guess = batch["label"], batch["image"][:, 0, 0, 0] % 10
     assert found["eval/top1"] == pytest.approx(100 * (guess == label).mean())
     # All the others are equal: of them the first four win.

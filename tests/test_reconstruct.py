@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tiny import mesh_of
 
-from mae_jax.data.pipeline import eval_batches
+from mae_jax.data.eval_pipeline import eval_batches
 from mae_jax.data.sources import open_source
 from mae_jax.evals import figures, pixels
 from mae_jax.evals.reconstruct import Evaluator

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny import mesh_of, probe_config, tiny_config
 
-from mae_jax.data import pipeline
+from mae_jax.data import eval_pipeline
 from mae_jax.data.labels import open_labelled
 from mae_jax.evals import accuracy, probe, results
 from mae_jax.metrics import summary
@@ -184,7 +184,7 @@ def test_tables_are_the_same_on_any_mesh_and_for_any_batch_size():
         assert scalars[f"eval/{key}"] == written[key]
     source = open_labelled("bundled:digits", "test[:100]", "")
     shown = dict(batch_size=100, image_size=(32, 32), channels=1)
-    (batch,) = pipeline.eval_batches(source, **shown)
+    (batch,) = eval_pipeline.eval_batches(source, **shown)
     guess = np.asarray(logits_of_a_pixel({}, {}, batch)).argmax(1)
     for y, row in enumerate(written["per_class"]):
         of_class = batch["label"] == y

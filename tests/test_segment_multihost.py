@@ -22,8 +22,8 @@ TOGETHER = """
     import jax
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     import test_segment_multihost as test
-    from mae_jax import sharding
-    print("FOUND", json.dumps(test.measured(sharding.make_mesh(), root)))
+    from mae_jax.mesh import make_mesh
+    print("FOUND", json.dumps(test.measured(make_mesh(), root)))
 """
 
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import compiled, mesh_of, tiny_config
 
 from mae_jax import sharding, tasks, train
+from mae_jax.mesh import AXES, make_mesh, sizes_of
 from mae_jax.models.block import Attention
 from mae_jax.models.compute import ComputeConfig
 
@@ -118,11 +119,11 @@ def test_an_axis_that_does_not_divide_raises():
 )
 def test_a_mesh_that_does_not_multiply_out_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh data="):
-        sharding.make_mesh(**sizes)
+        make_mesh(**sizes)
 
 
 def test_minus_one_takes_what_is_left():
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_minus_one_takes_what_is_left():
 def test_by_default_up_to_16_chips_of_a_slice_or_a_node_of_gpus_share_the_state(
     devices, platform, slices, shape
 ):
-    sizes = sharding.resolve({"data": -1, "fsdp": 0, "tensor": 1}, devices, platform, slices)
+    sizes = sizes_of({"data": -1, "fsdp": 0, "tensor": 1}, devices, platform, slices)
     assert tuple(sizes.values()) == shape
 
 
@@ -156,9 +157,9 @@ def test_by_default_up_to_16_chips_of_a_slice_or_a_node_of_gpus_share_the_state(
     [((256, 0, 1), (256, 1, 1)), ((-1, 0, 4), (16, 16, 4)), ((8, 0, 2), (8, 16, 2))],
 )
 def test_a_given_size_leaves_the_rest_to_the_rule(asked, shape):
-    sizes = dict(zip(sharding.AXES, asked, strict=True))
+    sizes = dict(zip(AXES, asked, strict=True))
     devices = 256 if 256 in asked or 8 in asked else 1024
-    assert tuple(sharding.resolve(sizes, devices, "tpu").values()) == shape
+    assert tuple(sizes_of(sizes, devices, "tpu").values()) == shape
 
 
 @pytest.mark.parametrize(("batch", "accum"), [(12, 1), (16, 4), (0, 1), (16, 0)])

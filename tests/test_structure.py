@@ -21,7 +21,7 @@ FLOORS = [
     {"evals"},
     {
         *("data", "checkpoint", "orbax_manager", "integrity", "provenance", "distributed"),
-        *("optim", "optimizers", "sharding", "metrics", "interop"),
+        *("optim", "optimizers", "layer_decay", "mesh", "sharding", "metrics", "interop"),
     },
     {
         "models",

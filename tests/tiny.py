@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, provenance, sharding, tasks, train
 from mae_jax.commands.train import run as run_config
 from mae_jax.configs import finetune, linprobe, pretrain
+from mae_jax.mesh import AXES
 from mae_jax.tasks import init_from
 
 MODEL = dict(width=32, depth=2, heads=4, patch_size=(8, 8), channels=1, dtype="float32")
@@ -82,7 +83,7 @@ def random_params(init, *args, seed=0):
 
 def mesh_of(data, fsdp, tensor) -> Mesh:
     devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_of(config, seed=0) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def run(config, workdir, shape=None):
     """Run a config in a workdir, on a mesh of this shape or of all devices."""
     if shape is None:
         return run_config(config, workdir)
-    config.mesh.update(dict(zip(sharding.AXES, shape, strict=True)))
+    config.mesh.update(dict(zip(AXES, shape, strict=True)))
     return run_config(config, workdir, devices=jax.devices()[: int(np.prod(shape))])
 
 

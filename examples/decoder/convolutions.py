@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mae_jax import optim, sharding
-from mae_jax.models.block import layer_norm
+from mae_jax.models.block import LayerNorm
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.kernels import gelu
 from mae_jax.models.mae import unshuffle
@@ -34,6 +34,6 @@ class Decoder(nn.Module):
             conv = nn.Conv(
                 vit.width, (3, 3), feature_group_count=vit.heads, dtype=dtype, name=f"conv{i}"
             )
-            x_BHWE += gelu(conv(layer_norm(f"norm{i}")(x_BHWE)))
-        x_BLE = layer_norm("norm")(x_BHWE).reshape(x_BLE.shape)
+            x_BHWE += gelu(conv(LayerNorm(name=f"norm{i}")(x_BHWE)))
+        x_BLE = LayerNorm(name="norm")(x_BHWE).reshape(x_BLE.shape)
         return nn.Dense(self.spec.target_dim, dtype=dtype, name="pred")(x_BLE).astype(jnp.float32)

@@ -82,7 +82,8 @@ def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dic
     Without a given mesh it is compared with the two others that one may think of: the state split
     over all chips of a slice, and data-parallel. The first that fits is returned.
     """
-    from mae_jax import plan, sharding, topologies
+    from mae_jax import plan, topologies
+    from mae_jax.mesh import make_mesh, sizes_of
 
     devices = topologies.devices(topology)
     # There is no compiler for a GPU that is not here; its arrays are laid out on CPU devices.
@@ -93,7 +94,7 @@ def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dic
         asked += [{"data": -1, "fsdp": fsdp, "tensor": 1} for fsdp in alternatives]
     meshes: list[dict[str, int]] = []
     for sizes in asked:
-        mesh = sharding.resolve(sizes, len(devices), topology.platform, topology.slices)
+        mesh = sizes_of(sizes, len(devices), topology.platform, topology.slices)
         meshes += [mesh] * (mesh not in meshes)
 
     plans: list[dict[str, Any]] = []
@@ -101,7 +102,7 @@ def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dic
         text = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         print(f"{topology.name}: mesh {text} (a large step compiles for minutes)", file=sys.stderr)
         try:
-            made = sharding.make_mesh(**mesh, devices=devices)
+            made = make_mesh(**mesh, devices=devices)
             plans.append(plan.plan(config, topology, made, compiled))
         except UserError:
             if not plans:

@@ -11,7 +11,7 @@ from absl import flags
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, sharding, train
+from mae_jax import checkpoint, train
 from mae_jax.commands import cli
 from mae_jax.data import bad_images, bands, segmentation
 from mae_jax.data.label_maps import IGNORED, Legend
@@ -20,6 +20,7 @@ from mae_jax.data.transforms import BadImage
 from mae_jax.errors import UserError
 from mae_jax.evals import segment, segment_figures
 from mae_jax.evals.patches import levels
+from mae_jax.mesh import make_mesh
 from mae_jax.models.probe import LinearHead
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
@@ -45,7 +46,7 @@ def draw(
     task, state = _restore(workdir, config)
     names, pairs = _read(paths, values, config)
     classes = _class_names(config, task.head.classes)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     compute = task.predict()["segmentation"]
     windows = segment.Windows(config, compute, mesh, 1, STRIDE)
     rows = []

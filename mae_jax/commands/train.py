@@ -67,10 +67,11 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Parts:
     from mae_jax.config import steps
     from mae_jax.data.pipeline import steps_per_epoch
     from mae_jax.evals.features import require_features
+    from mae_jax.mesh import make_mesh
     from mae_jax.schedule import Schedule
 
     with distributed.agreement("data") as facts:
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        mesh = make_mesh(**config.mesh, devices=devices)
         task = tasks.build(config, mesh)
         num_examples = facts["the number of examples"] = len(task.examples)
     per_epoch = 1

@@ -13,9 +13,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import bad_images, bands, crops, settings, transforms
+from mae_jax.data import bad_images, bands, settings, transforms
 from mae_jax.data.sources import Source, Unreadable
-from mae_jax.data.transforms import BadImage, Picture
+from mae_jax.data.transforms import BadImage
 from mae_jax.data.workers import read_ahead
 from mae_jax.errors import UserError
 
@@ -62,13 +62,13 @@ def train_batches(
     if data.get("synthetic"):
         rows = np.arange(batch_size) if rows is None else rows
         return synthetic_batches(rows, image_size, channels, dtype)
-    crop, flip, distort = settings.make_crop(data), data.flip, settings.make_augment(data)
+    crop, flip, augment = settings.make_crop(data), data.flip, settings.make_augment(data)
 
     def make(index: int, rng: np.random.Generator) -> Example:
         record, picture = bad_images.read(source, index, channels, dtype)
         image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
-        if distort is not None:
-            image = distort(image, rng)
+        if augment is not None:
+            image = augment(image, rng)
         return {"image": image, "label": np.int32(record["label"])}
 
     return shuffled_batches(
@@ -109,7 +109,7 @@ def shuffled_batches(
         drawn, bad, first = index, -1, None
         for _ in range(MAX_DRAWS):
             try:
-                return _numbered(make(index, rng), index, bad)
+                return numbered(make(index, rng), index, bad)
             except BadImage as error:
                 first = first or error
                 bad, index = drawn, int(rng.integers(len(source)))
@@ -126,76 +126,6 @@ def shuffled_batches(
     return read_ahead(examples, batch_size, rows, shape, workers, len(source), dtype)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    channels: int,
-    rows: np.ndarray | None = None,
-    limit: int | None = None,
-    crop: Callable[[Picture, tuple[int, int]], np.ndarray] = crops.center,
-    workers: int = -1,
-    dtype: type[np.number] = np.uint8,
-) -> Iterator[Batch]:
-    """Return every image once, in order, by one crop, not flipped; the last batch is padded.
-
-    Every host gets the same number of batches.
-
-    Args:
-      limit: read only so many images, from the first on; None = all.
-      crop: (picture, (height, width)) -> [H, W, C].
-      workers: config.data.workers.
-      dtype: of the images; see `bands.pixel_type`.
-
-    Returns:
-      Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
-      index 0. An image that cannot be read is black too, its index stands in `bad`.
-    """
-    blank = {"image": np.zeros((*image_size, channels), dtype), "label": np.int32(-1)}
-
-    def make(index: int) -> Example:
-        record, picture = bad_images.read(source, index, channels, dtype)
-        return {"image": crop(picture, image_size), "label": np.int32(record["label"])}
-
-    return ordered_batches(
-        source, make, blank, batch_size=batch_size, rows=rows, limit=limit, workers=workers
-    )
-
-
-def ordered_batches(
-    source: Source,
-    make: Callable[[int], Example],
-    blank: Example,
-    *,
-    batch_size: int,
-    rows: np.ndarray | None,
-    limit: int | None = None,
-    workers: int = -1,
-) -> Iterator[Batch]:
-    """Return the batches of `eval_batches`, whose examples `make` reads.
-
-    Args:
-      make: index of a record -> the arrays of an example, one of them `image`; raises BadImage if
-        it cannot be read.
-      blank: the example that stands for padding and for what cannot be read.
-    """
-    rows = np.arange(batch_size) if rows is None else rows
-    count = len(source) if limit is None else min(limit, len(source))
-
-    def load(index: int) -> Example:
-        if index >= count:
-            return _numbered(blank, 0, -1) | {"valid": False}
-        try:
-            return _numbered(make(index), index, -1) | {"valid": True}
-        except BadImage:
-            return _numbered(blank, index, index) | {"valid": True}
-
-    examples = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(load)
-    image = blank["image"]
-    return read_ahead(examples, batch_size, rows, image.shape, workers, count, image.dtype.type)
-
-
 def synthetic_batches(
     rows: np.ndarray,
     image_size: tuple[int, int],
@@ -210,13 +140,17 @@ def synthetic_batches(
         yield {"image": image, "label": none, "index": rows.astype(np.int32), "bad": none}
 
 
-def _numbered(example: Example, index: int, bad: int) -> Example:
+def numbered(example: Example, index: int, bad: int) -> Example:
     """Return an example with its record, and the one that should have stood here, if any."""
     return example | {"index": np.int32(index), "bad": np.int32(bad)}
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Return the number of whole batches in an epoch: the incomplete last one is dropped."""
+    """Return the number of whole batches in an epoch: the incomplete last one is dropped.
+
+    Raises:
+      UserError: there are fewer examples than one batch has.
+    """
     if num_examples < batch_size:
         raise UserError(
             f"the dataset has {num_examples:,} images, fewer than one batch of {batch_size:,}:"

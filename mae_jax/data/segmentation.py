@@ -15,6 +15,7 @@ from mae_jax.data import (
     bad_images,
     bands,
     distortion,
+    eval_pipeline,
     label_maps,
     pipeline,
     segfolder,
@@ -225,7 +226,7 @@ def eval_batches(
     workers: int = -1,
     dtype: type[np.number] = np.uint8,
 ) -> Iterator[pipeline.Batch]:
-    """Return every pair once, in order, stretched to the size; see `pipeline.eval_batches`.
+    """Return every pair once, in order, stretched to the size; see `eval_pipeline.eval_batches`.
 
     Padding, and what cannot be read, is black and has no labelled pixel.
     """
@@ -238,4 +239,4 @@ def eval_batches(
         return stretch(read(source, index, channels, dtype), image_size)._asdict()
 
     options: dict[str, Any] = dict(batch_size=batch_size, rows=rows, workers=workers)
-    return pipeline.ordered_batches(source, make, blank, **options)
+    return eval_pipeline.ordered_batches(source, make, blank, **options)

@@ -21,7 +21,7 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 def check(data: ConfigDict) -> None:
     """Check the names and ranges of config.data before anything is opened."""
     make_crop(data)
-    make_augment(data)
+    augmentation = make_augment(data)
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or data[name][0] > data[name][1]:
             raise UserError(f"config.data.{name}={data[name]!r}: give two numbers (low, high)")
@@ -31,8 +31,7 @@ def check(data: ConfigDict) -> None:
             f"config.data.value_range={value_range!r}: give the values that become 0 and 1, such as"
             " (0, 10000), or () for 8-bit images"
         )
-    of_ours = isinstance(make_augment(data), augment.RandAugment | jitter.ColourJitter)
-    if value_range and of_ours:
+    if value_range and isinstance(augmentation, augment.RandAugment | jitter.ColourJitter):
         raise UserError(
             f"config.data.augment={data.augment!r} is for 8-bit images, and"
             f" config.data.value_range={value_range!r} is given: set augment to ''"

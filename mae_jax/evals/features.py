@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import distributed, sharding
-from mae_jax.data import bad_images, bands, crops, pipeline, segmentation
+from mae_jax.data import bad_images, bands, crops, eval_pipeline, pipeline, segmentation
 from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.segfolder import PairSource
 from mae_jax.data.sources import Source
@@ -81,12 +81,12 @@ class Batches:
         """Yield each batch of a source twice: this host's rows, and all rows as global arrays.
 
         Both hold image, label, index and counted, which is False for padding and for an image that
-        cannot be read. `crop` and `limit` are those of `pipeline.eval_batches`.
+        cannot be read. `crop` and `limit` are those of `eval_pipeline.eval_batches`.
 
         Raises:
           UserError: no image can be read; after the last batch, on every host.
         """
-        batches = pipeline.eval_batches(source, limit=limit, crop=crop, **self._sizes)
+        batches = eval_pipeline.eval_batches(source, limit=limit, crop=crop, **self._sizes)
         return self._both(source, batches)
 
     def read_pairs(

@@ -20,10 +20,10 @@ def spec_of(shapes: Mapping[str, tuple], config: Mapping[str, Any]) -> ModelSpec
 
     def vit(side: str) -> ViTSpec:
         depth, width, _, heads, _ = shapes[f"{side}/stack/blocks/attn/qkv/kernel"]
-        hidden = shapes[f"{side}/stack/blocks/mlp/fc1/kernel"][-1]
+        mlp_width = shapes[f"{side}/stack/blocks/mlp/fc1/kernel"][-1]
         trained = f"{side}/pos_embed" in shapes
         block = options and (options if side == "encoder" else options.of_decoder())
-        return ViTSpec(width, depth, heads, hidden, 0.0, trained, block)
+        return ViTSpec(width, depth, heads, mlp_width, 0.0, trained, block)
 
     classes = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
     plain = config.get("model", {}).get("decoder", "mae") == "mae"  # else a fork's decoder
@@ -40,6 +40,13 @@ def spec_of(shapes: Mapping[str, tuple], config: Mapping[str, Any]) -> ModelSpec
     )
 
 
+def encoder_only(spec: ModelSpec) -> ModelSpec:
+    """Return the description of the encoder, which has a final norm."""
+    return dataclasses.replace(
+        spec, decoder=None, target_dim=0, classes=0, pool="cls", tokens_in_encoder=False
+    )
+
+
 def config_of(spec: ModelSpec) -> dict[str, Any]:
     """Return a config that `from_config` reads; the shapes of the parameters say the rest."""
     e, d = spec.encoder, spec.decoder
@@ -50,7 +57,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "width": e.width,
         "depth": e.depth,
         "heads": e.heads,
-        "mlp_ratio": e.hidden / e.width,
+        "mlp_ratio": e.mlp_width / e.width,
     }
     if d:
         model |= {"decoder_width": d.width, "decoder_depth": d.depth, "decoder_heads": d.heads}

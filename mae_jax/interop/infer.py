@@ -92,7 +92,7 @@ def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
     layers = {match[1] for key in file.state if (match := pattern.match(key))}
     if layers != set(map(str, range(len(layers)))):
         raise UserError(f"{blocks} has {len(layers)} layers, and they are not numbered from 0")
-    hidden, width = _shape(file, f"{blocks}.0.{stem('mlp/fc1', file.family, BLOCK)}", 2)
+    mlp_width, width = _shape(file, f"{blocks}.0.{stem('mlp/fc1', file.family, BLOCK)}", 2)
     prefix = "decoder_" if side == "decoder" else ""
     published = HEADS[side].get(width)
     heads = heads or _said(file, f"{prefix}num_attention_heads", operator.index, published)
@@ -104,7 +104,7 @@ def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
     if heads < 1 or width % heads:
         raise UserError(f"{prefix}heads={heads} does not divide the width {width}")
     block = block_options(file) if side == "encoder" else None
-    return ViTSpec(width, len(layers), heads, hidden, block=block)
+    return ViTSpec(width, len(layers), heads, mlp_width, block=block)
 
 
 def _cls_tokens(file: File) -> int:

@@ -164,7 +164,7 @@ def entries(spec: ModelSpec, family: Family) -> Iterator[Entry]:
             yield from _parts(path, theirs, None, layout, sizes)
             continue
         vit = spec.decoder if spec.decoder and path.startswith("decoder") else spec.encoder
-        inside = {"d": vit.width, "s": vit.heads, "f": vit.width // vit.heads, "h": vit.hidden}
+        inside = {"d": vit.width, "s": vit.heads, "f": vit.width // vit.heads, "h": vit.mlp_width}
         inside["depth"] = vit.depth
         options = vit.block or BlockOptions()
         left_out = ["attn/q_norm", "attn/k_norm"] * (not options.qk_norm)

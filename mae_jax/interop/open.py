@@ -16,7 +16,7 @@ from mae_jax import checkpoint, files
 from mae_jax.errors import UserError
 from mae_jax.files import write_json
 from mae_jax.interop import described, encoders, infer, names, read
-from mae_jax.models import posemb, resize
+from mae_jax.models import channel_groups, resize
 from mae_jax.models.spec import ModelSpec, Size
 
 
@@ -96,7 +96,7 @@ def open_weights(
                 " after the mean): take it whole, with part=all"
             )
         encoder = {"encoder": weights.params["encoder"]}
-        weights = weights._replace(spec=weights.spec.encoder_only(), params=encoder)
+        weights = weights._replace(spec=described.encoder_only(weights.spec), params=encoder)
     if size and tuple(size) != weights.spec.image_size:
         weights = _resize(weights, (size[0], size[1]))
     return weights
@@ -149,9 +149,13 @@ def _resize(weights: Weights, size: Size) -> Weights:
         if vit:
             table = params[side].get("pos_embed")
             if table is None:
-                table = posemb.sincos_table(vit.width, weights.spec.grid, groups=spec.groups)[None]
+                table = channel_groups.sincos_table(
+                    vit.width, weights.spec.grid, groups=spec.num_groups
+                )[None]
             sizes = weights.spec.grid, spec.grid, spec.cls_tokens
-            resized = resize.positions(jnp.asarray(table), *sizes, bool(vit.registers), spec.groups)
+            resized = resize.positions(
+                jnp.asarray(table), *sizes, bool(vit.registers), spec.num_groups
+            )
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))

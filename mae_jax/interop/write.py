@@ -118,7 +118,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
         "hidden_size": encoder.width,
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.hidden,
+        "intermediate_size": encoder.mlp_width,
         "layer_norm_eps": 1e-6,
     }
     if decoder:
@@ -128,7 +128,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
             "decoder_hidden_size": decoder.width,
             "decoder_num_hidden_layers": decoder.depth,
             "decoder_num_attention_heads": decoder.heads,
-            "decoder_intermediate_size": decoder.hidden,
+            "decoder_intermediate_size": decoder.mlp_width,
             "mask_ratio": spec.mask_ratio,
             "norm_pix_loss": spec.target == "norm_pixels",
         }

@@ -26,11 +26,6 @@ class LayerNorm(nn.Module):
         return normalise(x_BND, scale_D, bias_D, self.epsilon)
 
 
-def layer_norm(name: str, epsilon: float = 1e-6) -> nn.Module:
-    """Return the LayerNorm of every network here."""
-    return LayerNorm(epsilon, name=name)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused, biased q-k-v projection.
 
@@ -40,7 +35,7 @@ class Attention(nn.Module):
     heads: int
     compute: ComputeConfig
     tokens: int | None = None  # of N, the real ones; None = all
-    meet: Callable = lambda q_BNSF, k_BNSF: (q_BNSF, k_BNSF)  # queries and keys, as they meet
+    transform_qk: Callable = lambda q, k: (q, k)  # before they are multiplied
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
@@ -50,14 +45,19 @@ class Attention(nn.Module):
         kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(self.compute)
         x_BND = x_BND.astype(dtype)
 
-        # One product is faster than three, but in its matrix no axis can be split by heads.
-        pieces, qkv = 3 if self.compute.split_heads else 1, []
-        kernels = jnp.split(kernel_D3SF, pieces, axis=1)
-        for kernel, bias in zip(kernels, jnp.split(bias_3SF, pieces), strict=True):
-            y_BNE = multiply(x_BND, kernel.reshape(width, -1), self.compute)
-            qkv += jnp.split(add_bias(y_BNE, bias.reshape(-1)), 3 // pieces, axis=-1)
+        def project(kernel: Array, bias: Array) -> list[Array]:
+            """Return (B, N, D) for each kernel of the second axis, by a single product."""
+            y = multiply(x_BND, kernel.reshape(width, -1), self.compute)
+            return jnp.split(add_bias(y, bias.reshape(-1)), len(bias), axis=-1)
+
+        # One product is faster, but in its matrix no axis can be split by heads.
+        if self.compute.split_heads:
+            each = zip(jnp.split(kernel_D3SF, 3, axis=1), jnp.split(bias_3SF, 3), strict=True)
+            qkv = [project(*one)[0] for one in each]
+        else:
+            qkv = project(kernel_D3SF, bias_3SF)
         q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
-        q_BNSF, k_BNSF = self.meet(q_BNSF, k_BNSF)
+        q_BNSF, k_BNSF = self.transform_qk(q_BNSF, k_BNSF)
         if self.compute.attention == "cudnn":
             y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
         else:
@@ -67,17 +67,18 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between, which the backward pass computes again.
+    """Two linear layers with an exact GELU between.
 
-    Of the arrays that are `hidden` wide only the output of the first layer is kept.
+    The backward pass computes the GELU again, so that of the `mlp_width` wide arrays only the
+    output of the first layer is kept.
     """
 
-    hidden: int
+    mlp_width: int
     compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        h = dense(self.hidden, self.compute, "fc1")(x_BND)
+        h = dense(self.mlp_width, self.compute, "fc1")(x_BND)
         fc2 = dense(x_BND.shape[-1], self.compute, "fc2")
         return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
 
@@ -98,7 +99,7 @@ class Block(nn.Module):
     """
 
     heads: int
-    hidden: int
+    mlp_width: int
     compute: ComputeConfig
     tokens: int | None = None  # of N, the real ones; None = all
 
@@ -112,8 +113,8 @@ class Block(nn.Module):
         compute = self.compute
         x_BND = compute.constrain(x_BND)
         attention = Attention(self.heads, compute, self.tokens, name="attn")
-        x_BND = x_BND + drop(attention(layer_norm("norm1")(x_BND)))
-        mlp = Mlp(self.hidden, compute, name="mlp")
-        x_BND = x_BND + drop(mlp(layer_norm("norm2")(x_BND)))
+        x_BND = x_BND + drop(attention(LayerNorm(name="norm1")(x_BND)))
+        mlp = Mlp(self.mlp_width, compute, name="mlp")
+        x_BND = x_BND + drop(mlp(LayerNorm(name="norm2")(x_BND)))
         x_BND = compute.constrain(x_BND)
         return x_BND, x_BND if return_blocks else None

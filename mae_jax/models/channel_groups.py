@@ -18,6 +18,7 @@ from jax import Array
 
 from mae_jax.errors import UserError
 from mae_jax.models.masking import Mask, keep_lowest
+from mae_jax.models.posemb import sincos_1d, sincos_2d
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -44,6 +45,25 @@ def own_channels(groups: Groups, patch_dim: int) -> np.ndarray:
     channels = sum(map(len, groups))
     own_GC = np.array([[channel in group for channel in range(channels)] for group in groups])
     return np.tile(own_GC.astype(np.float32), patch_dim // channels)
+
+
+def sincos_table(
+    width: int, grid: tuple[int, int], cls_tokens: int = 1, groups: int = 1
+) -> np.ndarray:
+    """Return the fixed position table, for several channel groups as for one.
+
+    With several the last quarter of the width encodes the group (arXiv 2207.08051).
+
+    Returns:
+      (cls_tokens + groups * rows * columns, width) float32.
+    """
+    if groups == 1:
+        return sincos_2d(width, grid, cls_tokens)
+    quarter = max(width // 16 * 4, 4)
+    place_LD = np.tile(sincos_2d(width - quarter, grid, 0), (groups, 1))
+    group_LD = np.repeat(sincos_1d(quarter, np.arange(groups)), len(place_LD) // groups, axis=0)
+    table_LD = np.concatenate([place_LD, group_LD], axis=1)
+    return np.concatenate([np.zeros((cls_tokens, width)), table_LD]).astype(np.float32)
 
 
 def split(patches_BAP: Array, groups: Groups) -> Array:

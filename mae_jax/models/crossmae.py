@@ -17,7 +17,7 @@ from jax import Array
 from mae_jax.errors import UserError
 from mae_jax.models import mae
 from mae_jax.models.attention import attend
-from mae_jax.models.block import Mlp, layer_norm
+from mae_jax.models.block import LayerNorm, Mlp
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import Weights, dense, multiply
 from mae_jax.models.kernels import add_bias
@@ -52,17 +52,17 @@ class Block(nn.Module):
     """x + CrossAttention(LN(x), LN(tokens)), then x + MLP(LN(x)); returns (x, None), for a scan."""
 
     heads: int
-    hidden: int
+    mlp_width: int
     compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x_BQE: Array, tokens_BND: Array) -> tuple[Array, None]:
         constrain = self.compute.constrain
-        x_BQE, tokens_BND = constrain(x_BQE), layer_norm("norm_tokens")(constrain(tokens_BND))
+        x_BQE, tokens_BND = constrain(x_BQE), LayerNorm(name="norm_tokens")(constrain(tokens_BND))
         attention = CrossAttention(self.heads, self.compute, name="attn")
-        x_BQE = x_BQE + attention(layer_norm("norm1")(x_BQE), tokens_BND).astype(x_BQE.dtype)
-        mlp = Mlp(self.hidden, self.compute, name="mlp")
-        x_BQE = x_BQE + mlp(layer_norm("norm2")(x_BQE)).astype(x_BQE.dtype)
+        x_BQE = x_BQE + attention(LayerNorm(name="norm1")(x_BQE), tokens_BND).astype(x_BQE.dtype)
+        mlp = Mlp(self.mlp_width, self.compute, name="mlp")
+        x_BQE = x_BQE + mlp(LayerNorm(name="norm2")(x_BQE)).astype(x_BQE.dtype)
         return constrain(x_BQE), None
 
 
@@ -83,7 +83,7 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             length=spec.depth,
             unroll=unroll,
-        )(spec.heads, spec.hidden, compute, name="blocks")
+        )(spec.heads, spec.mlp_width, compute, name="blocks")
         return blocks(x_BQE.astype(compute.residual_dtype), tokens_GBND)[0]
 
 
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         tokens_GBND = tokens_GBND.astype(self.compute.residual_dtype)
         x_BQE = Stack(vit, self.compute, name="stack")(x_BQE, tokens_GBND)
         pred = dense(self.spec.target_dim, self.compute, "pred")
-        return pred(layer_norm("norm")(x_BQE)).astype(jnp.float32)
+        return pred(LayerNorm(name="norm")(x_BQE)).astype(jnp.float32)
 
 
 class CrossMAE(mae.MAE):

@@ -1,6 +1,7 @@
 """The linear layers of every network, and in which type their gradients are summed."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,31 +9,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.kernels import summed_in_float32
+from mae_jax.models.kernels import FLOAT32_SUMS, summed_in_float32
 
 # On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
 
 
-def dense(features: int, compute: ComputeConfig, name: str, **init: Any) -> nn.Dense:
-    """Return a linear layer that multiplies in `compute.dtype`; `init` is of nn.Dense."""
-    options: dict[str, Any] = {"dtype": compute.dtype, "kernel_init": xavier, "name": name} | init
-    if compute.float32_sums:
-        options |= {"promote_dtype": _all_but_the_kernel, "dot_general": _dot_general}
-    return nn.Dense(features, **options)
+def dense(
+    features: int, compute: ComputeConfig, name: str, bias_init: Callable = nn.initializers.zeros
+) -> nn.Dense:
+    """Return a linear layer that multiplies in `compute.dtype`."""
+    sums: dict[str, Any] = FLOAT32_SUMS if compute.float32_sums else {}
+    return nn.Dense(
+        features, dtype=compute.dtype, kernel_init=xavier, bias_init=bias_init, name=name, **sums
+    )
 
 
 def multiply(x_NI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
     """Return the product in the type of `x_NI`, as a layer of `dense` makes it."""
     return summed_in_float32(x_NI, kernel_IO) if compute.float32_sums else x_NI @ kernel_IO
-
-
-def _all_but_the_kernel(x_NI: Any, kernel_IO: Any, bias_O: Any, dtype: Any = None) -> list:
-    return [x_NI.astype(dtype), kernel_IO, bias_O.astype(dtype)]
-
-
-def _dot_general(x_NI: Array, kernel_IO: Array, *_: Any, **__: Any) -> Array:
-    return summed_in_float32(x_NI, kernel_IO)
 
 
 class Weights(nn.Module):

@@ -6,6 +6,7 @@ of the networks raises. Attention is in attention.py.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +104,14 @@ def _summed_backward(residuals: tuple, grad_NO: Array) -> tuple[Array, Array]:
 
 
 summed_in_float32.defvjp(_summed_forward, _summed_backward)
+
+
+def _all_but_the_kernel(x_NI: Any, kernel_IO: Any, bias_O: Any, dtype: Any = None) -> list:
+    return [x_NI.astype(dtype), kernel_IO, bias_O.astype(dtype)]
+
+
+# Arguments with which `nn.Dense` multiplies by `summed_in_float32`.
+FLOAT32_SUMS = {
+    "promote_dtype": _all_but_the_kernel,
+    "dot_general": lambda x_NI, kernel_IO, *_, **__: summed_in_float32(x_NI, kernel_IO),
+}

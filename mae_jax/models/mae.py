@@ -19,9 +19,9 @@ from mae_jax.models.vit import Encoder, Stack, merge_cls, positions
 
 
 class Decoder(nn.Module):
-    """Decode encoded patches, with one shared mask token per hidden patch, to predictions for all.
+    """Predict every patch from the encoded ones; one mask token stands for each hidden patch.
 
-    Without `restore_BL` all patches were encoded, in their order, and none needs a token.
+    Without `restore_BL` every patch was encoded (`tokens_in_encoder`), and none needs the token.
     """
 
     spec: ModelSpec
@@ -55,10 +55,10 @@ def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array, cls_tokens: int
       (B, cls_tokens + L, E), the class tokens first, then all patches row-major.
     """
     batch, num_patches = restore_BL.shape
-    hidden = num_patches - (x_BNE.shape[1] - cls_tokens)
-    shape = (batch, hidden, x_BNE.shape[-1])
-    token_BHE = jnp.broadcast_to(token_11E.astype(x_BNE.dtype), shape)
-    shuffled_BLE = jnp.concatenate([x_BNE[:, cls_tokens:], token_BHE], axis=1)
+    num_hidden = num_patches - (x_BNE.shape[1] - cls_tokens)
+    shape = (batch, num_hidden, x_BNE.shape[-1])
+    mask_tokens = jnp.broadcast_to(token_11E.astype(x_BNE.dtype), shape)
+    shuffled_BLE = jnp.concatenate([x_BNE[:, cls_tokens:], mask_tokens], axis=1)
     x_BLE = jnp.take_along_axis(shuffled_BLE, restore_BL[..., None], axis=1)
     return jnp.concatenate([x_BNE[:, :cls_tokens], x_BLE], axis=1)
 
@@ -82,8 +82,8 @@ class MAE(nn.Module):
         """Return the latent: (B, 1 + K, D), the cls token and the patches of `mask.keep_BK`.
 
         With `spec.tokens_in_encoder` (hidden patches are mask tokens) encode all patches in
-        row-major order, (B, 1 + L, D), as without a mask. Of several class tokens all are in the
-        latent, and without a mask their mean.
+        row-major order, (B, 1 + L, D), as without a mask. The latent has every class token if
+        there are several; without a mask it has their mean.
         """
         if mask is None:
             tokens_BND: Any = self.encoder(patches_BLP)

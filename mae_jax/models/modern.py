@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mae_jax.models.block import Attention, Mlp, drop_branch, layer_norm
+from mae_jax.models.block import Attention, LayerNorm, Mlp, drop_branch
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.spec import Size, ViTSpec
@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
 def norm(name: str, options: BlockOptions | None) -> nn.Module:
     """Return a norm of a stack, or of what reads it: a LayerNorm, or what the options say."""
     if options is None:
-        return layer_norm(name)
-    kind = RMSNorm if options.norm == "rms" else layer_norm
+        return LayerNorm(name=name)
+    kind = RMSNorm if options.norm == "rms" else LayerNorm
     return kind(name=name, epsilon=options.eps)
 
 
@@ -121,7 +121,7 @@ class ModernBlock(nn.Module):
     """`block.Block` with options; it returns what that does."""
 
     heads: int
-    hidden: int
+    mlp_width: int
     compute: ComputeConfig
     tokens: int | None
     options: BlockOptions
@@ -137,7 +137,7 @@ class ModernBlock(nn.Module):
             branch_BND = branch_BND.astype(x_BND.dtype)
             return x_BND + drop_branch(self, branch_BND, drop_path, deterministic)
 
-        def meet(q_BNSF: Array, k_BNSF: Array) -> tuple[Array, Array]:
+        def transform_qk(q_BNSF: Array, k_BNSF: Array) -> tuple[Array, Array]:
             dtype = q_BNSF.dtype
             if options.qk_norm:
                 q_BNSF, k_BNSF = RMSNorm(name="q_norm")(q_BNSF), RMSNorm(name="k_norm")(k_BNSF)
@@ -147,9 +147,9 @@ class ModernBlock(nn.Module):
 
         options, compute, angle_BNG = self.options, self.compute, self.extra.angle_BNG
         x_BND = compute.constrain(x_BND)
-        attention = Attention(self.heads, compute, self.tokens, meet, name="attn")
+        attention = Attention(self.heads, compute, self.tokens, transform_qk, name="attn")
         x_BND = add(x_BND, attention(norm("norm1", options)(x_BND)), "scale1")
-        mlp = Mlp(self.hidden, compute, name="mlp")
+        mlp = Mlp(self.mlp_width, compute, name="mlp")
         x_BND = add(x_BND, mlp(norm("norm2", options)(x_BND)), "scale2")
         x_BND = compute.constrain(x_BND)
         return x_BND, x_BND if return_blocks else None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from mae_jax.models.block import layer_norm
+from mae_jax.models.block import LayerNorm
 from mae_jax.models.dense import xavier
 from mae_jax.models.vit import Encoder
 
@@ -119,7 +119,7 @@ class AttentiveHead(nn.Module):
         query_B1SF = jnp.broadcast_to(query_1SF[None], (len(x_BLD), 1, *split))
         y_B1SF = jax.nn.dot_product_attention(query_B1SF, kv_BL2SF[:, :, 0], kv_BL2SF[:, :, 1])
         y_BD = rearrange(y_B1SF, "b 1 s f -> b (s f)")
-        return LinearHead(self.classes, name="linear")(layer_norm("norm")(y_BD))
+        return LinearHead(self.classes, name="linear")(LayerNorm(name="norm")(y_BD))
 
 
 def init_heads(head: nn.Module, rng: Array, example: Array, count: int) -> dict:

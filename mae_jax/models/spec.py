@@ -43,7 +43,7 @@ class ViTSpec:
     """A stack of Transformer blocks with its position table: an encoder, or a decoder.
 
     Args:
-      hidden: the width inside the MLPs.
+      mlp_width: the width between the two layers of an MLP.
       drop_path: the rate of the last block; rates grow linearly from 0 at the first.
       trained_positions: the position table is a parameter; otherwise it is sine-cosine.
       block: what the blocks have that the paper's have not (config.model.block); None = nothing.
@@ -56,7 +56,7 @@ class ViTSpec:
     width: int
     depth: int
     heads: int
-    hidden: int
+    mlp_width: int
     drop_path: float = 0.0
     trained_positions: bool = False
     block: BlockOptions | None = None
@@ -66,7 +66,7 @@ class ViTSpec:
         for key in ("width", "heads"):
             if getattr(self, key) < 1:
                 raise UserError(f"{name}{key}={getattr(self, key)} must be at least 1")
-        if self.hidden < 1:
+        if self.mlp_width < 1:
             raise UserError(f"mlp_ratio leaves nothing inside the MLPs of {name}width={self.width}")
         if self.width % self.heads:
             raise UserError(
@@ -154,10 +154,10 @@ class ModelSpec:
     @property
     def num_patches(self) -> int:
         """L, the patches of an image, each counted for every channel group."""
-        return math.prod(self.grid) * self.groups
+        return math.prod(self.grid) * self.num_groups
 
     @property
-    def groups(self) -> int:
+    def num_groups(self) -> int:
         """The number of channel groups; 1 without any."""
         return max(len(self.channel_groups), 1)
 
@@ -170,21 +170,6 @@ class ModelSpec:
     def final_norm(self) -> bool:
         """True if the encoder ends in a LayerNorm; a classifier that averages has its own."""
         return not self.classes or self.pool == "cls"
-
-    @property
-    def patches(self) -> str:
-        """The make of a patch, in words."""
-        return f"{self.patch_size[0]} x {self.patch_size[1]} pixels of {self.channels} channel(s)"
-
-    def encoder_only(self) -> "ModelSpec":
-        """Return the description of the encoder, which has a final norm."""
-        return dataclasses.replace(
-            self, decoder=None, target_dim=0, classes=0, pool="cls", tokens_in_encoder=False
-        )
-
-    def resized(self, image_size: Size, patch_size: Size) -> "ModelSpec":
-        """Return the same network for images and patches of other sizes; it predicts pixels."""
-        return dataclasses.replace(self, image_size=image_size, patch_size=patch_size, target_dim=0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "ModelSpec":

@@ -14,9 +14,9 @@ from jax import Array
 
 from mae_jax.models import modern
 from mae_jax.models.block import Block
+from mae_jax.models.channel_groups import sincos_table
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.dense import dense
-from mae_jax.models.posemb import sincos_table
 from mae_jax.models.spec import ModelSpec, ViTSpec
 
 
@@ -53,16 +53,16 @@ class Stack(nn.Module):
 
         `extra` is what `modern.extra` gives for stacks with `spec.block`.
 
-        Initialising always loops, whatever `scan_unroll` says: the parameters are the same, and
-        unrolled it took 36 s for L/16.
+        Initialising always loops: the parameters are the same, and an unrolled init of L/16 took
+        36 s.
         """
         spec, compute, given = self.spec, self.compute, x_BND.shape[1]
         x_BND = modern.append_registers(x_BND, extra)
         tokens = x_BND.shape[1]
         unroll = 1 if self.is_initializing() else compute.scan_unroll
-        # Without a loop between them, XLA would merge the recomputation with the forward pass.
         block, options = (modern.ModernBlock, (spec.block, extra)) if spec.block else (Block, ())
         if compute.remat:
+            # Without a loop between them, XLA would merge the recomputation with the forward pass.
             block = nn.remat(block, prevent_cse=unroll >= spec.depth, static_argnums=(3, 4))
         blocks = nn.scan(
             block,
@@ -71,7 +71,7 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=spec.depth,
             unroll=unroll,
-        )(spec.heads, spec.hidden, compute, tokens, *options, name="blocks")
+        )(spec.heads, spec.mlp_width, compute, tokens, *options, name="blocks")
         rates = jnp.linspace(self.first_drop_path, spec.drop_path, spec.depth)
         x_BND = x_BND.astype(compute.residual_dtype)
         uneven = compute.attention == "cudnn" and tokens % 2
@@ -127,8 +127,8 @@ class Encoder(nn.Module):
             token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width))
             x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
         table_ND = positions(self, spec.encoder, spec)
-        patches_KD = table_ND[n_cls:] if keep_BK is None else table_ND[n_cls:][keep_BK]
-        x_BKD = x_BKD.astype(self.compute.residual_dtype) + patches_KD
+        places = table_ND[n_cls:] if keep_BK is None else table_ND[n_cls:][keep_BK]
+        x_BKD = x_BKD.astype(self.compute.residual_dtype) + places
 
         cls_1ND = self.param("cls_token", nn.initializers.normal(0.02), (1, n_cls, width))
         cls_BND = jnp.broadcast_to(cls_1ND + table_ND[:n_cls], (len(x_BKD), n_cls, width))
@@ -157,7 +157,7 @@ def merge_cls(x_BND: Array, cls_tokens: int) -> Array:
 
 def positions(module: nn.Module, vit: ViTSpec, spec: ModelSpec) -> Array:
     """Return the position table (1 + L, D) of an encoder or decoder, cls token first."""
-    table_ND = jnp.asarray(sincos_table(vit.width, spec.grid, spec.cls_tokens, spec.groups))
+    table_ND = jnp.asarray(sincos_table(vit.width, spec.grid, spec.cls_tokens, spec.num_groups))
     if vit.trained_positions:
         return module.param("pos_embed", lambda rng: table_ND[None])[0]
     return table_ND

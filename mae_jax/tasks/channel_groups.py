@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import train
+from mae_jax.errors import refuse
 from mae_jax.models import channel_groups, mae, masking
 from mae_jax.models.channel_groups import Groups
 from mae_jax.models.spec import ModelSpec
-from mae_jax.tasks import common, pretrain
+from mae_jax.tasks import pretrain
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Task(pretrain.Task):
         """
         groups = ModelSpec.from_config(config.to_dict()).channel_groups
         if not groups:
-            common.refuse("task", config.task, "give config.model.channel_groups")
+            refuse("task", config.task, "give config.model.channel_groups")
         one_group = ConfigDict(config.to_dict())
         del one_group.model["channel_groups"]
         plain = pretrain.Task.from_config(one_group, mesh)
         spec = replace(plain.spec, channel_groups=groups)
         if spec.target_dim != spec.patch_dim:
-            common.refuse("target.name", config.target.name, "channel groups predict pixels")
+            refuse("target.name", config.target.name, "channel groups predict pixels")
         return cls(**vars(plain) | {"network": plain.network.clone(spec=spec)})
 
     @property

@@ -12,14 +12,13 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import checkpoint, flops, optim, train
+from mae_jax import checkpoint, flops, layer_decay, train
 from mae_jax.data import mixup
-from mae_jax.errors import nearest
+from mae_jax.errors import nearest, refuse
 from mae_jax.models import classifier
 from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
-from mae_jax.tasks.common import refuse
 from mae_jax.tasks.examples import TrainImages
 from mae_jax.tasks.init_from import load_encoder, require_same_tokens_and_blocks, saved_spec
 
@@ -71,7 +70,7 @@ class Task(train.Task):
             return 3.0
         vit, blocks = self.spec.encoder, self.config.trained_blocks
         if blocks == 0.5:
-            blocks = vit.hidden / (2 * vit.width + vit.hidden)  # the MLP's share of a block
+            blocks = vit.mlp_width / (2 * vit.width + vit.mlp_width)  # the MLP's share of a block
         return 1 + 2 * blocks / vit.depth
 
     def init(self, rng: Array) -> tuple[dict, dict]:
@@ -155,7 +154,7 @@ class Task(train.Task):
 
     def scales(self, params: Any) -> Any:
         """Return learning-rate multipliers; 0 freezes a parameter (and its weight decay)."""
-        scales = optim.layer_scales(params, self.config.optim.layer_decay)
+        scales = layer_decay.layer_scales(params, self.config.optim.layer_decay)
         if not self.partly_frozen:
             return scales
         trained = classifier.trained_share(params, self.config.trained_blocks)

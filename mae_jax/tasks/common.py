@@ -34,14 +34,14 @@ def learning_rate(
     Raises:
       UserError: there is no schedule of that name.
     """
-    warmup = steps(o["warmup"], batch_size, steps_per_epoch)
-    shape = optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
     name = o.get("schedule", "cosine")
-    if name == "cosine":
-        return optim.cosine_schedule(*shape)
-    if name != "wsd":
+    if name not in ("cosine", "wsd"):
         raise UserError(f"config.optim.schedule={name!r}: give cosine or wsd")
-    return optimizers.stable_decay(*shape, o.get("cooldown", 0.2))
+    warmup = steps(o["warmup"], batch_size, steps_per_epoch)
+    arguments = optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
+    if name == "cosine":
+        return optim.cosine_schedule(*arguments)
+    return optimizers.stable_decay(*arguments, o.get("cooldown", 0.2))
 
 
 def adamw(
@@ -74,8 +74,3 @@ def optimizer(
     if o.get("name", "adamw") == "adamw" and not o.get("clip_norm"):
         return adamw(o, schedule, **rules)
     return optimizers.by_name(o, schedule, **rules)
-
-
-def refuse(key: str, value: Any, way_out: str) -> None:
-    """Raise a UserError about config.KEY."""
-    raise UserError(f"config.{key}={value!r}: {way_out}")

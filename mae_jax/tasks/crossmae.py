@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from mae_jax import flops, train
 from mae_jax.config import OPTIONAL_KEYS
+from mae_jax.errors import refuse
 from mae_jax.models import crossmae, masking
 from mae_jax.models.patchify import normalize, to_patches
-from mae_jax.tasks import common, pretrain
+from mae_jax.tasks import pretrain
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Task(pretrain.Task):
         spec, compute, model = plain.spec, plain.network.compute, config.model
         if spec.tokens_in_encoder or model.get("decoder", "mae") != "mae":
             key = "masking.tokens_in_encoder" if spec.tokens_in_encoder else "model.decoder"
-            common.refuse("task", "crossmae", f"it has its own decoder; leave config.{key} out")
+            refuse("task", "crossmae", f"it has its own decoder; leave config.{key} out")
         share = model.get("decoder_share", OPTIONAL_KEYS["model.decoder_share"])
         hidden = spec.num_patches - plain.num_kept
         num_predicted = round(share * spec.num_patches)
         if not 1 <= num_predicted <= hidden:
-            common.refuse(
+            refuse(
                 "model.decoder_share",
                 share,
                 f"of {spec.num_patches} patches {num_predicted} would be predicted, and {hidden}"

@@ -13,7 +13,7 @@ from etils import epath
 from mae_jax import checkpoint
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
-from mae_jax.models import mae, posemb, resize
+from mae_jax.models import channel_groups, mae, resize
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.spec import ModelSpec
 
@@ -29,12 +29,13 @@ def load_adapted(path: epath.Path, params: Any, network: mae.MAE) -> dict | None
       UserError: see `load_encoder` and `require_same_tokens_and_blocks`.
     """
     saved, spec = saved_spec(path), network.spec
-    if saved is None or saved.patches == spec.patches:
+    if saved is None or patches_of(saved) == patches_of(spec):
         require_same_tokens_and_blocks(saved, spec, path)
         return None
     parts = {"encoder": load_encoder(path, params["encoder"], spec)}
     plain = network.make_decoder is mae.Decoder and spec.cls_tokens == 1
-    if plain and saved.resized(spec.image_size, spec.patch_size) == spec:
+    size, patch = spec.image_size, spec.patch_size
+    if plain and replace(saved, image_size=size, patch_size=patch, target_dim=0) == spec:
         parts["decoder"] = load_decoder(path, params["decoder"], saved, spec)
     return params | parts
 
@@ -71,7 +72,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
         )
     old = saved_spec(path)
     require_same_tokens_and_blocks(old, spec, path)
-    adapted = old is not None and old.patches != spec.patches
+    adapted = old is not None and patches_of(old) != patches_of(spec)
     dropped = {"norm", "mask_token"} & (saved.keys() - target.keys())
     resized = {"pos_embed"} & saved.keys() & target.keys()
     as_saved = dropped | resized | ({"patch_embed"} if adapted else set())
@@ -85,7 +86,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
 
     notes = []
     if old is not None and adapted:
-        notes.append(f"patch embedding of {old.patches} adapted to {spec.patches}")
+        notes.append(f"patch embedding of {patches_of(old)} adapted to {patches_of(spec)}")
         embed = restored["patch_embed"]
         restored["patch_embed"] = adapt_patches(embed, target["patch_embed"], old, spec, path)
     if "pos_embed" in target:
@@ -97,7 +98,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
                 f" {spec.grid[0]} x {spec.grid[1]}"
             )
         if table is None:
-            fixed = posemb.sincos_table(spec.encoder.width, grid, groups=spec.groups)
+            fixed = channel_groups.sincos_table(spec.encoder.width, grid, groups=spec.num_groups)
             table = jnp.asarray(fixed[None])
         resized_to = partial(
             resize.positions,
@@ -105,7 +106,7 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
             new=spec.grid,
             cls_tokens=spec.cls_tokens,
             antialias=bool(spec.encoder.registers),
-            groups=spec.groups,
+            groups=spec.num_groups,
         )
         restored["pos_embed"] = jax.jit(resized_to, out_shardings=sharding)(table)
     if notes:
@@ -139,8 +140,13 @@ def load_decoder(path: epath.Path, target: Any, old: ModelSpec, new: ModelSpec) 
         return {"kernel": kernel, "bias": bias}
 
     shardings = jax.tree.map(lambda x: x.sharding, dict(target["pred"]))
-    log_once(f"decoder of {path}: predictions of {old.patches} resized to {new.patches}")
+    log_once(f"decoder of {path}: predictions of {patches_of(old)} resized to {patches_of(new)}")
     return decoder | {"pred": jax.jit(resized_prediction, out_shardings=shardings)(decoder["pred"])}
+
+
+def patches_of(spec: ModelSpec) -> str:
+    """Return what a patch is, in words."""
+    return f"{spec.patch_size[0]} x {spec.patch_size[1]} pixels of {spec.channels} channel(s)"
 
 
 def saved_spec(path: epath.Path) -> ModelSpec | None:
@@ -198,8 +204,8 @@ def adapt_patches(
         return jax.jit(adapt, out_shardings=shardings)(dict(embed))
     except UserError as error:
         raise UserError(
-            f"config.init_from: the encoder of {path} is of {old.patches}, this config of"
-            f" {new.patches}: {error}. Set config.model.channels to {old.channels} or 1, or"
+            f"config.init_from: the encoder of {path} is of {patches_of(old)}, this config of"
+            f" {patches_of(new)}: {error}. Set config.model.channels to {old.channels} or 1, or"
             f" pre-train with {new.channels}"
         ) from None
 

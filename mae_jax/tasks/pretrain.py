@@ -45,8 +45,9 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or the images cannot be opened.
         """
-        masked = config.masking
-        score_patches = resolve_group(masked, "masking", masking, masks, others=masking.KEYS)
+        score_patches = resolve_group(
+            config.masking, "masking", masking, masks, others=masking.KEYS
+        )
         make_target = resolve_group(config.target, "target", targets, pca)
         spec = ModelSpec.from_config(config.to_dict())
         masking.num_kept(spec.num_patches, spec.mask_ratio)  # refuses an impossible ratio
@@ -79,7 +80,7 @@ class Task(train.Task):
         return self.network.init(rng, patches_BLP, mask)["params"], {}
 
     def prepare(self, batch: dict, rng: train.Rng) -> dict:
-        """Draw the masks of the global batch, so that they do not depend on the mesh."""
+        """Draw the scores of the whole batch, so that masks do not depend on the mesh."""
         size, spec = len(batch["image"]), self.spec
         score_BL = self.score_patches(
             rng("mask"), batch=size, grid=spec.grid, ratio=spec.mask_ratio
@@ -92,7 +93,6 @@ class Task(train.Task):
         Returns:
           latent_BND, pred_BLT, target_BLT and mask_BL (1 = hidden).
         """
-        del extra
         images_BHWC = normalize(batch["image"], self.spec)
         patches_BLP = to_patches(images_BHWC, self.spec)
         mask = masking.keep_lowest(batch["score"], self.num_kept)
@@ -113,11 +113,10 @@ class Task(train.Task):
     def loss(
         self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
-        del rng, train
         return self.objective(self.reconstruct(params, extra, batch)), (extra, {})
 
     def load(self, path: Any, state: train.TrainState) -> train.TrainState:
-        """Return a fresh state with the parameters of a checkpoint (config.init_from), adapted."""
+        """Return `state` with the parameters of a checkpoint (config.init_from), adapted."""
         if adapted := load_adapted(path, state.params, self.network):
             return replace(state, params=adapted)
         return super().load(path, state)
@@ -128,21 +127,18 @@ class Task(train.Task):
 
     def features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return features (B, D) of whole images, nothing hidden: `cls` and `mean`."""
-        del extra
         patches_BLP = self.patches(batch)
         tokens_BND: Any = self.network.apply({"params": params}, patches_BLP, method="encode")
         return probe.pool(tokens_BND)
 
     def block_features(self, params: dict, extra: dict, batch: dict) -> dict[str, Array]:
         """Return `features` after each block, (depth, B, D)."""
-        del extra
         encoder, variables = Encoder(self.spec, self.network.compute), {"params": params["encoder"]}
         tokens: Any = encoder.apply(variables, self.patches(batch), return_blocks=True)
         return probe.pool_blocks(*tokens)
 
     def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
         """Return the patch tokens (B, L, D) after a block, counted from 1; nothing is hidden."""
-        del extra
         encoder = Encoder(self.spec, self.network.compute)
         return probe.patch_tokens(encoder, params["encoder"], self.patches(batch), block)
 

@@ -13,13 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, optimizers, train
-from mae_jax.errors import nearest
+from mae_jax.errors import nearest, refuse
 from mae_jax.models import probe
 from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.common import refuse
 from mae_jax.tasks.examples import TrainImages
 from mae_jax.tasks.init_from import load_encoder
 

@@ -12,17 +12,16 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import flops, optim, optimizers, train
+from mae_jax import flops, layer_decay, optim, optimizers, train
 from mae_jax.config import steps
 from mae_jax.data import bad_images, bands, segmentation, settings
 from mae_jax.data.segfolder import PairSource
-from mae_jax.errors import nearest
+from mae_jax.errors import nearest, refuse
 from mae_jax.models import probe, segmenter
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
-from mae_jax.tasks.common import refuse
 from mae_jax.tasks.init_from import load_encoder
 
 FEATURES = ("pretrained", "random", "pixels")
@@ -107,7 +106,7 @@ class Task(train.Task):
         """
         spec = ModelSpec.from_config(config.to_dict())
         if spec.channel_groups:
-            common.refuse(
+            refuse(
                 "model.channel_groups",
                 spec.channel_groups,
                 "segmentation reads one token for each patch: pre-train without groups",
@@ -237,7 +236,7 @@ class Task(train.Task):
 
     def scales(self, params: Any) -> Any:
         """Return learning-rate multipliers by layer."""
-        return optim.layer_scales(params, self.config.optim.layer_decay)
+        return layer_decay.layer_scales(params, self.config.optim.layer_decay)
 
 
 def head_layers(layers: str, depth: int) -> tuple[int, ...]:
