@@ -23,6 +23,7 @@ MAX_DRAWS = 100  # attempts to find a readable record in place of an unreadable 
 
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # arrays and numbers of one record, `image` among them
+Make = Callable[[int, np.random.Generator], Example]
 
 
 def train_batches(
@@ -35,6 +36,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     rows: np.ndarray | None = None,
+    make: Make | None = None,
 ) -> Iterator[Batch]:
     """Return endless batches for training, the first being that of step `start_step`.
 
@@ -48,6 +50,8 @@ def train_batches(
       seed: of the order and of the augmentation.
       start_step: how many batches are passed over, at no cost.
       rows: which rows of the global batch to load, sorted; None = all.
+      make: (index of a record, random numbers) -> the arrays of an example, one of them `image`;
+        raises BadImage, before it draws a number, if the record cannot be read. None = `augmented`.
 
     Returns:
       Dicts of image: uint8 [rows, H, W, C], float32 with data.value_range; label: int32 [rows],
@@ -58,52 +62,11 @@ def train_batches(
     Raises:
       UserError: see `steps_per_epoch`; while iterating: no readable record was found.
     """
+    rows = np.arange(batch_size) if rows is None else rows
     dtype = bands.pixel_type(data.get("value_range", ()))
     if data.get("synthetic"):
-        rows = np.arange(batch_size) if rows is None else rows
         return synthetic_batches(rows, image_size, channels, dtype)
-    crop, flip, augment = settings.make_crop(data), data.flip, settings.make_augment(data)
-
-    def make(index: int, rng: np.random.Generator) -> Example:
-        record, picture = bad_images.read(source, index, channels, dtype)
-        image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
-        if augment is not None:
-            image = augment(image, rng)
-        return {"image": image, "label": np.int32(record["label"])}
-
-    return shuffled_batches(
-        source,
-        make,
-        batch_size=batch_size,
-        shape=(*image_size, channels),
-        dtype=dtype,
-        seed=seed,
-        start_step=start_step,
-        rows=rows,
-        workers=data.workers,
-    )
-
-
-def shuffled_batches(
-    source: Source,
-    make: Callable[[int, np.random.Generator], Example],
-    *,
-    batch_size: int,
-    shape: tuple[int, ...],
-    dtype: type[np.number],
-    seed: int,
-    start_step: int,
-    rows: np.ndarray | None,
-    workers: int,
-) -> Iterator[Batch]:
-    """Return the endless batches of `train_batches`, whose examples `make` reads.
-
-    Args:
-      make: (index of a record, random numbers) -> the arrays of an example, one of them `image`;
-        raises BadImage, before it draws a number, if the record cannot be read.
-      shape, dtype: of an image.
-    """
-    rows = np.arange(batch_size) if rows is None else rows
+    make = make or augmented(source, data, image_size, channels)
 
     def load(index: int, rng: np.random.Generator) -> Example:
         drawn, bad, first = index, -1, None
@@ -123,7 +86,24 @@ def shuffled_batches(
     # random_map seeds by place in the endless sequence, so it comes before any choice of steps and
     # rows. Everything is lazy: what is not chosen is not read.
     examples = order.shuffle()[:per_epoch].repeat().random_map(load)[start_step * batch_size :]
-    return read_ahead(examples, batch_size, rows, shape, workers, len(source), dtype)
+    return read_ahead(
+        examples, batch_size, rows, (*image_size, channels), data.workers, len(source), dtype
+    )
+
+
+def augmented(source: Source, data: ConfigDict, image_size: tuple[int, int], channels: int) -> Make:
+    """Return what reads an image with its label, cropped and augmented as config.data says."""
+    dtype = bands.pixel_type(data.get("value_range", ()))
+    crop, flip, augment = settings.make_crop(data), data.flip, settings.make_augment(data)
+
+    def make(index: int, rng: np.random.Generator) -> Example:
+        record, picture = bad_images.read(source, index, channels, dtype)
+        image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
+        if augment is not None:
+            image = augment(image, rng)
+        return {"image": image, "label": np.int32(record["label"])}
+
+    return make
 
 
 def synthetic_batches(

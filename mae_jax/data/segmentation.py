@@ -171,28 +171,17 @@ def _pad(pair: Pair, size_HW: Size) -> Pair:
 
 
 def train_batches(
-    source: PairSource,
-    data: ConfigDict,
-    *,
-    batch_size: int,
-    image_size: Size,
-    channels: int,
-    seed: int,
-    start_step: int = 0,
-    rows: np.ndarray | None = None,
+    source: PairSource, data: ConfigDict, *, image_size: Size, channels: int, **order: Any
 ) -> Iterator[pipeline.Batch]:
     """Return endless batches for training, in the order and with the promises of `pipeline`.
 
+    Args:
+      order: see `pipeline.train_batches`.
+
     Returns:
-      Dicts of image [rows, H, W, C], map uint8 [rows, H, W], index and bad int32 [rows]; see
-      `pipeline.train_batches`.
+      Dicts of image [rows, H, W, C], map uint8 [rows, H, W], index and bad int32 [rows].
     """
     dtype = bands.pixel_type(data.get("value_range", ()))
-    if data.get("synthetic"):
-        rows = np.arange(batch_size) if rows is None else rows
-        zeros = np.zeros((len(rows), *image_size), np.uint8)
-        batches = pipeline.synthetic_batches(rows, image_size, channels, dtype)
-        return (batch | {"map": zeros} for batch in batches)
     scales, resizer = tuple(data.scales), data.resizer
 
     def make(index: int, rng: Generator) -> pipeline.Example:
@@ -203,17 +192,11 @@ def train_batches(
             image = distortion.photometric(image, rng)
         return {"image": image, "map": map_HW}
 
-    return pipeline.shuffled_batches(
-        source,
-        make,
-        batch_size=batch_size,
-        shape=(*image_size, channels),
-        dtype=dtype,
-        seed=seed,
-        start_step=start_step,
-        rows=rows,
-        workers=data.workers,
-    )
+    order |= dict(image_size=image_size, channels=channels, make=make)
+    batches = pipeline.train_batches(source, data, **order)
+    if data.get("synthetic"):
+        return (x | {"map": np.zeros(x["image"].shape[:3], np.uint8)} for x in batches)
+    return batches
 
 
 def eval_batches(
