@@ -50,7 +50,8 @@ def sizes_of(
     shape = ", ".join(f"{name}={size}" for name, size in asked.items())
     sizes = dict(asked)
     if sizes["fsdp"] == 0:
-        whole = devices // slices // (max(sizes["data"], 1) * max(sizes["tensor"], 1))
+        data, tensor = (max(sizes[name], 1) for name in ("data", "tensor"))
+        whole = math.gcd(devices // slices // tensor, devices // data)
         shared = math.gcd(whole, MAX_FSDP.get(platform, 1)) if whole else 1
         sizes["fsdp"] = shared if -1 in sizes.values() else -1
     free = [name for name, size in sizes.items() if size == -1]

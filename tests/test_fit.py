@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -111,6 +112,20 @@ def test_a_run_leaves_config_metrics_pictures_and_checkpoints(tmp_path, config, 
     run(config, tmp_path)
     assert "finished: 5 of 5 steps" in capsys.readouterr().out
     assert writer.read(tmp_path / "metrics.jsonl") == lines
+
+
+def test_an_evaluation_names_a_checkpoint_if_its_state_is_saved(tmp_path, config, monkeypatch):
+    named, evaluation = {}, report.Reporter.evaluation
+
+    def recording(self, step, evaluator, state, saved_as):
+        named[step] = saved_as and Path(saved_as).relative_to(tmp_path)
+        evaluation(self, step, evaluator, state, saved_as)
+
+    monkeypatch.setattr(report.Reporter, "evaluation", recording)
+    config.evals.reconstruct.every = "1 steps"
+    run(config, tmp_path)
+    saved = {step: Path(f"checkpoints/{step}") for step in (2, 4, 5)}
+    assert named == dict.fromkeys((0, 1, 3)) | saved
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, config):

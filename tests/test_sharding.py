@@ -162,6 +162,11 @@ def test_a_given_size_leaves_the_rest_to_the_rule(asked, shape):
     assert tuple(sizes_of(sizes, devices, "tpu").values()) == shape
 
 
+def test_the_state_is_split_over_what_a_given_data_axis_leaves():
+    sizes = sizes_of({"data": 2, "fsdp": 0, "tensor": -1}, 8, "gpu")
+    assert sizes == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
 @pytest.mark.parametrize(("batch", "accum"), [(12, 1), (16, 4), (0, 1), (16, 0)])
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, accum):
     with pytest.raises(ValueError, match="choose a multiple|must both be at least 1"):
