@@ -22,6 +22,7 @@ if [ ! -e "$venv/libtpu/libtpu-$libtpu.dist-info" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
     --target "$venv/libtpu" "libtpu==$libtpu"
 fi
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # as launch/local.sh does
 export PYTHONPATH=$venv/libtpu${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # The tests of a file run in one process, where they share compiled programs. Files keep their order,
 # because the one with the fewest tests (test_resume.py) takes the longest. There is one process more

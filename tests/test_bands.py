@@ -261,7 +261,7 @@ def test_a_folder_of_12_bands_is_trained_on_and_shown(tmp_path):
     cfg = config(folder, 12, value_range=(-100, 65535))
     cfg.data.update(crop="random_resized", flip=0.5)
     cfg.evals.reconstruct.bands = (4, 3, 2)
-    run(cfg, workdir)
+    run(cfg, workdir, (1, 1, 1))
     assert list((workdir / "images").glob("reconstruction_*.png"))
 
     out = tmp_path / "pictures"

@@ -244,7 +244,8 @@ def test_weights_are_loaded_shown_and_embedded_with_their_groups(workdir, folder
     out = model.reconstruct(loaded, images, jax.random.key(0))
     assert out.images_BHWC.shape == images.shape and out.mask_BL.shape == (2, 4)
     larger, resized = mae_jax.load(workdir, image_size=32)
-    assert larger.encode(resized, np.zeros((1, 32, 32, 12), np.uint16)).shape == (1, 65, 32)
+    image = np.zeros((1, 32, 32, 12), np.uint16)
+    assert jax.eval_shape(larger.encode, resized, image).shape == (1, 65, 32)
     opened = weights.open_weights(workdir)
     weights.save(tmp_path / "ours", opened.spec, opened.params, "x")
     assert weights.open_weights(tmp_path / "ours").spec == opened.spec

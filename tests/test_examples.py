@@ -124,7 +124,7 @@ def test_the_decoder_of_convolutions_is_split_by_a_mesh_and_knows_its_roles():
 
 def test_of_a_run_with_another_decoder_the_encoder_is_read(tmp_path):
     config = config_of("decoder", **DIGITS, **{"model.patch_size": (8, 8)})
-    params, _ = tasks.build(config).init(jax.random.key(0))
+    params, _ = jax.jit(tasks.build(config).init)(jax.random.key(0))
     model, loaded = mae_jax.load(save_workdir(config, tmp_path, {"params": params}))
     assert_trees_equal(loaded, {"encoder": params["encoder"]})
     images = np.zeros((1, 32, 32, 3), np.uint8)

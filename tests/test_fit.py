@@ -23,6 +23,8 @@ from mae_jax.metrics import summary, writer
 from mae_jax.schedule import Schedule
 from mae_jax.tasks import examples, pretrain
 
+ONE = (1, 1, 1)  # device: less to compile
+
 
 def whole_images(images_BHWC, patch_size):
     """A target without patches."""
@@ -90,7 +92,7 @@ def config():
 
 
 def test_a_run_leaves_config_metrics_pictures_and_checkpoints(tmp_path, config, capsys):
-    state = run(config, tmp_path)
+    state = run(config, tmp_path, ONE)
     assert int(state.step) == 5
     assert {p.name for p in tmp_path.iterdir()} >= {
         "config.json", "env.json", "checkpoints", "metrics.jsonl", "tensorboard", "images", "logs",
@@ -109,7 +111,7 @@ def test_a_run_leaves_config_metrics_pictures_and_checkpoints(tmp_path, config, 
     said = capsys.readouterr().out
     assert "parameters: " in said and "GFLOPs per image" in said and "peak lr" not in said
 
-    run(config, tmp_path)
+    run(config, tmp_path, ONE)
     assert "finished: 5 of 5 steps" in capsys.readouterr().out
     assert writer.read(tmp_path / "metrics.jsonl") == lines
 
@@ -123,7 +125,7 @@ def test_an_evaluation_names_a_checkpoint_if_its_state_is_saved(tmp_path, config
 
     monkeypatch.setattr(report.Reporter, "evaluation", recording)
     config.evals.reconstruct.every = "1 steps"
-    run(config, tmp_path)
+    run(config, tmp_path, ONE)
     saved = {step: Path(f"checkpoints/{step}") for step in (2, 4, 5)}
     assert named == dict.fromkeys((0, 1, 3)) | saved
 
@@ -133,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, co
     with pytest.raises(
         train.NonFiniteError, match=r"step \d: loss .*gradient norm .*checkpoint is"
     ):
-        run(config, tmp_path)
+        run(config, tmp_path, ONE)
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert saved in ([], [2])
 
@@ -209,14 +211,14 @@ def slow_saves(monkeypatch):
 def test_a_loss_that_is_not_finite_does_not_cost_the_save_before_it(tmp_path, config, slow_saves):
     config.task = "test_fit.FailsAtStepThree"
     with pytest.raises(train.NonFiniteError, match="step 4: loss nan.*checkpoint is step 2"):
-        run(config, tmp_path)
+        run(config, tmp_path, ONE)
     assert (tmp_path / "checkpoints/2/digests.json").exists()
 
 
 def test_an_error_does_not_cost_the_save_before_it(tmp_path, config, slow_saves):
     config.task = "test_fit.BreaksOff"
     with pytest.raises(MemoryError):
-        run(config, tmp_path)
+        run(config, tmp_path, ONE)
     assert (tmp_path / "checkpoints/2/digests.json").exists()
 
 
@@ -225,7 +227,7 @@ def test_asked_to_stop_before_the_first_update_again_and_again(tmp_path, config,
     monkeypatch.setattr(distributed, "listening", lambda: always)
     for _ in range(2):
         with pytest.raises(distributed.Preempted, match="asked to stop at step 0 of 5"):
-            run(config, tmp_path)
+            run(config, tmp_path, ONE)
 
 
 def test_a_stop_during_an_evaluation_saves_first_and_evaluates_after_the_resume(
@@ -249,28 +251,28 @@ def test_a_stop_during_an_evaluation_saves_first_and_evaluates_after_the_resume(
     config.train_for = "2 steps"
     (tmp_path / "asking").touch()
     with pytest.raises(distributed.Preempted, match="asked to stop at step 0 of 2: it is saved"):
-        run(config, tmp_path / "a")
+        run(config, tmp_path / "a", ONE)
     assert (len(asked), evaluated()) == (1, [])
     (tmp_path / "asking").unlink()
-    run(config, tmp_path / "a")
+    run(config, tmp_path / "a", ONE)
     assert evaluated() == [0, 2]
     (tmp_path / "asking").touch()
-    run(config, tmp_path / "a")  # nothing is left to measure
+    run(config, tmp_path / "a", ONE)  # nothing is left to measure
     assert (len(asked), evaluated()) == (1, [0, 2])
 
 
 def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
-    run(config, tmp_path / "a")
+    run(config, tmp_path / "a", ONE)
     config.resume = str(tmp_path / "a")
     with pytest.raises(ValueError, match="is 5 steps: nothing is left to do; give a longer one"):
-        run(config, tmp_path / "b")
+        run(config, tmp_path / "b", ONE)
     assert not (tmp_path / "b/config.json").exists()
 
 
 def test_intervals_in_epochs_and_in_steps_are_compared_in_steps(tmp_path, config):
     config.train_for = "1 steps"  # of 89 in an epoch
     config.checkpoint.update(every="89 steps", keep_every="2 epochs")
-    assert int(run(config, tmp_path).step) == 1
+    assert int(run(config, tmp_path, ONE).step) == 1
 
 
 @pytest.mark.parametrize(("steps", "rising"), [(10, True), (50, False)])
@@ -294,7 +296,7 @@ def test_a_warmup_longer_than_the_run_is_said(tmp_path, capsys, steps, rising):
 
 
 def test_the_closing_hint_fits_the_run(tmp_path, config):
-    run(config, tmp_path)
+    run(config, tmp_path, ONE)
     after_digits, after_own = (summary.lines(str(tmp_path), own)[-1] for own in (False, True))
     assert "your own images" in after_digits
     assert "your own images" not in after_own and f"knn:init={tmp_path}" in after_own

@@ -41,6 +41,11 @@ def setting(no_modules_left):
     return task, params, {"ema": teacher}, batch, rng
 
 
+@pytest.fixture(scope="module")
+def reconstruct(setting):
+    return jax.jit(setting[0].reconstruct)
+
+
 def biggest(tree):
     return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
 
@@ -53,6 +58,7 @@ def test_a_teacher_starts_as_the_encoder():
 def test_no_gradient_reaches_the_teacher(setting):
     task, params, extra, batch, rng = setting
 
+    @jax.jit
     def error(params, extra):
         return task.loss(params, extra, batch, rng, True)[0]
 
@@ -63,27 +69,28 @@ def test_no_gradient_reaches_the_teacher(setting):
     assert error(params, extra) != error(params, {"ema": {"encoder": params["encoder"]}})
 
 
-def test_the_student_sees_no_hidden_pixel_and_the_teacher_sees_all(setting):
-    task, params, extra, batch, _ = setting
-    out = task.reconstruct(params, extra, batch)
+def test_the_student_sees_no_hidden_pixel_and_the_teacher_sees_all(setting, reconstruct):
+    _, params, extra, batch, _ = setting
+    out = reconstruct(params, extra, batch)
     image, hidden = np.array(batch["image"]), np.asarray(out["mask_BL"][0]).reshape(4, 4) > 0
     row, col = np.argwhere(hidden)[0]
     image[0, 8 * row : 8 * row + 8, 8 * col : 8 * col + 8] ^= 255
-    other = task.reconstruct(params, extra, batch | {"image": image})
+    other = reconstruct(params, extra, batch | {"image": image})
     for name in ("latent_BND", "pred_BLT"):
         np.testing.assert_array_equal(out[name], other[name])
     changed = np.abs(out["target_BLT"] - other["target_BLT"]).max((1, 2))
     assert changed[0] > 1e-3 and not changed[1:].any()
 
 
-def test_the_target_of_each_patch_is_standardised_and_of_the_last_blocks(setting):
-    task, params, extra, batch, _ = setting
-    target_BLT = task.reconstruct(params, extra, batch)["target_BLT"]
+def test_the_target_of_each_patch_is_standardised_and_of_the_last_blocks(setting, reconstruct):
+    _, params, extra, batch, _ = setting
+    target_BLT = reconstruct(params, extra, batch)["target_BLT"]
     assert target_BLT.shape == (16, 16, 16)  # images, patches, width
     np.testing.assert_allclose(target_BLT.mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(target_BLT.std(-1), 1, atol=1e-3)
     last = tasks.build(config(**{"teacher.blocks": 1}))
-    assert np.abs(last.reconstruct(params, extra, batch)["target_BLT"] - target_BLT).max() > 0.1
+    other_BLT = jax.jit(last.reconstruct)(params, extra, batch)["target_BLT"]
+    assert np.abs(other_BLT - target_BLT).max() > 0.1
 
 
 @pytest.mark.parametrize(("decay", "moved"), [(1.0, 0.0), (0.0, 1.0), (0.75, 0.25)])
@@ -111,9 +118,9 @@ def test_the_decay_grows_to_its_last_value_at_the_end_of_the_run():
 
 def test_the_monitor_of_collapse_is_zero_where_all_images_look_the_same(setting):
     task, params, extra, batch, rng = setting
-    _, (_, metrics) = task.loss(params, extra, batch, rng, True)
-    same = batch | {"image": np.zeros_like(batch["image"])}
-    _, (_, collapsed) = task.loss(params, extra, same, rng, True)
+    loss = jax.jit(lambda batch: task.loss(params, extra, batch, rng, True))
+    _, (_, metrics) = loss(batch)
+    _, (_, collapsed) = loss(batch | {"image": np.zeros_like(batch["image"])})
     assert collapsed["teacher_std"] < 1e-5 < metrics["teacher_std"]
 
 

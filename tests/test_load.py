@@ -103,13 +103,13 @@ def test_what_had_to_be_assumed_is_said(tmp_path, capsys):
 def saved_and_loaded(config, workdir):
     """Fresh parameters, saved as a run's, and what is loaded; both predict the same."""
     task = Task.from_config(config)
-    params, _ = task.init(jax.random.key(0))
+    params, _ = jax.jit(task.init)(jax.random.key(0))
     save_workdir(config, workdir, {"params": params})
     model, loaded = mae_jax.load(workdir)
     shape = (2, *config.model.image_size, config.model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batch = task.prepare({"image": images}, lambda name: jax.random.key(3))
-    theirs = task.predict()["reconstruction"](params, {}, batch)
+    theirs = jax.jit(task.predict()["reconstruction"])(params, {}, batch)
     kept = masking.num_kept(batch["score"].shape[1], config.mask_ratio)
     exact = Model(model.spec, ComputeConfig(jnp.dtype(config.model.dtype)))
     ours = exact.predict(loaded, images, masking.keep_lowest(batch["score"], kept))
@@ -130,7 +130,7 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
 def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):
     config = ConfigDict(quickstart.get_config())
     config.ema = 0.9
-    last, _ = Task.from_config(config).init(jax.random.key(0))
+    last, _ = jax.jit(Task.from_config(config).init)(jax.random.key(0))
     mean = jax.tree.map(lambda x: x + 1, last)
     workdir = save_workdir(config, tmp_path / "run", {"params": last, "extra": {"ema": mean}})
     assert_trees_equal(last, mae_jax.load(workdir)[1])

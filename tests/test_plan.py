@@ -411,7 +411,7 @@ def test_the_mesh_of_a_config_file_is_planned_for(run, tmp_path):
         "    config = recipe(arg)\n    config.mesh.fsdp = 4\n    return config\n"
     )
     config = f"--config={file}:image_size=32,batch_size=64"
-    _, result, _ = run(config, *TINY[1:], "--topology=cpu:8")
+    _, result, _ = run(config, *TINY[1:], "--topology=h100:8")  # which alone would take fsdp=8
     assert result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
 
 

@@ -381,7 +381,7 @@ def test_any_images_with_labels_can_be_learned(coloured, tmp_path):
         config.ema, config.train_for = 0.5, "20 steps"
         for cfg in config.evals.values():
             cfg.update(source=measured, split="train", every="")
-        run(config, workdir)
+        run(config, workdir, (1, 1, 1))
         lines = read(workdir / "metrics.jsonl")
         last = {name: value for line in lines for name, value in line.items()}
         assert last["eval/images"] == (15 if measured == folder else 48)

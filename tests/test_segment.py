@@ -75,17 +75,17 @@ def test_a_frozen_update_is_batch_norm_a_matrix_and_adamw(root):
     config = config_of(root, **{"optim.warmup": "0 steps", "optim.power": 2.0, "optim.blr": 1.0})
     task = task_on(config, mesh_of(1, 1, 1))
     tx, _ = task.optimizer(10, 2)
-    state = train.init_state(task, tx, 0)
+    state = jax.jit(partial(train.init_state, task, tx, 0))()
     update = jax.jit(partial(train.update, task=task, tx=tx, seed=0))
     kernel = np.asarray(state.params["head"]["kernel"], np.float64)
     bias, mean, var = np.zeros(3), np.zeros(32), np.ones(32)
     moments = {name: [np.zeros_like(x)] * 2 for name, x in (("w", kernel), ("b", bias))}
-    encoder = Encoder(task.spec, task.encoder.compute)
+    encode = jax.jit(Encoder(task.spec, task.encoder.compute).apply)
     row, column = (segment.linear(n, 8 * n) for n in (3, 4))
     for step in range(3):
         batch = batch_of(step)
         patches = patchify(normalize(jnp.asarray(batch["image"]), task.spec), (8, 8))
-        tokens = encoder.apply({"params": state.extra["encoder"]}, patches)[:, 1:]
+        tokens = encode({"params": state.extra["encoder"]}, patches)[:, 1:]
         x = np.asarray(tokens, np.float64).reshape(-1, 32)
         norm = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0) * len(x) / (len(x) - 1)
@@ -119,7 +119,7 @@ def test_a_frozen_encoder_stays_and_fine_tuning_moves_every_parameter(root):
         config = config_of(root, f"finetune={finetune}", **{"optim.warmup": "0 steps"})
         task = task_on(config, mesh_of(1, 1, 1))
         tx, _ = task.optimizer(10, 2)
-        state = train.init_state(task, tx, 0)
+        state = jax.jit(partial(train.init_state, task, tx, 0))()
         new, _ = jax.jit(partial(train.update, task=task, tx=tx, seed=0))(state, batch_of())
         moved = [
             bool((np.asarray(x) != np.asarray(y)).any())
@@ -140,7 +140,7 @@ def test_fine_tuning_slows_from_block_to_block_and_drops_paths_in_training_only(
     np.testing.assert_allclose(
         scales["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["bias"].ravel(), [0.65**2, 0.65]
     )
-    params, extra = task.init(jax.random.key(0))
+    params, extra = jax.jit(task.init)(jax.random.key(0))
 
     def loss(key, training):
         def rng(name):
@@ -155,7 +155,7 @@ def test_fine_tuning_slows_from_block_to_block_and_drops_paths_in_training_only(
 def test_several_blocks_are_joined(root):
     config = config_of(root, **{"head.layers": "1,2"})
     task = task_on(config, mesh_of(1, 1, 1))
-    params, extra = task.init(jax.random.key(0))
+    params, extra = jax.jit(task.init)(jax.random.key(0))
     assert params["head"]["kernel"].shape == (64, 3)
     both = task.represent(params, extra, batch_of(), None)
     for i, block in enumerate((1, 2)):

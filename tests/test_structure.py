@@ -1,6 +1,7 @@
 """Imports only go down, and nothing names the machine it was written on."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -79,7 +80,13 @@ def imports(source: str) -> Iterator[Import]:
 def python_files(*folders: str) -> list[tuple[str, list[Import]]]:
     """Return path from the root and imports of every Python file in the folders."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [(path.relative_to(ROOT).as_posix(), list(imports(path.read_text()))) for path in paths]
+    return [(path.relative_to(ROOT).as_posix(), imports_of(path)) for path in paths]
+
+
+@functools.cache
+def imports_of(path: Path) -> list[Import]:
+    """Return the imports of a Python file."""
+    return list(imports(path.read_text()))
 
 
 def misplaced(wrong: Callable[[str, Import], bool], *folders: str) -> list[str]:

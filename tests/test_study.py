@@ -10,11 +10,12 @@ import compiler
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FLAGS = f"--xla_backend_optimization_level=1 {compiler.FLAG}"
 
 
 def study(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.FLAG}
+    one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     environment = os.environ | one_device
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -41,7 +41,8 @@ def test_every_ablation_takes_two_steps(name):
     rows = [(row, *runs.values()) for row, runs in expanded(name).items()]
     for _, config in rows:
         tasks.build(config, mesh)
-    for row, config in (rows[0], rows[-1]):
+    # Of the others the first row is the same program.
+    for row, config in (rows[0], rows[-1]) if name == ABLATIONS[0] else rows[-1:]:
         _, state, step = compiled(config, mesh)
         for seed in (0, 1):
             batch = {"image": batch_of(config, seed)["image"]}

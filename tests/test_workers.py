@@ -111,6 +111,7 @@ def test_a_run_that_is_stopped_leaves_no_process_memory_or_warning_behind(number
     command = [sys.executable, "-m", "mae_jax", "train", "--config=configs/digits.py"]
     command += [f"--workdir={tmp_path}/run", "--config.data.workers=2"]
     command += ["--config.train_for=100000 steps", "--config.log_every=5 steps"]
+    command += [f"--config.model.{x}" for x in ("depth=1", "decoder_depth=1", "scan_unroll=1")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     quick = os.environ | {"XLA_FLAGS": hosts.QUICK}
     with subprocess.Popen(command, cwd=ROOT, env=quick, **pipes) as run:
