@@ -18,6 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 STEPS, PER_EPOCH = 44, 11  # enough that a run is still going when a signal reaches it
 IMAGES = 1437
+SAVE_ONCE = f"--config.checkpoint.every={STEPS} steps"  # of runs that nothing interrupts
 # For processes whose time would go into compiling.
 QUICK = (
     f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true {compiler.FLAG}"
@@ -182,10 +183,10 @@ def apart(
     return Processes(commands, devices, folders)
 
 
-def launched(folder: Path, workdir: Path, hosts: int, devices: int) -> Processes:
+def launched(folder: Path, workdir: Path, hosts: int, devices: int, *more: str) -> Processes:
     """Start hosts under launch/local.sh."""
     command = ["env", f"PORT={free_port()}", "bash", "launch/local.sh", str(hosts)]
-    return Processes([[*command, *flags(folder, workdir)]], devices)
+    return Processes([[*command, *flags(folder, workdir), *more]], devices)
 
 
 def signal_host(workdir: Path, host: int, number: int) -> None:

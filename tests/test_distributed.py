@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """One process with as many devices as the hosts have together."""
-    run = hosts.apart(folder, folder / "alone", 1, HOSTS * DEVICES, seen=str(folder / "alone-seen"))
+    seen = str(folder / "alone-seen")
+    own = [[hosts.SAVE_ONCE]]
+    run = hosts.apart(folder, folder / "alone", 1, HOSTS * DEVICES, own, seen=seen)
     assert run.end() == [0], run.text()
     return folder / "alone"
 
@@ -42,7 +44,8 @@ def assert_refused(run, words, hosts=HOSTS):
 
 def test_two_hosts_make_the_run_of_one_and_read_every_example_once(folder, alone):
     workdir, seen = folder / "two", str(folder / "two-seen")
-    run = hosts.apart(folder, workdir, HOSTS, DEVICES, seen=seen)
+    own = [[hosts.SAVE_ONCE]] * HOSTS
+    run = hosts.apart(folder, workdir, HOSTS, DEVICES, own, seen=seen)
     assert run.end() == [0, 0], run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
     assert len({round(loss, 5) for loss in hosts.losses(alone)}) > hosts.STEPS / 2
@@ -68,7 +71,7 @@ def test_a_lost_host_ends_all_and_the_run_goes_on_to_the_same_losses(folder, alo
         assert f"host {lost}: killed (SIGKILL)" in run.text()
         assert "Start all hosts again" in run.text()
         assert f"host {lost} ended first" in run.output[0][-1]
-    run = hosts.launched(folder, workdir, HOSTS, DEVICES)
+    run = hosts.launched(folder, workdir, HOSTS, DEVICES, hosts.SAVE_ONCE)
     assert run.end() == [0], run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
 
@@ -84,26 +87,22 @@ def test_sigterm_to_one_host_stops_all_and_the_run_goes_on_with_half_and_twice_a
         assert "it is saved" in run.text()
         last = hosts.logged(workdir)[-1]["step"]
         assert (workdir / "checkpoints" / str(last)).is_dir()
-    run = hosts.launched(folder, workdir, 2, DEVICES)
+    run = hosts.launched(folder, workdir, 2, DEVICES, hosts.SAVE_ONCE)
     assert run.end() == [0], run.text()
     np.testing.assert_allclose(hosts.losses(workdir), hosts.losses(alone), rtol=1e-5)
 
 
-def test_a_host_with_another_config_is_refused_by_all_with_the_difference(folder):
-    own = [[], ["--config.optim.blr=1.0"]]
-    run = hosts.apart(folder, folder / "config", HOSTS, 1, own_flags=own)
-    assert_refused(run, "host 1: config.optim.blr is 1.0, on host 0 it is 0.00015")
-    assert not (folder / "config").exists()
-
-
-def test_a_host_with_other_code_is_refused_by_all(folder):
+def test_a_host_with_another_config_and_other_code_is_refused_by_all_with_the_difference(folder):
     copy = folder / "copy"
     shutil.copytree(hosts.ROOT / "mae_jax", copy / "mae_jax")
     shutil.copytree(hosts.ROOT / "configs", copy / "configs")
     with (copy / "mae_jax/optim.py").open("a") as file:
         file.write("# changed on one host only\n")
-    run = hosts.apart(folder, folder / "code", HOSTS, 1, folders=[hosts.ROOT, copy])
+    own = [[], ["--config.optim.blr=1.0"]]
+    run = hosts.apart(folder, folder / "code", HOSTS, 1, own, [hosts.ROOT, copy])
     assert_refused(run, "host 1: code of mae_jax is")
+    assert_refused(run, "host 1: config.optim.blr is 1.0, on host 0 it is 0.00015")
+    assert not (folder / "code").exists()
 
 
 def test_a_host_with_fewer_examples_or_none_is_refused_by_all(folder):
