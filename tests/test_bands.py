@@ -281,7 +281,7 @@ def test_a_folder_of_12_bands_is_trained_on_and_shown(tmp_path):
 
     cfg.evals.reconstruct.bands = (13,)
     with pytest.raises(UserError, match="bands 1 to 12"):
-        run(cfg, tmp_path / "other")
+        run(cfg, tmp_path / "other", (1, 1, 1))
 
 
 def test_three_chosen_bands_are_shown_scaled():
