@@ -6,7 +6,8 @@
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: the paper's numbers, which the table repeats. For masks since the paper, arXiv 2512.15715
 has 35.3 -> 54.3 % k-NN by cells of 2 (ViT-H), and arXiv 2407.13036 83.17 -> 83.57 % fine-tuned by
-green noise (ViT-B): with other data and lengths. We have measured none of them.
+green noise (ViT-B): with other data and lengths. docs/switches.md has one epoch of CIFAR-10 for
+four of them.
 """
 
 from mae_jax.configs.ablations.common import sweep

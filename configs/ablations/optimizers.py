@@ -3,8 +3,9 @@
     mae-jax sweep --config=configs/ablations/optimizers.py:base=cifar10,data=PATH --workdir=DIR
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
-Expected: we have measured none of them. arXiv 2605.24770 finds Muon better than AdamW for MAE. Lion
-has a third of the rate and three times the decay here, as its paper (arXiv 2302.06675) advises.
+Expected: docs/switches.md has one epoch of CIFAR-10. arXiv 2605.24770 finds Muon better than AdamW
+for MAE. Lion has a third of the rate and three times the decay here, as its paper (arXiv
+2302.06675) advises.
 """
 
 from mae_jax.configs.ablations.common import sweep

@@ -4,8 +4,8 @@
         --workdir=DIR
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
-Expected: docs/switches.md has the command for one epoch of CIFAR-10, and what it gave so far. For
-other data and lengths see the files that the rows are from: masks.py, optimizers.py, blocks.py and
+Expected: docs/switches.md has one epoch of CIFAR-10 with three seeds, and its command. For other
+data and lengths see the files that the rows are from: masks.py, optimizers.py, blocks.py and
 crossmae.py, which have more rows of each kind.
 """
 
