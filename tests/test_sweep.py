@@ -145,3 +145,13 @@ def test_a_row_that_changes_a_key_that_there_is_not_is_refused():
     config.sweep.rows.without = dict(model=dict(decoder_deth=3))
     with pytest.raises(UserError, match="row 'without': no such key 'model.decoder_deth'; nearest"):
         sweep.expand(config)
+
+
+def test_a_row_takes_its_share_of_the_rate_that_is_given_and_no_flag_is_overruled(tmp_path):
+    rows = expanded("ablations/optimizers", "base=digits,blr=3e-3")
+    assert rows["lion"]["lion"].optim.blr == pytest.approx(1e-3)
+    assert rows["adamw"]["adamw"].optim.blr == 3e-3
+    recipe = "--config=configs/ablations/optimizers.py:base=digits"
+    with pytest.raises(UserError, match=r"--config.optim.blr: lion set it.*blr=RATE"):
+        sweep.main([recipe, "--config.optim.blr=3e-3", f"--workdir={tmp_path}/x"])
+    assert not list(tmp_path.iterdir())

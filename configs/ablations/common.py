@@ -7,6 +7,7 @@ Arguments of every file here:
     small   cifar10: the model for CPUs
     epochs  0 = those of the base; digits: hundreds of steps
     seeds   runs of each row
+    blr     base learning rate, of which some rows take a share; 0 = that of the base
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +26,10 @@ def sweep(arg, rows, paper=()):
       rows: name -> changes, nested as in the config; or a function of the base that returns them.
       paper: name of a row -> (fine-tuned, linear probe), the paper's top-1 accuracies in percent.
     """
-    args = parse_arg(arg, base="imagenet", data="", small=True, epochs=0, seeds=1)
+    args = parse_arg(arg, base="imagenet", data="", small=True, epochs=0, seeds=1, blr=0.0)
     bases = {"imagenet": imagenet, "cifar10": cifar10, "digits": digits}
     config, splits = choose(args, "base", bases)(args)
+    config.optim.blr = args["blr"] or config.optim.blr
     measure = dict(every="", source="", feature="cls", layers="all", batch_size=500, **splits)
     config.evals.knn = dict(measure, type="knn", ks=(20,), temperature=0.07)
     config.evals.logistic = dict(measure, type="logistic")

@@ -1,12 +1,12 @@
 """Sweep: make the runs of an ablation in turn, and one table of what they measured."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from mae_jax import files
 from mae_jax.commands import plan as plan_command
@@ -59,6 +59,25 @@ def expand(config: ConfigDict) -> dict[str, dict[str, ConfigDict]]:
                 run.seed = seed
             expanded[row][row if config.sweep.seeds == 1 else f"{row}-{seed}"] = run
     return expanded
+
+
+def require_no_row_sets(config: ConfigDict, overrides: Iterable[str]) -> None:
+    """Check that no row sets a key that the command line sets: the row was made before, and wins.
+
+    Raises:
+      UserError: rows that do.
+    """
+    for key in overrides:
+        rows = [
+            row
+            for row in config.sweep.order
+            if key in dict(leaves(config.sweep.rows[row].to_dict()))
+        ]
+        if rows:
+            raise UserError(
+                f"--config.{key}: {', '.join(rows)} set it themselves, some as a share of what the"
+                " recipe has: give --config=...:blr=RATE for the rate, or leave it out"
+            )
 
 
 def chosen(rows: Mapping[str, Mapping[str, ConfigDict]], only: list[str]) -> dict[str, ConfigDict]:
@@ -148,6 +167,7 @@ def main(argv: list[str]) -> int:
     argv = [arg.replace("--dry-run", "--dry_run") for arg in argv]  # as other tools spell it
     config, values, recipe = recipes.parse(argv, define, "sweep")
     rows = expand(config)
+    require_no_row_sets(config, config_flags.get_override_values(values["config"]))
     runs = chosen(rows, values.only)
     if values.dry_run:
         show_costs(runs, values)
