@@ -1,4 +1,4 @@
-"""Optimizers and schedules beside the published ones, by the names that a config may give."""
+"""Optimizers and schedules beside those of pre-training: by name, of probes, of segmentation."""
 
 import re
 from collections.abc import Callable, Mapping

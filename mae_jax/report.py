@@ -15,7 +15,7 @@ from mae_jax.metrics.progress import Progress
 
 
 class Reporter:
-    """What a run writes: metrics.jsonl, TensorBoard, logs and the progress bar.
+    """Writer of all that a run says: metrics.jsonl, TensorBoard, logs and the progress bar.
 
     A context manager. Metrics of an update are read from the device when the next update has
     started, or at `flush`.

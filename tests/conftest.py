@@ -1,6 +1,5 @@
 """Every test sees eight simulated CPU devices and full float32 matmuls."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -20,9 +19,6 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# Tracing makes millions of small objects; what was imported need not be looked at again.
-gc.freeze()
-gc.set_threshold(20_000, 20, 50)
 
 # Files whose time goes into compiling. What is spared is the machine code's quality, not the passes
 # over the program: what is counted in a program stays as it is. What compares bits with another

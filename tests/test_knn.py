@@ -184,9 +184,8 @@ def alone(state):
     return evaluate(state, config_of(batch_size=70))
 
 
-@pytest.mark.parametrize(
-    ("shape", "batch_size"), [((2, 1, 1), 3), ((8, 1, 1), 24), ((2, 2, 2), 3)], ids=str
-)
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("batch_size", [3, 24])
 def test_accuracies_are_the_same_on_any_mesh_and_for_any_batch_size(
     state, alone, shape, batch_size
 ):

@@ -217,8 +217,10 @@ def test_the_logistic_regression_has_the_mean_of_scikit_learn(root, state):
 @pytest.mark.parametrize("name", ["knn", "logistic"])
 def test_the_numbers_are_the_same_on_any_mesh_and_with_padding(root, state, name):
     one = evaluate(config_of(root, layers="all"), state, name)
-    many = evaluate(config_of(root, layers="all", batch_size=3), state, name, (2, 2, 2))
+    many = evaluate(config_of(root, layers="all", batch_size=3), state, name, (8, 1, 1))
     assert one.scalars == many.scalars
+    some = evaluate(config_of(root, layers="all", batch_size=4), state, name, (2, 2, 2))
+    assert one.scalars == some.scalars
 
 
 def test_half_precision_in_the_bank_changes_little(root, state):

@@ -451,11 +451,11 @@ def test_a_run_without_updates_takes_any_number_of_devices(tmp_path):
     config = knn_config("source=bundled:digits,bank=train[:200],test=test[:50]")
     config.features = "pixels"
     config.model.image_size = (32, 32)
-    del config.evals.fewshot, config.evals.logistic
+    del config.evals.fewshot
     run(config, tmp_path, (3, 1, 1))
     lines = writer.read(tmp_path / "metrics.jsonl")
     found = {name: value for line in lines for name, value in line.items()}
-    assert found["eval/knn1_cls"] > 50
+    assert min(found["eval/knn1_cls"], found["eval/logistic_cls"]) > 50
 
 
 def test_the_published_setting_is_the_one_of_the_reference():

@@ -227,9 +227,9 @@ def test_a_second_ctrl_c_ends_the_process_at_once(folder):
 
 
 def test_a_run_goes_on_on_other_numbers_of_devices(folder, uninterrupted):
-    """4, then 1, then 4: the same images and masks, so the same losses but for rounding."""
+    """8, then 1, then 4: the same images and masks, so the same losses but for rounding."""
     workdir = folder / "moved"
-    for devices in (4, 1, 4):
+    for devices in (8, 1, 4):
         run = Run(folder, workdir, devices=devices)
         run.until_step(len(logged(workdir)) + 3)
         assert run.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(run.said)

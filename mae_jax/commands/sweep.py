@@ -1,7 +1,7 @@
 """Sweep: make the runs of an ablation in turn, and one table of what they measured."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,19 @@ def expand(config: ConfigDict) -> dict[str, dict[str, ConfigDict]]:
     return expanded
 
 
-def require_no_row_sets(config: ConfigDict, overrides: Iterable[str]) -> None:
+def require_no_row_sets(config: ConfigDict, overrides: Collection[str]) -> None:
     """Check that no row sets a key that the command line sets: the row was made before, and wins.
 
     Raises:
-      UserError: rows that do.
+      UserError: a row does.
     """
-    for key in overrides:
-        rows = [
-            row
-            for row in config.sweep.order
-            if key in dict(leaves(config.sweep.rows[row].to_dict()))
-        ]
-        if rows:
-            raise UserError(
-                f"--config.{key}: {', '.join(rows)} set it themselves, some as a share of what the"
-                " recipe has: give --config=...:blr=RATE for the rate, or leave it out"
-            )
+    for row in config.sweep.order:
+        for key, _ in leaves(config.sweep.rows[row]):
+            if key in overrides:
+                raise UserError(
+                    f"--config.{key}: row {row!r} sets it itself, perhaps as a share of what the"
+                    " recipe has: give --config=...:blr=RATE for the rate, or leave it out"
+                )
 
 
 def chosen(rows: Mapping[str, Mapping[str, ConfigDict]], only: list[str]) -> dict[str, ConfigDict]:

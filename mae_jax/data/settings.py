@@ -1,4 +1,4 @@
-"""What config.data asks for: the crop and augmentation that it names, and a check of its values."""
+"""Resolve the crop and the augmentation that config.data names, and check its values."""
 
 import functools
 import importlib.util

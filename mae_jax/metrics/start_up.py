@@ -1,4 +1,4 @@
-"""What a user should know before the first batch, in lines."""
+"""Lines that say before the first batch how large a run is."""
 
 import math
 from collections.abc import Callable
