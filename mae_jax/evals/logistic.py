@@ -33,8 +33,9 @@ from mae_jax.sharding import BATCH
 
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # from strong to weak
 HELD_OUT = 0.1  # share of the bank on which the strength and the best block are chosen
-MOST = 500  # iterations of L-BFGS for a fit
-TOLERANCE = 1e-5  # largest part of the gradient at which it ends
+MOST = 1000  # iterations of L-BFGS for a fit
+# Largest part of the gradient at which it ends; at 1e-5 rounding chose the strength of small banks.
+TOLERANCE = 2e-6
 
 
 class Bank(NamedTuple):

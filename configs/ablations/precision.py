@@ -1,0 +1,21 @@
+"""What a row multiplies in and keeps between its blocks: what bfloat16 costs in what is learned.
+
+    mae-jax sweep --config=configs/ablations/precision.py:base=cifar10,data=PATH --workdir=DIR
+
+Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
+Expected: benchmarks/RESULTS.md has one epoch of CIFAR-10. Parameters, their update, LayerNorm, the
+softmax and the loss are in float32 in every row.
+"""
+
+from mae_jax.configs.ablations.common import sweep
+
+ROWS = {
+    "float32": dict(model=dict(dtype="float32")),
+    "bfloat16": dict(model=dict(dtype="bfloat16")),  # the recipes' own
+    "float32_sums": dict(model=dict(dtype="bfloat16", float32_sums=True)),
+    "bfloat16_residual": dict(model=dict(dtype="bfloat16", residual_dtype="bfloat16")),
+}
+
+
+def get_config(arg=None):
+    return sweep(arg, ROWS)
