@@ -80,8 +80,9 @@ def other_runs(data: str, rates: dict[str, float]) -> Iterator[Run]:
                 yield Run(f"{start}{longer}-{labels}-{seed}", config, seed, init)
         if labels == 10:
             yield from masks(data)
-    yield from frozen(data, "linear")
-    yield from frozen(data, "attentive")
+        if labels == 1:
+            yield from frozen(data, "linear")
+            yield from frozen(data, "attentive")
 
 
 def masks(data: str) -> Iterator[Run]:
