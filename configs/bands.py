@@ -1,6 +1,6 @@
 """Pre-train on images of many bands, in groups that are masked independently of each other.
 
-    mae-jax prepare folder --source=PATH --value_range=0,10000     (prints mean and std, see below)
+    mae-jax prepare folder --source=PATH --value_range=0,10000     # prints mean and std, see below
     mae-jax train --config=configs/bands.py:data=PATH,variant=B/16 --workdir=DIR
 
 The groups are for the 12 bands of Sentinel-2's level 2A, in the order B1 to B8, B8A, B9, B11, B12:

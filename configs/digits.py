@@ -4,8 +4,8 @@
     mae-jax train --config=configs/digits.py:task=finetune,init=DIR,labels=10 --workdir=DIR_tuned
     mae-jax train --config=configs/digits.py:task=linear,init=DIR --workdir=DIR_linear
 
-Hardware and time: 2 CPU cores; `bash launch/study.sh` makes all runs and a table in 20 minutes. It
-needs scikit-learn (the extra `quickstart`) and no download.
+Hardware and time: 2 CPU cores; `bash launch/study.sh digits` makes all runs and a table in 20
+minutes. It needs scikit-learn (the extra `quickstart`) and no download.
 Expected: our own numbers, in docs/study.md.
 
 Arguments:

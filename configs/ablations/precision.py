@@ -3,8 +3,8 @@
     mae-jax sweep --config=configs/ablations/precision.py:base=cifar10,data=PATH --workdir=DIR
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
-Expected: benchmarks/RESULTS.md has one epoch of CIFAR-10. Parameters, their update, LayerNorm, the
-softmax and the loss are in float32 in every row.
+Expected: we have not measured it. Parameters, their update, LayerNorm, the softmax and the loss are
+in float32 in every row.
 """
 
 from mae_jax.configs.ablations.common import sweep

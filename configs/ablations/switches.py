@@ -1,7 +1,6 @@
 """Switches for what was found since the paper, one at a time, and where they come together.
 
-    mae-jax sweep --config=configs/ablations/switches.py:base=cifar10,data=PATH,epochs=4,seeds=3 \\
-        --workdir=DIR
+    mae-jax sweep --config=ablations/switches:base=cifar10,data=PATH,epochs=4,seeds=3 --workdir=DIR
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: docs/switches.md has one epoch of CIFAR-10 with three seeds, and its command. For other
