@@ -172,7 +172,7 @@ def draw(root: Path) -> None:
         found = {x: blocks(root, f"knn-ratio-{x}", key).values() for x in RATIOS}
         best = {ratio: max(numbers) for ratio, numbers in found.items() if numbers}
         right.plot(best.keys(), best.values(), "o-", label=name)
-    middle.margins(y=0.35)  # room for the legend
+    middle.margins(y=0.5)  # room for the legend
     for panel, words in ((left, "labelled images"), (middle, "block"), (right, "mask ratio")):
         panel.set_xlabel(words)
         panel.grid(axis="y", alpha=0.3)
