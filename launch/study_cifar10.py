@@ -18,7 +18,7 @@ from study import SEEDS, Run, last_value, values
 
 from mae_jax.metrics.table import cell
 
-LABELS = (10, 1, 100)
+LABELS = (1, 10, 100)
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RATES = {"tuned": (2e-3, 4e-3, 8e-3, 1.6e-2), "scratch": (1e-3, 2e-3, 4e-3, 8e-3)}
 KINDS = ("block", "grid")
@@ -69,20 +69,22 @@ def frozen(data: str, task: str) -> Iterator[Run]:
 
 
 def other_runs(data: str, rates: dict[str, float]) -> Iterator[Run]:
-    """Yield fine-tuning against scratch, probes, and the comparisons of masks."""
-    for labels in LABELS:
-        for seed in SEEDS if labels < 100 else SEEDS[:1]:
-            for start, longer in (("tuned", 1), ("scratch", 1), ("scratch", 2)):
-                config = recipe(
-                    data, task="finetune", labels=labels, longer=longer, blr=rates[start]
-                )
-                init = FULL if start == "tuned" else ""
-                yield Run(f"{start}{longer}-{labels}-{seed}", config, seed, init)
-        if labels == 10:
-            yield from masks(data)
-        if labels == 1:
-            yield from frozen(data, "linear")
-            yield from frozen(data, "attentive")
+    """Yield fine-tuning against scratch, probes, and the comparisons of masks; the longest last."""
+    yield from labelled(data, rates, 10)
+    yield from masks(data)
+    yield from labelled(data, rates, 1)
+    yield from frozen(data, "linear")
+    yield from frozen(data, "attentive")
+    yield from labelled(data, rates, 100)
+
+
+def labelled(data: str, rates: dict[str, float], labels: int) -> Iterator[Run]:
+    """Yield fine-tuning against scratch, with so many percent of the labels."""
+    for seed in SEEDS if labels < 100 else SEEDS[:1]:
+        for start, longer in (("tuned", 1), ("scratch", 1), ("scratch", 2)):
+            config = recipe(data, task="finetune", labels=labels, longer=longer, blr=rates[start])
+            init = FULL if start == "tuned" else ""
+            yield Run(f"{start}{longer}-{labels}-{seed}", config, seed, init)
 
 
 def masks(data: str) -> Iterator[Run]:
@@ -133,7 +135,7 @@ def tables(root: Path) -> list[str]:
                 row(dict(mae="MAE", random="untrained")[kind], *([x] for x in found.values()))
             )
     lines += head("labels", "fine-tuned", "from scratch", "scratch, twice the updates")
-    for labels in sorted(LABELS):
+    for labels in LABELS:
         starts = ("tuned1", "scratch1", "scratch2")
         lines.append(row(f"{labels} %", *(values(root, f"{x}-{labels}", TUNED) for x in starts)))
     lines += head(
@@ -159,7 +161,7 @@ def draw(root: Path) -> None:
     left, middle, right = figure.subplots(1, 3)
     starts = {"tuned1": "MAE, fine-tuned", "scratch1": "from scratch", "scratch2": "scratch, twice"}
     for start, words in starts.items():
-        found = {labels: values(root, f"{start}-{labels}", TUNED) for labels in sorted(LABELS)}
+        found = {labels: values(root, f"{start}-{labels}", TUNED) for labels in LABELS}
         found = {labels: numbers for labels, numbers in found.items() if numbers}
         spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in found.values()]
         means = [statistics.mean(x) for x in found.values()]

@@ -1,4 +1,4 @@
-"""What a row multiplies in and keeps between its blocks: what bfloat16 costs in what is learned.
+"""Precision of the matrix products and of the tokens between blocks.
 
     mae-jax sweep --config=configs/ablations/precision.py:base=cifar10,data=PATH --workdir=DIR
 
@@ -11,7 +11,7 @@ from mae_jax.configs.ablations.common import sweep
 
 ROWS = {
     "float32": dict(model=dict(dtype="float32")),
-    "bfloat16": dict(model=dict(dtype="bfloat16")),  # the recipes' own
+    "bfloat16": dict(model=dict(dtype="bfloat16")),  # as in the published recipe
     "float32_sums": dict(model=dict(dtype="bfloat16", float32_sums=True)),
     "bfloat16_residual": dict(model=dict(dtype="bfloat16", residual_dtype="bfloat16")),
 }
