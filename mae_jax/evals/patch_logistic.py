@@ -4,8 +4,8 @@
 of the patch. The strength of the penalty is chosen by the patches of a tenth of the bank's images.
 
 The bank stays where it was computed, split over the mesh, of one block at a time: patches x width
-numbers in float32, twice that when they are standardised, and a few arrays of patches x classes.
-ADE20K at 224 with L/16: 4.0 million patches, 32 GB, and about 15 GB: one 80 GB GPU, or 8 of 16 GB.
+numbers in float32, twice that when they are standardised, and two arrays of patches x classes.
+ADE20K at 224 with L/16: 4.0 million patches, 32 GB, and 5 GB: one 80 GB GPU, or 4 of 16 GB.
 """
 
 from collections.abc import Callable, Mapping
