@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mae_jax.commands import embed as embed_command
-from mae_jax.commands import feature_file, recipes, train
+from mae_jax.commands import feature_file, recipes, running
 from mae_jax.pretrained import load
 
 
@@ -35,9 +35,9 @@ def pretrain(
     changes = {"data.source": source} | ({"train_for": f"{steps} steps"} if steps else {})
     flags = [f"--config.{key}={value}" for key, value in {**changes, **(config or {})}.items()]
     recipe, *_ = recipes.parse(
-        [f"--config=folder:variant={variant}", *flags], train.define, "train"
+        [f"--config=folder:variant={variant}", *flags], running.define, "train"
     )
-    train.run(recipe, out)
+    running.run(recipe, out)
     return load(out)
 
 

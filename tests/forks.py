@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from mae_jax.commands import recipes, train
+from mae_jax.commands import recipes, running
 from mae_jax.metrics import writer
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def config_of(example, argument="", **keys):
     path = ROOT / "examples" / example / "recipe.py"
     colon = f":{argument}" if argument else ""
     flags = [f"--config.{key}={value}" for key, value in (TINY | keys).items()]
-    return recipes.parse([f"--config={path}{colon}", *flags], train.define, "train")[0]
+    return recipes.parse([f"--config={path}{colon}", *flags], running.define, "train")[0]
 
 
 def module_of(name):
@@ -48,7 +48,7 @@ def module_of(name):
 
 def run(config, workdir):
     """Run a config, and return the logged values by name."""
-    train.run(config, workdir, devices=jax.devices()[:1])
+    running.run(config, workdir, devices=jax.devices()[:1])
     values: dict[str, list] = {}
     for line in writer.read(workdir / "metrics.jsonl"):
         for name, value in line.items():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mae_jax import checkpoint, distributed
-from mae_jax.commands import train
+from mae_jax.commands import running
 
 HOSTS, DEVICES = 2, 2
 
@@ -215,10 +215,10 @@ def test_one_of_several_processes_is_told_to_join_them(environ, by):
 def test_what_was_compiled_is_kept_for_the_user_or_beside_the_bucket(workdir, cache, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert train.compilation_cache(workdir) == cache
+    assert running.compilation_cache(workdir) == cache
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     if "://" not in workdir:
-        assert train.compilation_cache(workdir) == "/cache/mae_jax/compiled"
+        assert running.compilation_cache(workdir) == "/cache/mae_jax/compiled"
 
 
 def test_the_host_that_differs_from_most_is_the_one_that_is_named():

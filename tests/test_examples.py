@@ -12,7 +12,7 @@ from tiny import assert_trees_equal, mesh_of, save_workdir
 import mae_jax
 from mae_jax import tasks
 from mae_jax import train as loop
-from mae_jax.commands import train
+from mae_jax.commands import running
 from mae_jax.errors import UserError
 
 
@@ -116,7 +116,7 @@ def test_hog_has_108_values_knows_no_contrast_and_turns_with_the_image():
 
 def test_the_decoder_of_convolutions_is_split_by_a_mesh_and_knows_its_roles():
     config = config_of("decoder", **DIGITS, **{"model.patch_size": (8, 8), "mesh.fsdp": 8})
-    parts = train.build(config)
+    parts = running.build(config)
     shapes, _ = loop.lay_out(parts.task, parts.tx, 0, mesh_of(1, 8, 1))
     kernel = shapes.params["decoder"]["conv0"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")

@@ -13,7 +13,7 @@ from tiny import assert_trees_equal, batch_of, mesh_of
 import mae_jax
 from mae_jax import tasks
 from mae_jax import train as loop
-from mae_jax.commands import train
+from mae_jax.commands import running
 from mae_jax.errors import UserError
 
 SMALL = DIGITS | {"model.patch_size": (8, 8), "model.depth": 2, "teacher.blocks": 2}
@@ -149,7 +149,7 @@ def test_evaluators_get_the_features_of_the_teacher(setting):
 
 
 def test_a_mesh_splits_the_teacher_like_the_encoder():
-    parts = train.build(config(**{"mesh.fsdp": 8}))
+    parts = running.build(config(**{"mesh.fsdp": 8}))
     shapes, _ = loop.lay_out(parts.task, parts.tx, 0, mesh_of(1, 8, 1))
     shardings = [
         jax.tree.map(lambda x: x.sharding, encoder)

@@ -17,7 +17,7 @@ from segments import write_folder
 from tiny import DECODER, GREY, MODEL
 
 from mae_jax import limits
-from mae_jax.commands import train
+from mae_jax.commands import running
 from mae_jax.commands.recipes import names
 from mae_jax.config import OPTIONAL_KEYS
 from mae_jax.errors import UserError
@@ -157,7 +157,7 @@ def changed(config, key, value):
 def accept(config):
     """Do what `mae-jax train` does with a config before it writes anything."""
     limits.check(config)
-    train.build(config)
+    running.build(config)
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def test_a_key_that_no_recipe_names_has_its_limits_too(key):
 def test_a_run_that_starts_from_nothing_leaves_nothing(key, tmp_path):
     config = changed(recipe("pretrain"), key, str(tmp_path / "missing"))
     with pytest.raises(UserError, match=f"config.{key}=.*holds no checkpoint"):
-        train.run(config, tmp_path / "new" / "workdir")
+        running.run(config, tmp_path / "new" / "workdir")
     assert not list(tmp_path.iterdir())
 
 
@@ -229,5 +229,5 @@ def test_the_legal_values_together_take_a_step(name, kind, tmp_path):
         if is_legal(name, key, kind) and not isinstance(value, str) and path[0] != "mesh":
             config = changed(config, key, wrong(kind, value))
     config.train_for, config.optim.warmup = "1 steps", "0 steps"
-    state = train.run(config, tmp_path, devices=jax.devices()[:1])
+    state = running.run(config, tmp_path, devices=jax.devices()[:1])
     assert int(state.step) == 1

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax import clock, flops, hlo, plan, tasks, topologies, traffic
 from mae_jax.commands import plan as command
+from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 from mae_jax.mesh import arrange, make_mesh
 from tests.tiny import tiny_config
@@ -523,9 +524,9 @@ def test_a_dataset_that_is_not_there_needs_its_number_of_examples(tmp_path):
     missing = dict(source="imagenet2012:5.1.0", split="train", data_dir=str(tmp_path))
     config.data.update(missing)
     with pytest.raises(UserError, match="--num_examples=N"):
-        command.without_data(config, None, None)
-    command.without_data(config, 1000, 10)
+        recipes.without_data(config, None, None)
+    recipes.without_data(config, 1000, 10)
     assert len(tasks.build(config).examples) == 1000
     config.data.update(missing, source="imagenet2012")
-    assert command.without_data(config, None, 21841) == 1281167
+    assert recipes.without_data(config, None, 21841) == 1281167
     assert config.data.source == "counted:1281167:21841"

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from mae_jax import profiling
-from mae_jax.commands import train
+from mae_jax.commands import running
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def config():
 
 
 def test_a_trace_of_these_steps_is_written_for_tensorboard_and_perfetto(config, tmp_path):
-    train.run(config, tmp_path / "run", profile="2:3")
+    running.run(config, tmp_path / "run", profile="2:3")
     (file,) = (tmp_path / "run/profile").glob("plugins/profile/*/*.xplane.pb")
     assert file.stat().st_size > 1000
     trace = json.loads(gzip.decompress((file.parent / "perfetto_trace.json.gz").read_bytes()))
@@ -45,5 +45,5 @@ def test_steps_that_a_run_does_not_make_are_refused(text, words):
 
 def test_a_refused_profile_leaves_nothing_behind(config, tmp_path):
     with pytest.raises(ValueError, match="this run makes steps 1 to 5"):
-        train.run(config, tmp_path / "run", profile="11:12")
+        running.run(config, tmp_path / "run", profile="11:12")
     assert not (tmp_path / "run").exists()

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
+from mae_jax import commands
+from mae_jax.__main__ import descriptions
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["mae_jax", "configs", "examples", "tests", "benchmarks"]
 
@@ -197,6 +200,16 @@ def test_flags_are_defined_only_by_commands():
     paths = [path for path, _ in python_files("mae_jax", "configs")]
     defining = [path for path in paths if ".DEFINE_" in (ROOT / path).read_text()]
     assert all(path.startswith("mae_jax/commands/") for path in defining)
+
+
+def test_no_command_imports_another():
+    names = {f"{commands.__name__}.{name}" for name in descriptions()}
+    assert {"mae_jax.commands.sweep", "mae_jax.commands.train"} <= names
+
+    def wrong(_, found):
+        return found.name in names or found.name.rpartition(".")[0] in names
+
+    assert not misplaced(wrong, "mae_jax/commands")
 
 
 def text_files() -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, provenance, sharding, tasks, train
-from mae_jax.commands.train import run as run_config
+from mae_jax.commands.running import run as run_config
 from mae_jax.configs import finetune, linprobe, pretrain
 from mae_jax.mesh import AXES
 from mae_jax.tasks import init_from

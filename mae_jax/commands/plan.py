@@ -13,11 +13,6 @@ from ml_collections import ConfigDict
 from mae_jax.commands import recipes
 from mae_jax.errors import UserError
 
-# tfds knows these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
-PUBLISHED = {
-    ("imagenet2012", "train"): (1_281_167, 1000),
-    ("imagenet2012", "validation"): (50_000, 1000),
-}
 # Images/s that one core reads: JPEGs of 103 kB to 224 px, Pillow (benchmarks/RESULTS.md, input).
 READ_PER_CORE = 247
 
@@ -52,28 +47,6 @@ def check(values: flags.FlagValues) -> None:
         raise UserError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
     if values.json and not Path(values.json).absolute().parent.is_dir():
         raise UserError(f"--json={values.json}: there is no such folder")
-
-
-def without_data(config: ConfigDict, examples: int | None, classes: int | None) -> int:
-    """Replace the config's source by one that only has its length; return the length."""
-    from mae_jax.data import sources
-
-    data = config.data
-    if examples is None:
-        try:
-            source = sources.open_source(data.source, data.split, data.data_dir)
-            examples, own_classes = len(source), source.num_classes
-        except sources.NotPrepared as error:
-            if (data.source, data.split) not in PUBLISHED:
-                raise UserError(
-                    f"{data.source!r} is not on this machine, and its number of examples is not"
-                    " known: give --num_examples=N, and --num_classes=N if it has labels"
-                ) from error
-            examples, own_classes = PUBLISHED[data.source, data.split]
-        classes = classes or own_classes
-    with config.unlocked():
-        data.source, data.split = f"counted:{examples}:{classes or 0}", ""
-    return examples
 
 
 def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dict[str, Any]:
@@ -286,7 +259,7 @@ def main(argv: list[str]) -> int:
     topologies.simulate(asked)
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
     mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 0, "tensor": 1}
-    examples = without_data(config, values.num_examples, values.num_classes)
+    examples = recipes.without_data(config, values.num_examples, values.num_classes)
     results = []
     for topology in asked:
         result = best_plan(config, topology, mesh_given)

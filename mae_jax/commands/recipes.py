@@ -1,4 +1,4 @@
-"""Find a recipe and change it as the command line says, for `train` and `plan`."""
+"""Find a recipe and change it as the command line says, for the commands that take one."""
 
 import os
 import re
@@ -16,6 +16,11 @@ from mae_jax.configs.common import typed
 from mae_jax.errors import UserError, nearest
 
 INSTALLED = Path(configs.__path__[0])
+# tfds knows these numbers only once a dataset is prepared: image-net.org/challenges/LSVRC/2012.
+PUBLISHED = {
+    ("imagenet2012", "train"): (1_281_167, 1000),
+    ("imagenet2012", "validation"): (50_000, 1000),
+}
 USAGE = """\
 mae-jax {command} --config=RECIPE[:ARGUMENTS] [--config.KEY=VALUE ...] [FLAG ...]
 
@@ -72,6 +77,28 @@ def parse(
     limits.check(config)
     config.lock()
     return config, values, file.stem
+
+
+def without_data(config: ConfigDict, examples: int | None, classes: int | None) -> int:
+    """Replace the config's source by one that only has its length; return the length."""
+    from mae_jax.data import sources
+
+    data = config.data
+    if examples is None:
+        try:
+            source = sources.open_source(data.source, data.split, data.data_dir)
+            examples, own_classes = len(source), source.num_classes
+        except sources.NotPrepared as error:
+            if (data.source, data.split) not in PUBLISHED:
+                raise UserError(
+                    f"{data.source!r} is not on this machine, and its number of examples is not"
+                    " known: give --num_examples=N, and --num_classes=N if it has labels"
+                ) from error
+            examples, own_classes = PUBLISHED[data.source, data.split]
+        classes = classes or own_classes
+    with config.unlocked():
+        data.source, data.split = f"counted:{examples}:{classes or 0}", ""
+    return examples
 
 
 def names(folder: str = "") -> list[str]:

@@ -9,8 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mae_jax import files
-from mae_jax.commands import plan as plan_command
-from mae_jax.commands import recipes, train
+from mae_jax.commands import recipes, running
 from mae_jax.config import OPTIONAL_KEYS, leaves
 from mae_jax.errors import UserError, nearest
 
@@ -19,7 +18,7 @@ OPEN_GROUPS = ("masking.", "target.")  # whoever they name says which options th
 
 def define(values: flags.FlagValues) -> None:
     """Define the flags of `mae-jax sweep`: those of `mae-jax train`, and these."""
-    train.define(values)
+    running.define(values)
     text = "rows, or runs such as ROW-1, with commas between several: what a Slurm array calls"
     flags.DEFINE_list("only", [], text, flag_values=values)
     text = "show rows, parameters, FLOPs and hours, and run nothing"
@@ -99,7 +98,7 @@ def cost(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
     from mae_jax.data.pipeline import steps_per_epoch
 
     topology = topologies.parse(values.topology)
-    plan_command.without_data(config, values.num_examples, None)
+    recipes.without_data(config, values.num_examples, None)
     task = tasks.build(config)
     per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
@@ -170,7 +169,7 @@ def main(argv: list[str]) -> int:
         return 0
     workdir = values.workdir or str(Path("workdir") / recipe)
     files.require_place(workdir, "--workdir")
-    train.connect(config, values, workdir)
+    running.connect(config, values, workdir)
     import jax
 
     from mae_jax import tasks
@@ -182,7 +181,7 @@ def main(argv: list[str]) -> int:
         for number, (name, run) in enumerate(runs.items(), 1):
             if jax.process_index() == 0:
                 print(f"\n--- run {number} of {len(runs)}: {name}", flush=True)
-            ended = train.supervise(run, os.path.join(workdir, name))
+            ended = running.supervise(run, os.path.join(workdir, name))
             status = max(status, ended)
             if ended > 1:  # 1: its loss is not finite, and the other rows can do without it
                 break
