@@ -33,7 +33,7 @@ torch='' tensorflow=''
 case $name in
   step) torch=$(peer torch torch==2.13.0 transformers pillow) ;;
   learning)
-    torch=$(peer icarus torch==2.13.0 numpy einops)
+    torch=$(peer icarus torch==2.13.0 numpy einops pillow)
     # Without its dependency torchvision, of which it uses nothing here.
     [ -z "$torch" ] || "$torch" -m pip install --quiet --no-deps timm==0.3.2 >&2
     ;;
