@@ -13,17 +13,21 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import skimage
 from official import DATA, HEADS, META, STATE, golden_state, write_pth
 from safetensors.numpy import load_file, save_file
 from tiny import assert_trees_equal, load_encoder_into
 
+import mae_jax
 from configs import finetune, pretrain, robustness
 from mae_jax import checkpoint
 from mae_jax.commands import convert
 from mae_jax.interop import names, pth
 from mae_jax.interop.open import open_weights
+from mae_jax.models import masking
 from mae_jax.tasks import pretrain as pretrain_task
 
+PUBLISHED = Path(__file__).parents[1] / "weights/cifar10-s"
 ENCODER = {k: x for k, x in STATE.items() if "decoder" not in k and k != "mask_token"}
 FLAGS = [f"--{name}={value}" for name, value in HEADS.items()]
 
@@ -44,6 +48,25 @@ def test_round_trips_are_bit_equal(form, tmp_path, capsys):
         else:
             np.testing.assert_array_equal(there[name], x, name)
     assert f"matched: {len(STATE)} tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["ours", "official", "hf"])
+def test_the_published_weights_predict_the_same_in_every_format(form, tmp_path):
+    """They are float16 in the repository, and photographs are what they have learned."""
+    flags, statistics = [], {}
+    if form == "official":  # such a file does not say these
+        flags = ["--heads=4", "--decoder_heads=2"]
+        statistics = dict(mean=(0.492, 0.483, 0.447), std=(0.245, 0.243, 0.261))
+    out = run(PUBLISHED, tmp_path / "out", form)
+    there = run(out, tmp_path / "back", "hf", *flags)
+    crops = [skimage.data.astronaut()[y : y + 32, 200:232] for y in (60, 120, 180)]
+    images, predicted = np.stack(crops), []
+    for path in (PUBLISHED, there):
+        model, params = mae_jax.load(path, **statistics)
+        mask = masking.keep_lowest(np.random.default_rng(0).random((3, 64)), 16)
+        out = jax.jit(model.predict)(params, images, mask)
+        predicted.append(np.asarray(out.images_BHWC, np.float32))
+    np.testing.assert_allclose(predicted[1], predicted[0], atol=0.05)
 
 
 def test_an_encoder_goes_to_timm_and_hugging_face_and_back(tmp_path):

@@ -20,7 +20,7 @@ from mae_jax.commands import embed, feature_file
 from mae_jax.data import crops, sources, transforms
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "tests/data/hf_vitmae_tiny"
+WEIGHTS = ROOT / "weights/cifar10-s"
 MODEL, PARAMS = mae_jax.load(WEIGHTS)
 SIZE = MODEL.spec.image_size
 
@@ -251,7 +251,7 @@ def test_a_dataset_gives_names_and_labels(tmp_path):
         (["images", "--out=a.npz"], ".npy replaces .npz"),
         (["images"], "IMAGES and --out=FILE are wanted"),
         (["images", "--out=nowhere/a.npy"], "there is no folder"),
-        (["images", "--out=a.npy", "--layer=3"], "has layers 1 to 2"),
+        (["images", "--out=a.npy", "--layer=7"], "has layers 1 to 6"),
         (["images", "images/cat/1.png", "--out=a.npy"], "not several of these"),
         (["images/cat/3.png", "--out=a.npy"], "none of the 1 images can be read"),
         (["images/cat/3.png"] * 2 + ["--out=a.npy"], "none of the 2 images can be read"),

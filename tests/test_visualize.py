@@ -13,8 +13,7 @@ import mae_jax
 from mae_jax.commands import pictures, visualize
 from mae_jax.evals import figures
 
-DATA = Path(__file__).parent / "data"
-WEIGHTS = DATA / "hf_vitmae_tiny"
+WEIGHTS = Path(__file__).parents[1] / "weights/cifar10-s"
 
 
 def photo(path: Path, seed: int = 0, size=(48, 40), mode="RGB") -> Path:
@@ -53,7 +52,7 @@ def test_what_is_drawn_is_the_prediction_where_patches_are_hidden(tmp_path):
     exact = model.predict(params, images, mask).images_BHWC
     assert np.abs(predicted - np.asarray(exact)).max() <= 0.51
     pasted = figures.paste(images, predicted, masks, model.spec.patch_size)
-    hidden = masks.reshape(2, 4, 4).repeat(8, 1).repeat(8, 2) > 0
+    hidden = masks.reshape(2, 8, 8).repeat(4, 1).repeat(4, 2) > 0
     np.testing.assert_array_equal(pasted[hidden], predicted[hidden])
     np.testing.assert_array_equal(pasted[~hidden], images[~hidden])
     assert hidden.mean() == 0.75
@@ -110,7 +109,7 @@ def test_attention_is_what_the_blocks_computed():
     model, params = mae_jax.load(WEIGHTS)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     tokens, attention = jax.jit(model.blocks)(params, images)
-    assert attention.shape == (2, 2, 2, 17)
+    assert attention.shape == (6, 2, 4, 65)
     np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
     last = layer_norm(tokens[-1], params["encoder"]["norm"])
     np.testing.assert_allclose(last, model.encode(params, images), atol=1e-5)
@@ -150,7 +149,7 @@ def test_fewer_patches_than_colours_are_drawn(count):
 
 
 def test_other_than_square_and_other_than_rgb(tmp_path):
-    state, meta = golden_state(DATA / "mae_tiny.npz")
+    state, meta = golden_state(Path(__file__).parent / "data/mae_tiny.npz")
     side = meta["patch"]
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :1]
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
@@ -174,7 +173,7 @@ def test_pdf(tmp_path):
     ("arguments", "words"),
     [
         (["a.png", "--mask=spiral"], "neither random, block, .* nor a picture"),
-        (["a.png", "--mask_ratio=1"], "keeps 0 of 16 patches"),
+        (["a.png", "--mask_ratio=1"], "keeps 0 of 64 patches"),
         (["a.png", "--ratios=half"], "--ratios=half: write numbers with commas"),
         (["a.dat"], "a.dat cannot be read"),
         (["nowhere"], "nowhere"),

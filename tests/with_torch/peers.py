@@ -37,6 +37,8 @@ TINY = dict(
     decoder_intermediate_size=32,
 )
 SIZES = {"tiny": TINY, "base": {}}  # transformers' defaults are B/16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PUBLISHED = Path(__file__).parents[2] / "weights/cifar10-s"
 HEADS = ["--heads=2", "--decoder_heads=2"]  # of TINY, for files that do not say
 EXACT = dict(layer_norm_eps=1e-6, norm_pix_loss=True, attn_implementation="eager")
 
@@ -72,8 +74,7 @@ def pixels_of(images: np.ndarray):
     """Return images of levels as PyTorch's models take them: normalised, (B, C, H, W)."""
     import torch
 
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    normalized = ((images.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+    normalized = ((images.astype(np.float32) / 255 - MEAN) / STD).astype(np.float32)
     return torch.tensor(normalized).permute(0, 3, 1, 2)
 
 
@@ -91,11 +92,11 @@ def assert_close(ours, theirs):
 
 
 def ours(path, images, noise):
-    """Prediction and loss of mae_jax for weights of any format."""
+    """Prediction and loss of mae_jax for weights of any format, of images as in `pixels_of`."""
     from mae_jax.models import targets
     from mae_jax.models.mae import masked_mse
 
-    model, params = mae_jax.load(path)
+    model, params = mae_jax.load(path, mean=MEAN, std=STD)
     kept = masking.num_kept(noise.shape[1], model.spec.mask_ratio)
     mask = masking.keep_lowest(jnp.asarray(noise), kept)
     out = model.predict(params, images, mask)
@@ -132,6 +133,20 @@ def test_vitmae_there_and_back(size, positions, tmp_path):
         if positions == "random" or "pos" not in name:
             np.testing.assert_array_equal(a, b, name)
     assert_close(run_vitmae(model.eval(), images, noise)[0], pred)
+
+
+def test_the_published_weights_predict_the_same_in_transformers():
+    from transformers import ViTMAEForPreTraining
+
+    theirs = ViTMAEForPreTraining.from_pretrained(
+        PUBLISHED, dtype="float32", attn_implementation="eager"
+    ).eval()
+    images, noise = draw(theirs)
+    pred, loss, mask = run_vitmae(theirs, images, noise)
+    our_pred, our_loss, our_mask = ours(PUBLISHED, images, noise)
+    assert_close(our_pred, pred)
+    assert_close(our_loss, loss)
+    np.testing.assert_array_equal(our_mask, mask)
 
 
 def test_an_encoder_loads_as_vit_and_as_vitmae_without_complaint(tmp_path, caplog):
