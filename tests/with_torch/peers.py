@@ -1,4 +1,4 @@
-"""Against the peers themselves: transformers, timm and torch, on random weights, both directions.
+"""Against the peers themselves: transformers, timm and torch, both directions.
 
 Not part of the ordinary tests, which need no PyTorch. In an environment with the extra `torch`:
 
@@ -53,13 +53,21 @@ def vitmae(size: str, positions: str = "sincos"):
     with torch.no_grad():
         for x in model.parameters():
             x.add_(torch.randn_like(x) * 0.02)
-        grid = (model.config.image_size // model.config.patch_size,) * 2
+    set_positions(model, positions)
+    return model
+
+
+def set_positions(model, positions: str):
+    """Give a ViTMAE the sine-cosine tables, exact in float32, or random ones."""
+    import torch
+
+    grid = (model.config.image_size // model.config.patch_size,) * 2
+    with torch.no_grad():
         for x in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
             if positions == "sincos":
                 x.copy_(torch.tensor(sincos_2d(x.shape[-1], grid)))
             else:
                 x.copy_(torch.randn_like(x) * 0.3)
-    return model
 
 
 def run_vitmae(model, images: np.ndarray, noise: np.ndarray):
@@ -141,6 +149,7 @@ def test_the_published_weights_predict_the_same_in_transformers():
     theirs = ViTMAEForPreTraining.from_pretrained(
         PUBLISHED, dtype="float32", attn_implementation="eager"
     ).eval()
+    set_positions(theirs, "sincos")  # the file's are float16; ours are computed anew
     images, noise = draw(theirs)
     pred, loss, mask = run_vitmae(theirs, images, noise)
     our_pred, our_loss, our_mask = ours(PUBLISHED, images, noise)
