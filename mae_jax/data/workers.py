@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,7 @@ THREADS = 16  # at most, that read images if no processes do
 # other: on 2 cores, one thread read 3,850 JPEGs of 32 pixels per second, 16 threads 870.
 SMALL_IMAGE, THREADS_FOR_SMALL = 64 * 64 * 3, 1
 PREFETCH = 4  # batches that are read ahead of the training step
+TOGETHER = 16  # images that a process reads by one call of Grain
 # Processes take a second to start; in that time threads read a thousand photographs.
 FEW = 2000  # images of which threads read all, unless processes are asked for
 
@@ -128,8 +129,34 @@ class _Rows(grain.MapDataset):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
+        return self._parent[self._place(index)]
+
+    def read(self, indices: Iterable[int]) -> Sequence[dict[str, Any]]:
+        """Return several elements: of JPEGs of 32 pixels, a fifth faster than one by one."""
+        return self._parent._getitems([self._place(index) for index in indices])
+
+    def _place(self, index: int) -> int:
         batch, row = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[row]]
+        return batch * self._batch_size + self._rows[row]
+
+
+class _Batches(grain.MapDataset):
+    """Batches of `size` consecutive elements of `_Rows`."""
+
+    def __init__(self, parent: _Rows, size: int):
+        super().__init__(parent)
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        start = index * self._size
+        return _stack(self._parent.read(range(start, start + self._size)))
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
 
 
 # --- threads ---
@@ -140,10 +167,13 @@ def _read_in_threads(
 ) -> Iterator[dict[str, np.ndarray]]:
     # The thread of ThreadPrefetchIterDataset makes the batches. It reads, too, if it is to be the
     # only one: to hand single examples over takes half as long as to read a small one.
-    ahead = PREFETCH * batch_size if threads > 1 else 0
-    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
-    batches = local.to_iter_dataset(options).batch(batch_size)
-    buffer = 1 if ahead else PREFETCH
+    if threads > 1:
+        ahead = PREFETCH * batch_size
+        options = grain.ReadOptions(min(threads, ahead), ahead)
+        batches, buffer = local.to_iter_dataset(options).batch(batch_size), 1
+    else:
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        batches, buffer = _Batches(local, batch_size).to_iter_dataset(options), PREFETCH
     dataset = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=buffer)
     with contextlib.closing(iter(dataset)) as iterator:
         yield from iterator
@@ -204,12 +234,16 @@ def _work(connection: Connection, slots: Slots, pickled: bytes, worker: int, wor
             for batch in range(len(local) // batch_size):
                 if batch >= places:
                     connection.recv_bytes()
-                examples = []
-                for row in _rows_of(worker, workers, batch, batch_size):
-                    example = local[batch * batch_size + int(row)]
-                    images[batch % places, row] = example.pop("image")
-                    examples.append(example)
-                connection.send({key: np.array([x[key] for x in examples]) for key in examples[0]})
+                rows = _rows_of(worker, workers, batch, batch_size)
+                columns: list[dict[str, np.ndarray]] = []
+                for start in range(0, len(rows), TOGETHER):
+                    some = rows[start : start + TOGETHER]
+                    values = _stack(local.read((batch * batch_size + some).tolist()))
+                    images[batch % places, some] = values.pop("image")
+                    columns.append(values)
+                connection.send(
+                    {name: np.concatenate([x[name] for x in columns]) for name in columns[0]}
+                )
         except (UserError, EOFError, ConnectionError) as error:
             connection.send(error)
         except Exception:
