@@ -83,6 +83,17 @@ def test_a_rule_that_leaves_a_large_parameter_whole_raises(monkeypatch):
     sharding.state_shardings(mesh_of(8, 1, 1), state)  # data parallel: whole everywhere, as meant
 
 
+def test_heads_are_split_over_fsdp_where_they_divide_and_else_the_width():
+    """The tiny encoder has 4 heads."""
+    for shape, wanted in (
+        ((4, 2, 1), (None, ("tensor", "fsdp"))),
+        ((2, 2, 2), (None, ("tensor", "fsdp"))),
+        ((1, 8, 1), (None, "tensor", None, "fsdp")),
+    ):
+        params = sharding.state_shardings(mesh_of(*shape), state_shapes()).params
+        assert tuple(params["encoder"]["stack"]["blocks"]["attn"]["proj"]["kernel"].spec) == wanted
+
+
 def test_a_path_without_a_rule_raises():
     with pytest.raises(ValueError, match="no sharding rule for 'params/adapter/weights'"):
         sharding.state_shardings(
