@@ -75,13 +75,17 @@ def main() -> None:
     if not any(Path(args.data, "train").glob("*/*")):
         parser.error(f"{args.data} holds no train/CLASS/*.jpg: give the folder of CIFAR-10")
 
-    def length(name: str) -> str:
-        return f"--config.train_for={max(1, round(args.share * STEPS[name]))} steps"
+    def length(name: str) -> list[str]:
+        steps = max(1, round(args.share * STEPS[name]))
+        flags = [f"--config.train_for={steps} steps"]
+        if args.share < 1:  # a tenth, as in the whole run
+            flags.append(f"--config.optim.warmup={steps // 10} steps")
+        return flags
 
     part = "" if args.share == 1 else f"[:{max(1, round(100 * args.share))}%]"
     began = time.monotonic()
     if args.part == "pretrain":
-        train(root, "pretrain", data, args.limit, length("pretrain"))
+        train(root, "pretrain", data, args.limit, *length("pretrain"))
         splits = [f"--config.data.split=train{part}"]
         for name in ("knn", "logistic"):
             splits.append(f"--config.evals.{name}.bank_split=train{part}")
@@ -91,7 +95,7 @@ def main() -> None:
         starts = {"tuned": f",init={root / 'pretrain'}", "scratch": ""}
         for name, init in starts.items():
             test = [f"--config.evals.accuracy.{x}" for x in (f"split=test{part}", "every=5 epochs")]
-            train(root, name, f"{data},task=finetune{init}", args.limit / 2, length(name), *test)
+            train(root, name, f"{data},task=finetune{init}", args.limit / 2, *length(name), *test)
     text = table(root)
     (root / "proof.md").write_text(text + "\n")
     print(f"\n{text}\n{(time.monotonic() - began) / 60:.1f} minutes; {root / 'proof.md'}")
