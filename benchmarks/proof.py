@@ -55,8 +55,9 @@ def table(root: Path) -> str:
     """Return what was reached, beside what is published."""
     lines = ["| | published | here | steps |", "|---|---|---|---|"]
     for words, published, name, key in PUBLISHED:
+        value = reached(root / name, key)
+        done = reached(root / "pretrain", "train/loss") if name == "frozen" else value
         trained = "pretrain" if name == "frozen" else name
-        done, value = reached(root / trained, "train/loss"), reached(root / name, key)
         steps = f"{done[0]:,} of {STEPS[trained]:,}" if done else ""
         lines.append(f"| {words} | {published} | {f'{value[1]:.4g}' if value else ''} | {steps} |")
     return "\n".join(lines)

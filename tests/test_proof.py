@@ -13,9 +13,13 @@ def test_the_table_has_what_was_reached_last(tmp_path):
     (tmp_path / "pretrain").mkdir()
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "pretrain" / "metrics.jsonl").write_text(text)
+    (tmp_path / "tuned").mkdir()
+    found = [{"step": 100, "eval/top1": 40.0}, {"step": 180, "train/loss": 1.5}]
+    (tmp_path / "tuned" / "metrics.jsonl").write_text("\n".join(map(json.dumps, found)))
     loss, *others = proof.table(tmp_path).splitlines()[2:]
     assert "| .0401 | 0.05 | 100 of 14,550 |" in loss
     assert all(line.count("|") == 5 for line in others)
+    assert others[-2] == "| fine-tuned, % | 82.2 | 40 | 100 of 19,500 |"  # where it was measured
     assert others[-1] == "| from scratch, % | 73.0 |  |  |"
 
 
