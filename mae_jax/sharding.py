@@ -84,7 +84,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         for dim, axis in _undivided(leaf.shape, spec, mesh):
             raise UserError(
                 f"{name} has shape {leaf.shape}: dimension {dim} ({leaf.shape[dim]}) is not"
-                f" divisible by mesh axis {axis}={mesh.shape[axis]}; change config.mesh.{axis}"
+                f" divisible by mesh axis {axis}={_ways(axis, mesh)}; change config.mesh.{axis}"
             )
         ways = math.prod(_ways(axes, mesh) for axes in spec)
         if ways == 1 and leaf.size > large and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
