@@ -4,7 +4,8 @@
 
 Hardware and hours: --dry_run says them for each row. Arguments: configs/ablations/common.py.
 Expected: on CIFAR-10 for one epoch, the same last losses to 0.0012 and features within the spread
-of three seeds (docs/switches.md); float32_sums, which only several devices have, was not run. Parameters, their update, LayerNorm, the softmax and the loss are in float32 in every row.
+of three seeds (docs/switches.md); float32_sums, which only several devices have, was not run.
+Parameters, their update, LayerNorm, the softmax and the loss are in float32 in every row.
 """
 
 from mae_jax.configs.ablations.common import sweep
