@@ -1,6 +1,7 @@
 """Record in a workdir which config and environment it belongs to, and refuse it to other runs."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -98,6 +99,34 @@ def nothing_left_if_refused(workdir: str | os.PathLike) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def only_run(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of a workdir while the body runs.
+
+    The lock is of the folder itself and ends with the process. Buckets and some disks have none.
+
+    Raises:
+      UserError: on all hosts; another run is going on there.
+    """
+    with contextlib.ExitStack() as stack:
+        is_busy = False
+        if jax.process_index() == 0 and "://" not in os.fspath(workdir):
+            folder = os.open(workdir, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_busy = True
+            except OSError:  # this disk has no locks
+                pass
+        if multihost_utils.broadcast_one_to_all(np.int32(is_busy)):
+            raise UserError(
+                f"another run is going on in {workdir}: wait until it ends or stop it, and the same"
+                " command goes on from there; or give another --workdir"
+            )
+        yield
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

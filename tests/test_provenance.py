@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import provenance
 from mae_jax.configs import finetune, linprobe, pretrain
+from mae_jax.errors import UserError
 
 
 def config(**changes):
@@ -45,6 +46,17 @@ def test_another_number_of_examples_is_refused(tmp_path):
     provenance.check_workdir(tmp_path, config())
     with pytest.raises(ValueError, match="a dataset of 50 examples, which has 1,070 now"):
         provenance.check_workdir(tmp_path, config(), 1070)
+
+
+def test_a_workdir_is_refused_while_a_run_is_going_on_there(tmp_path):
+    with provenance.only_run(tmp_path):
+        with pytest.raises(UserError, match="another run is going on in"):
+            with provenance.only_run(tmp_path):
+                pass
+        with provenance.only_run(tmp_path.parent):
+            pass
+    with provenance.only_run(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):

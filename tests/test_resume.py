@@ -214,6 +214,17 @@ def test_a_workdir_that_is_deleted_under_the_run_is_said(folder):
     assert not any("Traceback" in line for line in run.said), "\n".join(run.said)
 
 
+def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(folder):
+    first = Run(folder, folder / "shared", "--config.train_for=100000 steps")  # it does not end
+    first.until_step(3)
+    second = Run(folder, folder / "shared", "--config.train_for=100000 steps")
+    assert second.end() == 2
+    refusal = f"another run is going on in {folder}/shared: wait until it ends or stop it"
+    assert any(refusal in line for line in second.said), "\n".join(second.said)
+    first.until_step(logged(folder / "shared")[-1]["step"] + 3)
+    assert first.end(signal.SIGTERM) == distributed.PREEMPTED, "\n".join(first.said)
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once(folder):
     run = Run(folder, folder / "twice")
     run.until_step(3)

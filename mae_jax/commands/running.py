@@ -98,21 +98,26 @@ def run(
       profile: FIRST:LAST, the steps to trace; '' = none.
 
     Raises:
-      UserError: the config cannot work here, or the workdir belongs to another run.
+      UserError: the config cannot work here, the workdir belongs to another run, or one is going on
+        there.
       train.NonFiniteError: the loss or the gradient norm is not finite.
       distributed.Preempted: a stop was requested; the state was saved.
     """
-    from mae_jax import distributed
+    from mae_jax import distributed, provenance
 
     with distributed.listening() as stop_requested:
-        return _run(config, workdir, heartbeat, devices, profile, stop_requested)
+        parts = build(config, devices)
+        with provenance.nothing_left_if_refused(workdir):
+            provenance.check_workdir(workdir, config, parts.num_examples)
+            with provenance.only_run(workdir):
+                return _run(parts, config, workdir, heartbeat, profile, stop_requested)
 
 
 def _run(
+    parts: Parts,
     config: ConfigDict,
     workdir: str | os.PathLike,
     heartbeat: Callable[[], None],
-    devices: Sequence[Any] | None,
     profile: str,
     stop_requested: Callable[[], bool],
 ) -> Any:
@@ -120,21 +125,19 @@ def _run(
 
     from mae_jax import checkpoint, profiling, provenance, report, train
 
-    mesh, task, num_examples, schedule, tx, learning_rate, evaluators = build(config, devices)
-    with provenance.nothing_left_if_refused(workdir):
-        provenance.check_workdir(workdir, config, num_examples)
-        saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
-        shapes, init = train.lay_out(task, tx, config.seed, mesh)
-        state, started = checkpoint.restore_or_init(
-            saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
+    mesh, task, num_examples, schedule, tx, learning_rate, evaluators = parts
+    saver = checkpoint.Checkpointer(workdir, config.checkpoint.keep, schedule.keep_every)
+    shapes, init = train.lay_out(task, tx, config.seed, mesh)
+    state, started = checkpoint.restore_or_init(
+        saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
+    )
+    start = int(state.step)
+    if start > schedule.total or (start == schedule.total > 0 and config.resume):
+        raise UserError(
+            f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
+            " nothing is left to do; give a longer one"
         )
-        start = int(state.step)
-        if start > schedule.total or (start == schedule.total > 0 and config.resume):
-            raise UserError(
-                f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
-                " nothing is left to do; give a longer one"
-            )
-        profiled = profiling.window(profile, start, schedule.total)
+    profiled = profiling.window(profile, start, schedule.total)
     step: Any = None
     if start < schedule.total:
         sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
