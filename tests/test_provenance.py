@@ -50,9 +50,9 @@ def test_another_number_of_examples_is_refused(tmp_path):
 
 def test_a_workdir_is_refused_while_a_run_is_going_on_there(tmp_path):
     with provenance.only_run(tmp_path):
-        with pytest.raises(UserError, match="another run is going on in"):
-            with provenance.only_run(tmp_path):
-                pass
+        refused = pytest.raises(UserError, match="another run is going on in")
+        with refused, provenance.only_run(tmp_path):
+            pass
         with provenance.only_run(tmp_path.parent):
             pass
     with provenance.only_run(tmp_path):
