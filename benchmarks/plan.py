@@ -272,7 +272,7 @@ def figure(plans: dict[str, dict]) -> None:
             label = "slices of 64: FSDP inside, to neighbours"
         sent = sum(row["sent"] for row in result["collectives"]) - slow
         curves.setdefault(label, []).append((chips, sent / MIB))
-    drawing, (axis,) = sides.panels(7, 4.2, 1)
+    drawing, (axis,) = sides.panels(7, 4.8, 1)
     for label, points in curves.items():
         axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axis.set(
@@ -282,7 +282,7 @@ def figure(plans: dict[str, dict]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("MAE ViT-L/16: what a step exchanges, by the compiled program")
     axis.grid(color="0.92")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     drawing.savefig(HERE / "plan.png", dpi=130)
 
 
