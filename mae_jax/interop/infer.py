@@ -1,4 +1,4 @@
-"""Tell from the shapes of a state dict, and what its file says, which network it is of."""
+"""Infer the network of a state dict from its shapes, and from what its file says."""
 
 import math
 import operator
@@ -31,10 +31,10 @@ def infer(
     """Return the network that a state dict is of, and notes on what had to be assumed.
 
     Args:
-      file: what it says itself wins over image_size, and loses to the other arguments.
+      file: what the file says wins over image_size, and loses to the other arguments.
 
     Raises:
-      UserError: tensors that contradict each other, or something that cannot be told.
+      UserError: tensors contradict each other, or do not say what an argument could.
     """
     _, channels, *patch_size = _shape(file, stem("encoder/patch_embed", file.family), 4)
     fields: dict[str, Any] = {"encoder": _vit(file, "encoder", heads)}
