@@ -260,7 +260,7 @@ def watchdog(stall_seconds: float) -> Iterator[Callable[[], None]]:
 def from_others(error: BaseException) -> bool:
     """Return whether the cause may be that another host is gone, which JAX's heartbeats report.
 
-    So it may be with any error of a collective: a JaxRuntimeError, or a ValueError that begins
+    That may be with any error of a collective: a JaxRuntimeError, or a ValueError that begins
     with a status of XLA, such as "UNKNOWN: Gloo AllGather failed" (see launch/host.sh).
     """
     cause: BaseException | None = error
