@@ -331,5 +331,5 @@ def log_once(line: str) -> None:
 
 @functools.cache
 def announce(line: str) -> None:
-    """Print a line the first time that it is said, on host 0 only."""
+    """Print a line the first time that it is passed, on host 0 only."""
     log_once(line)

@@ -164,7 +164,7 @@ def divide(path: str, files: list[str]) -> dict[str, list[int]]:
 
 
 def _announce_unknown_classes(path: str, parents: list[str], parts: dict[str, list[int]]) -> None:
-    """Print the classes that another split has and train has not."""
+    """Print the classes of other splits that train does not have."""
     trained = {parents[i] for i in parts.get("train", [])}
     for name, part in parts.items():
         unknown = sorted({parents[i] for i in part} - trained)

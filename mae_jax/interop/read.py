@@ -202,6 +202,6 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except Exception as error:  # it raises many kinds at damaged headers
         raise UserError(
-            f"{path} is damaged, or holds numbers of a type that NumPy has not"
+            f"{path} is damaged, or holds numbers of a type unknown to NumPy"
             f" ({str(error)[:500]}): copy or download it again"
         ) from None
