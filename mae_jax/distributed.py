@@ -160,7 +160,7 @@ class Preempted(SystemExit):
 
 
 class Interrupted(Preempted):
-    """The same after Ctrl-C, with a status for which no launcher starts the run again."""
+    """A `Preempted` by Ctrl-C, with a status for which no launcher starts the run again."""
 
     code = INTERRUPTED
 
