@@ -19,7 +19,7 @@ Arguments:
     small       true: width 128, 6 blocks, patch 4, a decoder of 64 x 2; in float32, for CPUs
     init        workdir of the pre-training; '' = from scratch, or features that learned nothing
     epochs      0 = pretrain 150, finetune 50; small: pretrain 40, finetune by its labels
-    longer      finetune: so many times the epochs
+    longer      finetune: multiplies the epochs
     mask_ratio  of the pre-training
     labels      finetune: percent of the training images, 1, 10 or 100
     pixels      true = linear, attentive and knn see the pixels

@@ -61,7 +61,7 @@ def get_config(arg=None):
 
 
 def changes(old, new):
-    """Return what a config has that another has not, or has otherwise, as nested dicts."""
+    """Return the values of `new` that `old` lacks or has otherwise, as nested dicts."""
     found: dict = {}
     for key, value in new.items():
         if isinstance(value, ConfigDict):

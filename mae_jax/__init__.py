@@ -4,13 +4,13 @@ import os
 
 __version__ = "0.1.0"
 
-# Of every bucket gcsfs would ask what kind it is, for its experimental features, and warn at every
-# file where it may not ask. It reads this when it is imported.
+# For its experimental features, gcsfs would ask of every bucket what kind it is, and warn at every
+# file where it may not ask. It reads this variable when it is imported.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def __getattr__(name: str):
-    """`mae_jax.load`, `pretrain` and `embed`, imported when first used: JAX takes seconds."""
+    """Return `load`, `pretrain` or `embed`, imported when first used: JAX takes seconds."""
     if name not in ("load", "pretrain", "embed"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mae_jax import api

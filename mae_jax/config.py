@@ -10,7 +10,7 @@ from typing import Any
 
 from mae_jax.errors import UserError, nearest
 
-# Keys of older recipes and workdirs. A key that gets another name, or that goes, is added here.
+# Keys of older recipes and workdirs. Whoever renames or removes a key adds it here.
 RENAMED_KEYS = {
     "connect_seconds": "hosts.connect_seconds",
     "heartbeat_seconds": "hosts.heartbeat_seconds",

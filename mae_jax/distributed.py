@@ -160,7 +160,7 @@ class Preempted(SystemExit):
 
 
 class Interrupted(Preempted):
-    """The same after Ctrl-C, with a status for which no launcher starts the run again."""
+    """A `Preempted` by Ctrl-C, with a status for which no launcher starts the run again."""
 
     code = INTERRUPTED
 
@@ -260,7 +260,7 @@ def watchdog(stall_seconds: float) -> Iterator[Callable[[], None]]:
 def from_others(error: BaseException) -> bool:
     """Return whether the cause may be that another host is gone, which JAX's heartbeats report.
 
-    So it may be with any error of a collective: a JaxRuntimeError, or a ValueError that begins
+    That may be with any error of a collective: a JaxRuntimeError, or a ValueError that begins
     with a status of XLA, such as "UNKNOWN: Gloo AllGather failed" (see launch/host.sh).
     """
     cause: BaseException | None = error
@@ -331,5 +331,5 @@ def log_once(line: str) -> None:
 
 @functools.cache
 def announce(line: str) -> None:
-    """Print a line the first time that it is said, on host 0 only."""
+    """Print a line the first time that it is passed, on host 0 only."""
     log_once(line)

@@ -1,4 +1,4 @@
-"""Write files so that a reader never sees half of one, and read none that is not a file."""
+"""Write files so that a reader never sees half of one, and read regular files only."""
 
 import contextlib
 import errno

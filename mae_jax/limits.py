@@ -44,12 +44,12 @@ class Range(NamedTuple):
 
 
 class Tuples(NamedTuple):
-    """Tuples of such numbers."""
+    """Tuples of what `numbers` allows."""
 
     numbers: Range
 
     def holds(self, value: Any) -> bool:
-        """Return whether a value is a tuple of tuples of such numbers."""
+        """Return whether a value is a tuple, each of whose members `numbers` allows."""
         return isinstance(value, tuple | list) and all(map(self.numbers.holds, value))
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ def make_mesh(
 def sizes_of(
     asked: Mapping[str, int], devices: int, platform: str, slices: int = 1
 ) -> dict[str, int]:
-    """Return the sizes of a mesh of so many devices, with -1 and fsdp=0 replaced.
+    """Return the sizes of a mesh of `devices` devices, with -1 and fsdp=0 replaced.
 
     fsdp=0 is the largest power of two up to MAX_FSDP that divides the devices of a slice, or all
     devices that remain if no other size is -1.

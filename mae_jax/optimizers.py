@@ -44,7 +44,8 @@ def dimension_numbers(params: Any) -> Any:
 def muon(o: Mapping[str, Any]) -> optax.GradientTransformation:
     """Return Muon's directions for the kernels of blocks, and Adam's for all others.
 
-    Scaled to the root mean square of Adam's, so that rate and decay carry over (arXiv 2502.16982).
+    Muon's are scaled to the root mean square of Adam's, so that rate and decay carry over (arXiv
+    2502.16982).
     b1 and b2 are Adam's; the momentum of Muon is 0.95.
     """
     of_matrices = contrib.muon(
@@ -83,7 +84,7 @@ def by_name(
     """Return the optimizer of config.optim, of any name, with decoupled decay by role.
 
     Args:
-      decayed, scales: as of `optim.adamw`.
+      decayed, scales: see `optim.adamw`.
 
     Raises:
       UserError: there is no optimizer of that name.

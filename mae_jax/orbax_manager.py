@@ -36,10 +36,10 @@ class Manager(ocp.CheckpointManager):
 
 @functools.cache
 def silence_late_writes() -> None:
-    """Let writes end in silence whose save has failed before.
+    """Silence the late writes of a save that has failed.
 
-    They tell a loop of events that is closed by then, and Python would print a traceback for each:
-    a hundred of them around the sentence that says why the save failed.
+    Each of them calls an event loop that is closed by then, and Python would print a traceback: a
+    hundred of them around the sentence that says why the save failed.
     """
     show = sys.unraisablehook
 

@@ -44,7 +44,7 @@ class Model:
     def encode(self, params: Mapping, images: Array, layer: int | None = None) -> Array:
         """Return (B, 1 + L, D), float32: the cls token, then all patches row-major, none hidden.
 
-        With `layer` they are the tokens after so many blocks, without the encoder's final norm.
+        With `layer` they are the tokens after that many blocks, without the encoder's final norm.
         """
         spec, weights = self.spec, params["encoder"]
         if layer is not None:

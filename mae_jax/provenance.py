@@ -41,7 +41,7 @@ FREE_KEYS = (
 )
 # Old workdirs must resume with newer code. Whoever adds a key to a recipe adds it here, with the
 # value that does what the code did before: a config.json without the key counts as having that
-# value. A key that gets another name, or that goes, is added to mae_jax/config.py.
+# value. A key that is renamed or removed is added to mae_jax/config.py.
 ADDED_KEYS: dict[str, Any] = OPTIONAL_KEYS | {
     "data.resizer": "pillow",
     "data.synthetic": False,

@@ -1,4 +1,4 @@
-"""Name the chips that can be asked for: their topologies and their devices."""
+"""Describe the chips that a run can be planned for: their topologies and their devices."""
 
 import importlib.util
 import math

@@ -112,7 +112,7 @@ def _members(op: Op, kind: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...
 
 
 def groups(rest: str, devices: int) -> np.ndarray:
-    """Return which of so many devices exchange with each other, as [group, member]."""
+    """Return which of `devices` devices exchange with each other, as [group, member]."""
     if pairs := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[^=]*?\})\}", rest):
         listed = re.findall(r"\{([\d,]+)\}", pairs[1])
         return np.array([[int(device) for device in group.split(",")] for group in listed])

@@ -85,7 +85,7 @@ class Task(Protocol):
 
         `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL. `features`: name -> (B, D).
         `block_features`, if there are any: name -> (depth, B, D), after each block.
-        `patch_features`, if there are any, of a block, the fourth argument: (B, L, D).
+        `patch_features`, if there are any: (B, L, D), after the block given as fourth argument.
         `logits`: (B, Y). `segmentation`: logits of patches (B, rows, columns, Y).
         """
         ...
@@ -216,7 +216,7 @@ def compile_step(
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient norm is not finite; nothing of it was saved."""
+    """A loss or a gradient norm that is not finite; nothing of its update was saved."""
 
 
 def require_finite(step: int, scalars: Mapping[str, float], saver: checkpoint.Checkpointer) -> None:

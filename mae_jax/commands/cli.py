@@ -133,7 +133,7 @@ def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> l
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Return names for files, numbered, from those of images."""
+    """Return numbered file names, made of the names of images."""
     plain = [
         re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(x))[0]) for x in names
     ]
@@ -178,7 +178,7 @@ def first_ten(unreadable: Sequence[tuple[str, str]]) -> str:
 
 @contextlib.contextmanager
 def progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with every number of units done.
+    """Yield a function to call with the number of units just done.
 
     Draws a bar on a terminal, and prints a line at every tenth of `total` elsewhere.
     """

@@ -96,11 +96,12 @@ def compile_features(model: Any, params: Any, values: flags.FlagValues) -> Calla
     return lambda images_BHWC: compute(params, jax.device_put(images_BHWC, by_row))
 
 
+# Fields that older versions of this code did not have, as they are printed with their defaults.
 ADDED = ("value_range=()", "block=None", "cls_tokens=1", "channel_groups=()", "eps=1e-06")
 
 
 def described(spec: Any) -> str:
-    """Return the network of features in words, without what older versions of this code had not."""
+    """Return a network as text without ADDED, so that what older versions began can be finished."""
     text = str(spec)
     for words in ADDED:
         text = text.replace(f", {words}", "")
@@ -147,7 +148,7 @@ def digest(texts: Iterable[bytes]) -> str:
 
 
 def describe_images(source: Any, paths: list[str], values: flags.FlagValues) -> Iterator[str]:
-    """Yield what changes with the images: names, and for files their sizes and times."""
+    """Yield texts that change with the images: names, and for files their sizes and times."""
     yield f"{len(source)} images"
     if not hasattr(source, "files"):
         yield f"{paths} {values.split} {values.data_dir}"

@@ -28,14 +28,14 @@ def beside(out: Path) -> tuple[Path, Path, Path]:
 
 
 def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -> list[list[str]]:
-    """Return COLUMNS of the rows that an interruption left, and make the files ready to go on.
+    """Return the rows of COLUMNS that an interrupted run finished, and prepare to add to them.
 
     Args:
       made_from: what changes with the inputs; the rows are kept only if it is the same.
       shape: of all features, with one row for each image.
 
     Raises:
-      UserError: `out` is there, and was made from something else.
+      UserError: `out` already exists, and was made from something else.
     """
     part, table, state = beside(out)
     same = state.exists() and json.loads(state.read_text()) == made_from
@@ -51,7 +51,7 @@ def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -
     elif part.exists():
         print("The images, weights or options changed since the interruption: starting again.")
     if not rows:
-        part.unlink(missing_ok=True)  # first: with OUT.part, the other files must be true
+        part.unlink(missing_ok=True)  # first, since OUT.part says that the other files are valid
     with files.replacing(table) as whole, open(whole, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     if not rows:

@@ -30,7 +30,7 @@ BATCH = 16  # images that are computed at a time
 
 
 def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
-    """Return which patches a picture hides, bool [L]: those that are dark in the mean.
+    """Return which patches a picture hides, bool [L]: those whose mean is dark.
 
     Raises:
       UserError: `file` is no picture, or hides no patch or all of them.
@@ -53,7 +53,7 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
 def make_masks(values: flags.FlagValues, count: int, grid: tuple[int, int], ratio: float) -> Any:
     """Return the Mask of `count` images.
 
-    That of each image depends on the seed, the ratio and the image's index, and not on `count`.
+    The mask of an image depends on the seed, the ratio and the image's index, not on `count`.
     """
     if values.mask not in MASKS:
         hidden = drawn_mask(values.mask, grid)
@@ -67,7 +67,7 @@ def make_masks(values: flags.FlagValues, count: int, grid: tuple[int, int], rati
 
 
 def in_batches(call: Callable, *trees: Any) -> Any:
-    """Return what `call` makes of the rows of all arrays, BATCH rows at a time."""
+    """Return the results of `call` for the rows of all arrays, BATCH rows at a time."""
     rows = [slice(i, i + BATCH) for i in range(0, len(jax.tree.leaves(trees)[0]), BATCH)]
     parts = [call(*jax.tree.map(lambda x: x[some], trees)) for some in rows]  # noqa: B023
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -28,8 +28,8 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     integer("num_slices", 1, "TPU slices, joined by the data-center network")
-    integer("num_examples", None, "of the dataset, if it is not here (ImageNet-1k's is known)")
-    integer("num_classes", None, "of its labels, likewise")
+    integer("num_examples", None, "examples of a dataset that is not here (but ImageNet-1k's)")
+    integer("num_classes", None, "classes of a dataset that is not here (but ImageNet-1k's)")
     flags.DEFINE_bool(
         "search_batch", False, "find the largest batch per chip that fits", flag_values=values
     )
@@ -52,8 +52,8 @@ def check(values: flags.FlagValues) -> None:
 def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dict[str, Any]:
     """Return the plan for the config's mesh.
 
-    Without a given mesh it is compared with the two others that one may think of: the state split
-    over all chips of a slice, and data-parallel. The first that fits is returned.
+    If the user gave no mesh, the config's is compared with two others: the state split over all
+    chips of a slice, and data-parallel. The first that fits is returned.
     """
     from mae_jax import plan, topologies
     from mae_jax.mesh import make_mesh, sizes_of
@@ -85,7 +85,7 @@ def best_plan(config: ConfigDict, topology: Any, mesh_given: bool = True) -> dic
 
 
 def compared(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what a comparison of meshes says of a plan."""
+    """Return the entries of a plan that a comparison of meshes shows."""
     names = ("mesh", "hosts", "batch_size", "fits", "memory", "clock")
     return {name: result[name] for name in names if name in result}
 
@@ -121,7 +121,7 @@ def largest_batch(
 
 
 def facts(result: dict) -> dict[str, str]:
-    """Return what the table says of a plan, by the words of its rows."""
+    """Return the cells of a plan's column in the table, by the names of the rows."""
     memory, gflops = result["memory"], result["gflops"]
     slices = f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
     mesh = [f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1]
@@ -170,7 +170,7 @@ def span(values: Iterable[float], form: str) -> str:
 
 
 def clock_facts(result: dict) -> dict[str, str]:
-    """Return what the tables say of a plan's time by the compiler's clock, by words."""
+    """Return the cells of a plan's time by the compiler's clock, by the names of the rows."""
     line = result["clock"]
     rates = [result["batch_size"] / seconds for seconds in line["steps"]]
     cores = [rate / result["hosts"] / READ_PER_CORE for rate in rates]
@@ -210,7 +210,7 @@ def gib(size: float | None) -> str:
 
 
 def show(results: list[dict]) -> None:
-    """Print a table with a column for each plan, and what else there is to say of them."""
+    """Print a table with a column for each plan, and notes on the plans below it."""
     from rich.console import Console
     from rich.table import Table
 

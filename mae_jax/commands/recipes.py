@@ -143,9 +143,9 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
 
 
 def _take_optional(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return a command line without the keys that no recipe need name, and those that it gives.
+    """Return a command line without OPTIONAL_KEYS, and the values that it gave them.
 
-    ml_collections refuses a key that the recipe has not.
+    ml_collections refuses a key that the recipe does not have.
     """
     rest, taken = [], {}
     for arg in argv:

@@ -19,23 +19,26 @@ from mae_jax.errors import UserError
 
 def define(values: flags.FlagValues) -> None:
     """Define the flags of a run."""
-    text = "where the run lives; the same again goes on where it stopped; '' = workdir/RECIPE"
+    text = "folder of the run; the same again goes on where it stopped; '' = workdir/RECIPE"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
     text = "FIRST:LAST; write a trace of these steps, as host 0 sees them, into WORKDIR/profile"
     flags.DEFINE_string("profile", "", text, flag_values=values)
     text = "keep compiled programs in the user's cache folder, or beside the workdir in a bucket"
     flags.DEFINE_bool("compilation_cache", True, text, flag_values=values)
-    text = "one of several hosts, of a TPU pod or a cluster"
+    text = "run as one of several hosts, of a TPU pod or a cluster"
     flags.DEFINE_bool("distributed", False, text, flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, elsewhere", flag_values=values)
-    flags.DEFINE_integer("num_hosts", None, "with --coordinator: of how many", flag_values=values)
-    flags.DEFINE_integer("host", None, "with --coordinator: which one, from 0", flag_values=values)
+    text = "HOST:PORT of host 0, where no pod or cluster is detected"
+    flags.DEFINE_string("coordinator", None, text, flag_values=values)
+    text = "with --coordinator: how many hosts"
+    flags.DEFINE_integer("num_hosts", None, text, flag_values=values)
+    text = "with --coordinator: which host this is, from 0"
+    flags.DEFINE_integer("host", None, text, flag_values=values)
 
 
 def compilation_cache(workdir: str) -> str:
     """Return where compiled programs are kept: the user's cache; of a bucket, beside the workdir.
 
-    So the second run of a program starts warm, wherever its workdir lies.
+    So the second run of a program starts warm, wherever the run's workdir lies.
     """
     if "://" in workdir:
         return f"{os.path.dirname(workdir.rstrip('/'))}/compilation_cache"
@@ -90,7 +93,7 @@ def run(
     devices: Sequence[Any] | None = None,
     profile: str = "",
 ) -> Any:
-    """Do what a config asks for in a workdir, from wherever that stands; return the state.
+    """Run a config in a workdir, from where an earlier run stopped there; return the state.
 
     Args:
       heartbeat: called when an update or an evaluation has ended.
@@ -178,7 +181,7 @@ def _run(
 
 
 def disk_failure(error: OSError, workdir: str) -> str | None:
-    """Return what the place of a run lacks, and how to go on; None for another kind of error."""
+    """Return what is wrong with the disk of a run, and how to go on; None for other errors."""
     from etils import epath
 
     from mae_jax import checkpoint
@@ -221,7 +224,7 @@ def connect(config: ConfigDict, values: flags.FlagValues, workdir: str) -> None:
 
 
 def silence_stderr() -> None:
-    """Let a run end in silence whose disk is full: every writer tries again, and complains."""
+    """Silence the end of a run whose disk is full: every writer would try again, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

@@ -91,7 +91,7 @@ def _restore(workdir: str, config: ConfigDict) -> tuple[Task, train.TrainState]:
 def _read(
     paths: Sequence[str], values: flags.FlagValues, config: ConfigDict
 ) -> tuple[list[str], list[Pair]]:
-    """Return names and pairs of the first --limit images; without a truth all is IGNORED."""
+    """Return names and pairs of the first --limit images; without a truth, maps are IGNORED."""
     names: list[str] = []
     pairs: list[Pair] = []
     dtype = bands.pixel_type(config.data.get("value_range", ()))

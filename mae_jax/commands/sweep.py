@@ -13,7 +13,7 @@ from mae_jax.commands import recipes, running
 from mae_jax.config import OPTIONAL_KEYS, leaves
 from mae_jax.errors import UserError, nearest
 
-OPEN_GROUPS = ("masking.", "target.")  # whoever they name says which options there are
+OPEN_GROUPS = ("masking.", "target.")  # their options are those of the function they name
 
 
 def define(values: flags.FlagValues) -> None:
@@ -25,9 +25,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("dry_run", False, text, flag_values=values)
     text = "chips that --dry_run counts the hours of"
     flags.DEFINE_string("topology", "h100:1", text, flag_values=values)
-    text = "fraction of their peak that it assumes"
+    text = "fraction of the chips' peak that --dry_run assumes"
     flags.DEFINE_float("mfu", 0.4, text, flag_values=values)
-    text = "of the dataset, for --dry_run, if it is not here"
+    text = "examples of the dataset, for --dry_run, if it is not here"
     flags.DEFINE_integer("num_examples", None, text, flag_values=values)
 
 

@@ -32,7 +32,7 @@ def shuffled(names: list[str]) -> list[int]:
 
 
 def shard_path(folder: Path, name: str, split: str, shard: int, num_shards: int) -> Path:
-    """Return the path that tfds expects of a shard."""
+    """Return the path at which tfds expects a shard."""
     return folder / f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
 
 

@@ -70,12 +70,12 @@ OPERATIONS = {
     "invert": Operation(lambda image, _: ImageOps.invert(image), _up_to(0)),
     "rotate": Operation(_rotate, _up_to(30), True),
     "posterize": Operation(_posterize, lambda m: 4 - math.trunc(4 * m / HIGHEST)),
-    # Inverts levels from the strength on
+    # The strength is the lowest level that is inverted
     "solarize": Operation(
         lambda image, v: ImageOps.solarize(image, int(v)),
         lambda m: 256 - math.trunc(256 * m / HIGHEST),
     ),
-    # Added to the dark half
+    # The strength is added to the levels below 128
     "solarize_add": Operation(_solarize_add, lambda m: math.trunc(110 * m / HIGHEST)),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
@@ -83,7 +83,7 @@ OPERATIONS = {
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "shear_x": Operation(lambda image, v: _affine(image, 1, v, 0, 0, 1, 0), _up_to(0.3), True),
     "shear_y": Operation(lambda image, v: _affine(image, 1, 0, 0, v, 1, 0), _up_to(0.3), True),
-    # By a share of the width or height
+    # The strength is a share of the width or height
     "translate_x": Operation(
         lambda image, v: _affine(image, 1, 0, v * image.width, 0, 1, 0), _up_to(0.45), True
     ),
@@ -121,7 +121,7 @@ def to_picture(image_HWC: np.ndarray) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Return what `to_picture` was given."""
+    """Return a Pillow image as a uint8 array [H, W, C]: the inverse of `to_picture`."""
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
 

@@ -12,7 +12,7 @@ from mae_jax.data.sources import Source
 from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.errors import UserError
 
-SEARCHED = 2000  # a source of up to so many records is searched for all that is unreadable
+SEARCHED = 2000  # records; a source with no more is searched for every unreadable one
 LISTED = 50  # unreadable records in an error message
 
 
@@ -42,7 +42,11 @@ def describe(
 
 
 def require_bands(source: Source, channels: int, dtype: type[np.number], way_out: str = "") -> None:
-    """Raise UserError if the first file of a folder has other bands than are wanted."""
+    """Raise UserError if the first file of a folder does not have the wanted bands.
+
+    Args:
+      way_out: what the user can do about it, in place of the advice that `WrongBands` gives.
+    """
     if isinstance(source, FolderSource):
         try:
             read(source, 0, channels, dtype)
@@ -68,7 +72,7 @@ class BadImageLog:
         return len(self._reasons)
 
     def add(self, bad: np.ndarray) -> list[str]:
-        """Take the `bad` of a batch; return a line to log for each record that is new here.
+        """Add the records in `bad` of a batch; return a line to log for each that is new here.
 
         Raises:
           UserError: more than `max_bad_fraction` of the source is unreadable; the message lists it.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_VALUES = 3 * 178_956_970  # of an image; those of the largest RGB image that is read
+MAX_VALUES = 3 * 178_956_970  # of an image: as many as the largest RGB image that is read has
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 NPY = b"\x93NUMPY"
@@ -31,12 +31,12 @@ def pixel_type(value_range: Sequence[float]) -> type[np.uint8] | type[np.float32
 
 
 def is_tiff(data: bytes) -> bool:
-    """Return whether a file starts as a TIFF."""
+    """Return whether a file starts like a TIFF."""
     return data[:4] in TIFF
 
 
 def is_npy(data: bytes) -> bool:
-    """Return whether a file starts as one of numpy.save."""
+    """Return whether a file starts like one that numpy.save wrote."""
     return data.startswith(NPY)
 
 
@@ -44,7 +44,7 @@ def read(data: bytes) -> np.ndarray:
     """Return the array [H, W, bands] of a TIFF or .npy file, in the type that the file has.
 
     Raises:
-      ValueError: it is damaged, too large, or holds something else.
+      ValueError: the file is damaged, too large, or holds no image.
     """
     array = _read_npy(data) if is_npy(data) else _read_tiff(data)
     array = array[..., None] if array.ndim == 2 else array
@@ -105,7 +105,10 @@ def read_numbers(image: bytes | np.ndarray, channels: int) -> np.ndarray:
 
 
 def eight_bits(array: np.ndarray, channels: int) -> np.ndarray:
-    """Return the array [H, W, C] of a TIFF or .npy file as uint8: of 16 bits the upper 8."""
+    """Return the array [H, W, C] of a TIFF or .npy file as uint8.
+
+    Photographs of 16 bits keep their upper 8.
+    """
     photo = array.shape[-1] in (1, 3, 4) and channels in (1, 3)
     if (array.dtype.kind, array.dtype.itemsize) == ("u", 2) and photo:
         array = (array >> 8).astype(np.uint8)

@@ -33,9 +33,9 @@ def photos(data_dir: str = "") -> str:
 
     There are nine scenes on ten pictures. 'train' (1,016 images) holds seven scenes: the whole
     pictures, and overlapping square tiles with half the picture's short side, as JPEG of quality
-    95. 'test' (24 images) holds two **other scenes**, photographs of a cat and of a pavilion above
-    a lake, so that it asks for what natural images have in common: square tiles that do not
-    overlap, with a third of the short side, as PNG.
+    95. 'test' (24 images) holds the **two other scenes**, a cat and a pavilion above a lake, so
+    that it tests what natural images have in common: square tiles that do not overlap, with a third
+    of the short side, as PNG.
     """
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / PHOTOS
     final = root / arrayrecord.VERSION

@@ -17,7 +17,7 @@ Size = tuple[int, int]
 def random_resized(
     picture: Picture, size_HW: Size, rng: Generator, *, scale: Range, ratio: Range, resizer: str
 ) -> np.ndarray:
-    """Cut out a random box, then resize it, so that no pixel around it takes part.
+    """Cut out a random box and resize it; pixels around the box have no influence.
 
     REFERENCE section 2; see `transforms.random_box`.
     """
@@ -36,9 +36,9 @@ def probe(
 
 
 def fixed(picture: Picture, size_HW: Size, rng: Generator) -> np.ndarray:
-    """Resize the shorter side to size * 256 / 224, crop anywhere.
+    """Resize the shorter side to size * 256 / 224, then crop at a random place.
 
-    For "crop, fixed size" of the paper's Table 1e, which gives no numbers: the margin is ours.
+    This is "crop, fixed size" of the paper's Table 1e, which gives no numbers: the margin is ours.
     """
     return transforms.resized_crop(
         picture, size_HW, 256, lambda slack: int(rng.integers(slack + 1))
@@ -46,18 +46,18 @@ def fixed(picture: Picture, size_HW: Size, rng: Generator) -> np.ndarray:
 
 
 def center(picture: Picture, size_HW: Size, rng: object = None) -> np.ndarray:
-    """Resize the shorter side, crop the centre, as in evaluation (REFERENCE section 3).
+    """Resize the shorter side, then crop the centre, as in evaluation (REFERENCE section 3).
 
-    The shorter side becomes size * 256 / 224, rounded down, up to size 224; beyond, size.
+    Up to size 224 the shorter side becomes size * 256 / 224, rounded down; above, it becomes size.
     """
     margin = 256 if max(size_HW) <= 224 else 224
     return transforms.resized_crop(picture, size_HW, margin, lambda slack: round(slack / 2))
 
 
 def full(picture: Picture, size_HW: Size, rng: object = None) -> np.ndarray:
-    """Resize the shorter side to the size itself, crop the centre.
+    """Resize the shorter side to the size itself, then crop the centre.
 
-    For images that were cropped before, such as those of ImageNet-C: an image that has the size
-    stays as it is.
+    This is for images that were cropped before, such as those of ImageNet-C: an image that already
+    has the size is not changed.
     """
     return transforms.resized_crop(picture, size_HW, 224, lambda slack: round(slack / 2))

@@ -35,7 +35,7 @@ def open_archive(path: str) -> Iterator[Archive]:
     """Open a .zip or a .tar, compressed or not.
 
     Raises:
-      UserError: there is none, or it is damaged or cut short; also while files of it are read.
+      UserError: there is no archive, or it is damaged or cut short; also while its files are read.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -65,11 +65,11 @@ def unpack_ade20k(path: str, out: Path, progress: Progress) -> dict[str, int]:
       How many pairs each split has.
     """
     splits = {"training": "train", "validation": "validation"}
-    place = re.compile(r"(?:.*/)?(images|annotations)/(training|validation)/([^/]+)\.(jpg|png)")
+    pattern = re.compile(r"(?:.*/)?(images|annotations)/(training|validation)/([^/]+)\.(jpg|png)")
     with open_archive(path) as archive:
         wanted = {}
         for name in archive.names:
-            if match := place.fullmatch(name):
+            if match := pattern.fullmatch(name):
                 folder = {"images": "images", "annotations": "labels"}[match[1]]
                 wanted[name] = Path(splits[match[2]], folder, f"{match[3]}.{match[4]}")
         table = _one(archive, path, "objectInfo150.txt")
@@ -86,22 +86,22 @@ def unpack_voc(path: str, out: Path, progress: Progress) -> dict[str, int]:
       How many pairs each split has.
     """
     with open_archive(path) as archive:
-        by_place = {"/".join(PurePosixPath(name).parts[-2:]): name for name in archive.names}
+        by_ending = {"/".join(PurePosixPath(name).parts[-2:]): name for name in archive.names}
         wanted = {}
         for listed, split in (("train", "train"), ("val", "validation")):
             table = _one(archive, path, f"ImageSets/Segmentation/{listed}.txt")
             for stem in archive.open(table).read().decode().split():
-                for place, folder in ((f"JPEGImages/{stem}.jpg", "images"),
-                                      (f"SegmentationClass/{stem}.png", "labels")):  # fmt: skip
-                    if place not in by_place:
-                        raise UserError(f"{path} has no {place}: it is not the whole archive")
-                    target = Path(split, folder, PurePosixPath(place).name)
-                    wanted[by_place[place]] = target
+                for ending, folder in ((f"JPEGImages/{stem}.jpg", "images"),
+                                       (f"SegmentationClass/{stem}.png", "labels")):  # fmt: skip
+                    if ending not in by_ending:
+                        raise UserError(f"{path} has no {ending}: it is not the whole archive")
+                    target = Path(split, folder, PurePosixPath(ending).name)
+                    wanted[by_ending[ending]] = target
         return _write(archive, path, wanted, list(VOC_CLASSES), out, progress)
 
 
 def _one(archive: Archive, path: str, ending: str) -> str:
-    """Return the name of the file of an archive that ends so."""
+    """Return the name of the file in an archive whose path ends with `ending`."""
     found = [name for name in archive.names if f"/{name}".endswith(f"/{ending}")]
     if not found:
         held = ", ".join(sorted({name.partition("/")[0] for name in archive.names})[:5])
@@ -117,10 +117,10 @@ def _write(
     out: Path,
     progress: Progress,
 ) -> dict[str, int]:
-    """Write the wanted files of an archive, each to its place, and classes.txt.
+    """Write the wanted files of an archive (name -> path below `out`), and classes.txt.
 
     Raises:
-      UserError: `out` is there, or an image or a map has no counterpart.
+      UserError: `out` already exists, or an image or a map has no counterpart.
     """
     if out.exists():
         raise UserError(f"--out={out} already exists: choose another folder, or delete that one")

@@ -34,7 +34,7 @@ def photometric(image_HWC: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _colours(levels_HWC: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """Return RGB levels with their saturation multiplied, and their hue turned by so many turns."""
+    """Return RGB levels with their saturation multiplied, and their hue turned by `hue` turns."""
     picture = Image.fromarray(levels_HWC.round().astype(np.uint8)).convert("HSV")
     hsv = np.asarray(picture).astype(np.float32)
     hsv[..., 0] = np.mod(hsv[..., 0] + 256 * hue, 256)

@@ -1,6 +1,6 @@
 """From a source to batches for evaluation: every example once, in order, the last batch padded.
 
-How they are read, and the promises about hosts and processes, are those of pipeline.py.
+Batches are read as in pipeline.py, with the same promises about hosts and processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,14 +32,15 @@ def eval_batches(
     Every host gets the same number of batches.
 
     Args:
-      limit: read only so many images, from the first on; None = all.
+      limit: read only this many images, the first ones; None = all.
       crop: (picture, (height, width)) -> [H, W, C].
       workers: config.data.workers.
       dtype: of the images; see `bands.pixel_type`.
 
     Returns:
-      Dicts as of `train_batches`, and valid: bool [rows], False for padding, which is black with
-      index 0. An image that cannot be read is black too, its index stands in `bad`.
+      Dicts of image [rows, H, W, C]; label, index and bad: int32 [rows]; valid: bool [rows], False
+      for padding, which is black with index 0. An image that cannot be read is black too, and its
+      index stands in `bad`.
     """
     blank = {"image": np.zeros((*image_size, channels), dtype), "label": np.int32(-1)}
 
@@ -62,7 +63,7 @@ def ordered_batches(
     limit: int | None = None,
     workers: int = -1,
 ) -> Iterator[Batch]:
-    """Return the batches of `eval_batches`, whose examples `make` reads.
+    """Return batches in order, the last one padded, of the examples that `make` reads.
 
     Args:
       make: index of a record -> the arrays of an example, one of them `image`; raises BadImage if

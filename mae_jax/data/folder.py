@@ -18,7 +18,7 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2"),
     *(".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-ARRAYS = ".npy"  # images in a folder without others; beside images they may be anything
+ARRAYS = ".npy"  # an image only in a folder without other images; beside them it may be anything
 
 
 # Names of folders, in small letters -> the split that they hold.
@@ -61,8 +61,8 @@ class FolderSource:
 def open_folder(path: str, split: str) -> FolderSource:
     """Return the images below a folder, flat or nested.
 
-    What counts as an image: a file with an image's extension, whatever it turns out to hold, and a
-    file without extension that opens as an image; of a folder without any of them, .npy. Other
+    An image is a file with an image's extension, whatever it turns out to hold, or a file without
+    extension that opens as an image; in a folder without any of these, it is a .npy file. Other
     files, and names that start with a dot, are passed over. Links are followed. The parent folder
     is the label when every image is at PATH/CLASS/FILE, or at PATH/SPLIT/CLASS/FILE; otherwise
     there are no labels.
@@ -75,7 +75,7 @@ def open_folder(path: str, split: str) -> FolderSource:
 
 
 def choose(path: str, files: list[str], parts: dict[str, list[int]], split: str) -> FolderSource:
-    """Return the images of a split, of what `list_images` returned for the folder."""
+    """Return the images of a split, from what `list_images` returned for the folder."""
     root = os.path.expanduser(path)
     parents = [os.path.dirname(name) for name in files]
     if list(parts) != [""]:
@@ -140,7 +140,7 @@ def divide(path: str, files: list[str]) -> dict[str, list[int]]:
     of classes. The names in SPLITS count in any case.
 
     Raises:
-      UserError: such folders stand beside other images, which could be meant either way.
+      UserError: such folders stand beside other images, so that it is unclear what is meant.
     """
     tops = [name.partition(os.sep)[0] if os.sep in name else "" for name in files]
     named = {top: SPLITS.get(top.lower()) for top in set(tops)}
@@ -164,7 +164,7 @@ def divide(path: str, files: list[str]) -> dict[str, list[int]]:
 
 
 def _announce_unknown_classes(path: str, parents: list[str], parts: dict[str, list[int]]) -> None:
-    """Print the classes that another split has and train has not."""
+    """Print the classes of other splits that train does not have."""
     trained = {parents[i] for i in parts.get("train", [])}
     for name, part in parts.items():
         unknown = sorted({parents[i] for i in part} - trained)
@@ -179,7 +179,7 @@ def printable(name: str) -> str:
 
 
 def _walk(folder: str, parents: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yield the files below a folder, whose `parents` (device, inode) end the loops of links."""
+    """Yield the files below a folder; `parents`, (device, inode) each, end loops of links."""
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in parents:  # a link to a folder above

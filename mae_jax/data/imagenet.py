@@ -1,8 +1,8 @@
 """ImageNet and its other test sets from their archives to tfds, without TensorFlow.
 
-tfds's own builders read through TensorFlow. `read_archives` gives them another reading: name,
-version, features, labels and keys stay, so that `tfds.builder(name)` opens the result, whose order
-is the one that tfds gives it.
+tfds's own builders read through TensorFlow. `read_archives` changes only how they read: name,
+version, features, labels and keys stay, so that `tfds.builder(name)` opens the result, and its
+order is the one that tfds gives it.
 """
 
 import io
@@ -30,7 +30,7 @@ class Archive(NamedTuple):
     name: str = "{label}/{file}"
 
 
-TEST_SETS = {  # tfds's name[/config] -> what it is made of
+TEST_SETS = {  # tfds's name[/config] -> its archive
     "imagenet_v2/matched-frequency": Archive(
         "imagenetv2-matched-frequency.tar.gz", "imagenetv2-matched-frequency-format-val"
     ),
@@ -69,7 +69,7 @@ def read_archives(builder: Any, manual_dir: str) -> None:
             )
 
         def split_test_set(dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-            # A download has its checksum compared.
+            # tfds compares the checksum of a download.
             return {"test": test_examples(builder, path or Path(dl_manager.download(url)))}
 
         builder._split_generators = split_test_set
@@ -89,13 +89,13 @@ def url_of(builder: Any) -> str:
 def test_examples(builder: Any, path: Path) -> Examples:
     """Yield the key and the example of every TOP/CLASS/FILE of the archive of a test set.
 
-    Contents stay as they are, as tfds stores them: some are PNG under another name.
+    Images keep their bytes, as in tfds's own dataset: some are PNG under another name.
     """
     archive, empty = TEST_SETS[full_name(builder)], True
     labels = builder.info.features["label"]
     numbered = builder.name == "imagenet_v2"  # its folders have the labels' numbers as names
     classes = [str(i) for i in range(labels.num_classes)] if numbered else labels.names
-    # By the published name, since a download may have lost its suffix
+    # The published name decides, since a download may have lost its suffix
     read_files = _zip_files if archive.file_name.endswith(".zip") else _tar_files
     for name, data in read_files(path):
         top, *parts = PurePosixPath(name).parts
@@ -135,14 +135,14 @@ def _split_imagenet(dl_manager: tfds.download.DownloadManager) -> dict[str, Exam
 
 
 def _train_examples(path: Path) -> Examples:
-    """Read an archive of one archive per class, which has its WordNet id as a name."""
+    """Yield the examples of an archive of archives, one per class, named by its WordNet id."""
     for archive, content in _tar_files(path):
         for file, data in _tar_files(None, io.BytesIO(content)):
             yield _imagenet_example(file, data, PurePosixPath(archive).stem)
 
 
 def _validation_examples(path: Path) -> Examples:
-    """Label images by the number in ILSVRC2012_val_00000001.JPEG."""
+    """Yield examples labelled by the number in ILSVRC2012_val_00000001.JPEG."""
     listed = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     labels = listed.read_text().split()
     for file, data in _tar_files(path):

@@ -36,7 +36,7 @@ class ColourJitter:
 
 
 def shift(image: Image.Image, kind: str, amount: float) -> Image.Image:
-    """Return an image with one of KINDS changed: by a factor of 1 + amount, a hue by a turn."""
+    """Return an image with one of KINDS times 1 + amount, or its hue turned by `amount` turns."""
     if kind == "hue":
         hue, saturation, value = image.convert("HSV").split()
         turned = hue.point([(level + round(256 * amount)) % 256 for level in range(256)])
@@ -52,12 +52,12 @@ def shift(image: Image.Image, kind: str, amount: float) -> Image.Image:
 def parse(name: str) -> ColourJitter:
     """Return the jitter of a name such as jitter-b0.4-c0.4-s0.4-h0.1."""
     part = r"-([bcsh])(\d+(?:\.\d+)?)"
-    found = {KINDS[letter]: float(number) for letter, number in re.findall(part, name)}
-    valid = re.fullmatch(f"jitter({part})+", name) and max(found.values()) <= 1
-    if not valid or found.get("hue", 0.0) > 0.5:
+    strengths = {KINDS[letter]: float(number) for letter, number in re.findall(part, name)}
+    valid = re.fullmatch(f"jitter({part})+", name) and max(strengths.values()) <= 1
+    if not valid or strengths.get("hue", 0.0) > 0.5:
         raise UserError(
             f"config.data.augment={name!r}: write jitter-bB-cC-sS-hH, such as"
             " jitter-b0.4-c0.4-s0.4-h0.1, with brightness, contrast and saturation up to 1 and hue"
             " up to 0.5"
         )
-    return ColourJitter(**found)
+    return ColourJitter(**strengths)

@@ -42,10 +42,10 @@ class Legend:
 
         The classes are those of `palette`, a file with a line "R G B NAME" for each class in order
         (the name "ignore" for colours without a class); else those of ROOT/classes.txt, a name in
-        each line; else so many as `classes` says, without names.
+        each line; else as many as `classes` says, without names.
 
         Raises:
-          UserError: the classes are not known, are too many, or are told in two ways that differ.
+          UserError: the classes are not known, are too many, or are given in two ways that differ.
         """
         count, file = data.get("classes", 0), Path(data.get("palette", ""))
         names: tuple[str, ...] = ()
@@ -74,16 +74,16 @@ class Legend:
 
         Raises:
           BadImage: the file cannot be read.
-          UserError: it holds colours without a palette, or a number or colour of no class.
+          UserError: the map holds colours without a palette, or a number or colour of no class.
         """
         if self.colours:
             return self._of_colours(_pixels(file, name, "RGB"), name)
         number_HW = _pixels(file, name).astype(np.int32)
-        without = number_HW == self.ignore
+        unlabelled_HW = number_HW == self.ignore
         if self.shift:
-            without |= number_HW == 0
+            unlabelled_HW |= number_HW == 0
             number_HW = number_HW - 1
-        wrong = ~without & ((number_HW < 0) | (number_HW >= len(self.names)))
+        wrong = ~unlabelled_HW & ((number_HW < 0) | (number_HW >= len(self.names)))
         if wrong.any():
             found = int(number_HW[wrong].max()) + self.shift
             raise UserError(
@@ -92,11 +92,11 @@ class Legend:
                 f" config.data.classes, config.data.ignore={found} if such pixels have no class, or"
                 " config.data.shift=True if 0 means that and classes begin at 1"
             )
-        return np.where(without, IGNORED, number_HW).astype(np.uint8)
+        return np.where(unlabelled_HW, IGNORED, number_HW).astype(np.uint8)
 
     def _of_colours(self, pixels_HWC: np.ndarray, name: str) -> np.ndarray:
         code_HW = pixels_HWC.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-        codes, place = np.unique(code_HW, return_inverse=True)
+        codes, index = np.unique(code_HW, return_inverse=True)
         drawn = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in codes]
         if unknown := [colour for colour in drawn if colour not in self.colours]:
             raise UserError(
@@ -104,14 +104,14 @@ class Legend:
                 " config.data.palette: add it with its class, or with the name ignore"
             )
         classes = np.array([self.colours[colour] for colour in drawn], np.uint8)
-        return classes[place].reshape(code_HW.shape)
+        return classes[index].reshape(code_HW.shape)
 
 
 def read_palette(file: Path) -> tuple[tuple[str, ...], dict[Colour, int]]:
     """Return the names of classes, and colour -> class, from lines such as "128 0 0 building".
 
     Raises:
-      UserError: the file cannot be read, or a line is none of these.
+      UserError: the file cannot be read, or a line has another form.
     """
     try:
         lines = [line.split(maxsplit=3) for line in file.read_text().splitlines() if line.strip()]
@@ -154,9 +154,9 @@ def _pixels(file: bytes, name: str, convert: str = "") -> np.ndarray:
 
 
 def resize(map_HW: np.ndarray, box: Box, width: int, height: int) -> np.ndarray:
-    """Return a part of a map in another size, each pixel being the nearest one of the part.
+    """Resize a part of a map; each new pixel is the nearest old one.
 
-    These are the pixels of Pillow's NEAREST, so that a map stays in step with its image.
+    The result is that of Pillow's NEAREST, so that a map stays aligned with its image.
     """
     left, top, box_width, box_height = box
     rows = top + ((np.arange(height) + 0.5) * box_height / height).astype(int)

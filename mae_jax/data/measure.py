@@ -21,15 +21,15 @@ def measure_folder(
     """Return images, channels, low, high, mean, std and bad of the images that would be trained on.
 
     low and high are the values in the files; mean and std are of values scaled by `value_range`, as
-    config.data takes them. All but bad, {name: why it cannot be read}, are of readable images.
+    config.data takes them. bad is {name: why it cannot be read}; all others are of readable images.
 
     Raises:
-      UserError: there is no folder, or no image of the first one's channels can be read.
+      UserError: there is no folder, or no image with as many channels as the first can be read.
     """
     source = open_folder(path, "train")
     channels = count_channels(source)
     bad: dict[str, str] = {}
-    sums: list[tuple[np.ndarray, ...]] = []
+    statistics: list[tuple[np.ndarray, ...]] = []  # of each readable image
 
     def read(index: int) -> tuple[np.ndarray, ...] | str | None:
         try:
@@ -44,16 +44,16 @@ def measure_folder(
         try:
             for index, result in enumerate(pool.map(read, range(len(source)))):
                 if isinstance(result, tuple):
-                    sums.append(result)
+                    statistics.append(result)
                 else:
                     bad[source[index]["name"]] = str(result)
                 advance(1)
         finally:
             pool.shutdown(cancel_futures=True)
-    mean, square, low, high = map(np.stack, zip(*sums, strict=True))
+    mean, square, low, high = map(np.stack, zip(*statistics, strict=True))
     mean, square = mean.mean(0), square.mean(0)
     return {
-        "images": len(sums),
+        "images": len(statistics),
         "channels": channels,
         "low": low.min(0).tolist(),
         "high": high.max(0).tolist(),

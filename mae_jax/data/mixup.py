@@ -1,7 +1,7 @@
 """Random erasing, mixup and cutmix of normalised images and labels, on the device.
 
-Pure functions for the inside of jit: one draws, another applies what was drawn. Numbers: REFERENCE
-section 3. Shape suffixes: B batch, H W image, C channels, Y classes, G groups of images.
+Pure functions for use inside jit: one draws at random, another applies what was drawn. Numbers:
+REFERENCE section 3. Shape suffixes: B batch, H W image, C channels, Y classes, G groups of images.
 """
 
 import math
@@ -38,8 +38,8 @@ def draw_erasing(
 ) -> tuple[Array, Boxes]:
     """Draw which images are erased, bool [B], and a box for each.
 
-    The area and the logarithm of the aspect are uniform. The first of ten draws counts that is
-    smaller than the image on both sides; without one the image stays.
+    The area and the logarithm of the aspect are uniform. Of ten draws, the first that is smaller
+    than the image on both sides counts; if there is none, the image is not erased.
     """
     keys = jax.random.split(rng, 5)
     shape = (batch, ERASE_TRIES)

@@ -30,10 +30,10 @@ from mae_jax.errors import UserError
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards
 MAX_SHARDS = 1024
-JPEG_SIDE = 65_500  # pixels, of libjpeg
+JPEG_SIDE = 65_500  # pixels; the limit of libjpeg
 QUALITY = 95  # of JPEGs
 
-# (unit, how many there are) -> a context that yields what is called with every number of units done
+# (unit, how many there are) -> a context that yields a function to call with the units just done
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -46,7 +46,7 @@ def prepare_folder(
     workers: int,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
-    """Write the images of a folder as the tfds dataset `name`, or go on with it.
+    """Write the images of a folder as the tfds dataset `name`, or go on where a run was stopped.
 
     RGB or grey JPEG and PNG files keep their bytes if nothing is resized; other images become RGB
     JPEGs, upright. With `resize`, the short side gets that many pixels, by Pillow's
@@ -119,7 +119,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
-    """Remove what an interrupted run cannot go on with, and remember the plan of this run."""
+    """Remove files of an interrupted run that this one cannot use, and store this run's plan."""
     if (old := _read_json(work / "plan.json")) != plan:
         if old:
             print("The images or options changed since the interruption: starting again.")
@@ -177,7 +177,7 @@ def _write_missing(shards: list[Shard], workers: int, progress: Progress) -> Non
 
 @contextlib.contextmanager
 def _mapping(workers: int) -> Iterator[Callable]:
-    """Yield a `map` that works in so many processes, or in this one if one is enough."""
+    """Yield a `map` that works in `workers` processes, or in this one if one is enough."""
     if workers <= 1:
         yield map
         return
@@ -224,7 +224,7 @@ def write_shard(shard: Shard) -> None:
 
 
 def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
-    """Return what to store of an image file that shows this RGB image, and the stored image."""
+    """Return the bytes to store for an image file, and the stored image; `image` is the file's."""
     if resize is None:
         with Image.open(io.BytesIO(data)) as original:
             plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")

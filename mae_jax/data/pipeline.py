@@ -92,7 +92,7 @@ def train_batches(
 
 
 def augmented(source: Source, data: ConfigDict, image_size: tuple[int, int], channels: int) -> Make:
-    """Return what reads an image with its label, cropped and augmented as config.data says."""
+    """Return a `make` that reads a labelled image, cropped and augmented as config.data says."""
     dtype = bands.pixel_type(data.get("value_range", ()))
     crop, flip, augment = settings.make_crop(data), data.flip, settings.make_augment(data)
 
@@ -112,7 +112,7 @@ def synthetic_batches(
     channels: int,
     dtype: type[np.number] = np.uint8,
 ) -> Iterator[Batch]:
-    """Yield the same random batch for ever, without labels: tells a slow model from slow input."""
+    """Yield one random batch for ever, without labels, to tell a slow model from slow input."""
     shape = (len(rows), *image_size, channels)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8).astype(dtype)
     none = np.full(len(rows), -1, np.int32)
@@ -121,7 +121,7 @@ def synthetic_batches(
 
 
 def numbered(example: Example, index: int, bad: int) -> Example:
-    """Return an example with its record, and the one that should have stood here, if any."""
+    """Return an example with its `index`, and in `bad` the record that it replaces, or -1."""
     return example | {"index": np.int32(index), "bad": np.int32(bad)}
 
 

@@ -18,7 +18,7 @@ ALEXNET = dict(
     pixelate=0.717840, jpeg_compression=0.606500,
 )  # fmt: skip
 CORRUPTIONS = tuple(ALEXNET)
-# Published beside them, and no part of any mean
+# Published beside those; no mean counts them
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 HOW_TO_GET_C = (

@@ -22,7 +22,7 @@ class PairSource:
     """Images with label maps; a `sources.Source`.
 
     A record has "image" and "name" as elsewhere, no label, and "map", uint8 [H, W] as
-    `Legend.read` returns it. It counts as unreadable if its map is, or if no pixel has a class.
+    `Legend.read` returns it. A record is unreadable if its map is, or if no pixel has a class.
     """
 
     images: Any  # a Source
@@ -67,8 +67,8 @@ def open_pairs(path: str, split: str, data: Any) -> PairSource:
     """Return the pairs of a split, or of slices of some, whose labels mean what config.data says.
 
     Raises:
-      UserError: there are no such folders, an image or a map has no counterpart, or what the labels
-        mean is not known.
+      UserError: there are no such folders, an image or a map has no counterpart, or the meaning of
+        the labels is not known.
     """
     images, maps = _choose(path, split)
     return PairSource(images, maps, Legend.from_config(data, images.root))
@@ -77,7 +77,7 @@ def open_pairs(path: str, split: str, data: Any) -> PairSource:
 def _choose(path: str, split: str) -> tuple[FolderSource, list[str]]:
     """Return the images of a split, and the path of the map of each.
 
-    Slices are of an order that is shuffled by the names alone, as in `folder.choose`.
+    Slices are taken from an order that the names alone shuffle, as in `folder.choose`.
     """
     root = os.path.abspath(os.path.expanduser(path))
     parts = _list_splits(path, root)

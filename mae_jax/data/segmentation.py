@@ -1,7 +1,7 @@
 """Batches of images with label maps: cropped, resized and mirrored together.
 
-Whatever is done to the place of pixels is done to both; a map is only ever resized to the nearest
-pixel. In a batch `map` is uint8 [rows, H, W]: class numbers, and `label_maps.IGNORED`.
+What moves pixels is done to both; a map is always resized to the nearest pixel. In a batch `map`
+is uint8 [rows, H, W]: class numbers, and `label_maps.IGNORED`.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from mae_jax.errors import UserError
 
 PREFIX = "segfolder:"
 LOOKED_AT = 32  # pairs, evenly spaced, that are read before anything is written
-MAX_SHARE = 0.75  # of a training crop that one class may fill, if others are there to be had
+MAX_SHARE = 0.75  # of a training crop: no class should fill more, if others can be had
 TRIES = 10  # to draw such a crop
 
 Size = tuple[int, int]
@@ -46,7 +46,7 @@ def open_pairs(data: Any, source: str, split: str) -> PairSource:
     """Open the pairs of a source, whose labels mean what config.data says.
 
     Raises:
-      UserError: there are none, or what the labels mean is not known.
+      UserError: there are none, or the meaning of the labels is not known.
     """
     if source.startswith("counted:"):  # no files: to plan a run by
         images = sources.open_source(source, split)
@@ -78,7 +78,7 @@ def read(source: PairSource, index: int, channels: int, dtype: type[np.number]) 
 
 
 def look_at(source: PairSource, channels: int, dtype: type[np.number]) -> None:
-    """Read some pairs, so that wrong labels are met before a run begins.
+    """Read some pairs, so that wrong labels are found before a run begins.
 
     Raises:
       UserError: see `read`; or none of these pairs can be read.
@@ -116,9 +116,9 @@ def random_crop(
     """Cut a random part out of a pair that was resized by a random factor.
 
     The factor 1 makes the image as large as covers the crop; it is uniform in `scales`. Where the
-    image is smaller than the crop, it is padded below and on the right, with grey and IGNORED. Of
-    ten places that of the first is taken in which no class has more than 3/4 of the labelled
-    pixels, or else the last (as DeepLab-style recipes do).
+    image is smaller than the crop, it is padded below and on the right, with grey and IGNORED. Up
+    to ten places are drawn, until no class has more than 3/4 of the labelled pixels there (as
+    DeepLab-style recipes do).
     """
     height, width = pair.map.shape
     factor = max(size_HW[0] / height, size_HW[1] / width) * rng.uniform(*scales)

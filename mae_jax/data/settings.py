@@ -53,7 +53,7 @@ def make_crop(data: ConfigDict) -> Crop:
 
 
 def require_resizer(resizer: str) -> None:
-    """Raise a UserError if there is no such config.data.resizer here."""
+    """Raise a UserError if a config.data.resizer is unknown, or not installed here."""
     if resizer not in transforms.RESIZERS:
         raise UserError(f"config.data.resizer={resizer!r}: give pillow or fast")
     if resizer == "fast" and importlib.util.find_spec("cykooz_resizer") is None:
@@ -61,7 +61,7 @@ def require_resizer(resizer: str) -> None:
 
 
 def make_augment(data: ConfigDict) -> Augment | None:
-    """Return what config.data.augment names, if any: RandAugment, jitter, a fork's function."""
+    """Return what config.data.augment names: RandAugment, jitter, a fork's function, or None."""
     name = data.get("augment", "")
     if "." in name and "-" not in name:
         return _resolve("augment", name, "image, rng", {})
@@ -71,7 +71,7 @@ def make_augment(data: ConfigDict) -> Augment | None:
 
 
 def _resolve(key: str, name: str, arguments: str, settings: dict[str, Any]) -> functools.partial:
-    """Return the function that config.data.KEY names, with those settings that it takes bound."""
+    """Return the function that config.data.KEY names, bound to the settings that it takes."""
     try:
         function = resolve(name, crops)
         keywords = inspect.getfullargspec(function).kwonlyargs

@@ -22,7 +22,7 @@ class Unreadable(UserError):
 
 
 class NotPrepared(UserError):
-    """A dataset that tfds knows and of which nothing is there; the message says what to do."""
+    """A dataset that tfds knows and that is not prepared here; the message says what to do."""
 
 
 class Source(Protocol):
@@ -40,7 +40,7 @@ class Source(Protocol):
     def class_names(self) -> list[str] | None: ...
 
     @property
-    def ranges(self) -> Ranges: ...  # the slices of whole splits that it has
+    def ranges(self) -> Ranges: ...  # which slices of whole splits it holds
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""Which images of a source a slice of its splits means, such as train[:90%]."""
+"""Resolve splits and slices of them, such as train[:90%], to ranges of images."""
 
 import re
 from collections.abc import Iterable
@@ -50,5 +50,5 @@ def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
 
 
 def locate(ranges: Ranges, source: object) -> Ranges:
-    """Return ranges whose splits say of which source they are."""
+    """Return ranges whose splits begin with the source, so that two sources can be compared."""
     return tuple((f"{source} {split}", start, end) for split, start, end in ranges)

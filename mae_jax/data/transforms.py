@@ -31,7 +31,7 @@ MAX_STRETCH = 16  # how many times as long as the crop a resized picture may be
 
 ORIENTATION = 0x0112  # the EXIF tag
 SAMPLES, BITS, PLANAR = 277, 258, 284  # TIFF tags: bands, their bits, 2 = one after the other
-UPRIGHT = {  # its value -> what turns the picture upright
+UPRIGHT = {  # value of the EXIF tag -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,12 +57,12 @@ def decode(
 
     Args:
       image: an encoded file, or a uint8 array [H, W] or [H, W, C].
-      channels: 1 makes grey, 3 RGB. An image must have any other number itself: nothing is
-        converted.
+      channels: 1 makes grey, 3 RGB. For any other number nothing is converted: the image must have
+        as many.
       dtype: np.float32 reads TIFF, .npy and arrays alone, and converts no channels.
 
     Raises:
-      BadImage: it cannot be read, has no pixels, or more than MAX_PIXELS.
+      BadImage: the image cannot be read, has no pixels, or more than MAX_PIXELS.
     """
     try:
         if dtype == np.float32:
@@ -125,7 +125,7 @@ def _pillow_reads(data: bytes, channels: int) -> bool:
 def _is_plain_jpeg(data: bytes) -> bool:
     """Return whether a file is a JPEG of three channels that no metadata can turn.
 
-    Walks over the segments of the header: 0xFF, a marker, a length. False where it is in doubt.
+    Walk over the segments of the header (0xFF, a marker, a length); in doubt, return False.
     """
     start = 2 if data.startswith(b"\xff\xd8") else len(data)
     try:
@@ -189,9 +189,9 @@ def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.nda
 def resize_fast(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:
     """Resize a part of a picture by cykooz-resizer's vector instructions: four times as fast.
 
-    Its coefficients are rounded otherwise: photographs differ from Pillow's by 0.02 of 255 levels
-    on average. The width is resized first, as Pillow mostly does; by itself the library begins
-    with the height.
+    The library rounds its coefficients differently: photographs differ from Pillow's by 0.02 of 255
+    levels on average. It would begin with the height; here the width is resized first, as Pillow
+    mostly does.
     """
     import cykooz_resizer as fast
 
@@ -305,7 +305,7 @@ def _edit(image_HWC: np.ndarray, edit: Callable[[Image.Image], Image.Image]) -> 
 
 
 def _by_planes(image_HWC: np.ndarray, edit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return an image after an edit of it if it is 8-bit RGB, else of each plane [H, W]."""
+    """Edit an 8-bit RGB image as a whole, and any other image plane [H, W] by plane."""
     if image_HWC.shape[-1] == 3 and image_HWC.dtype == np.uint8:
         return edit(image_HWC)
     return np.stack([edit(plane) for plane in np.moveaxis(image_HWC, -1, 0)], -1)

@@ -22,14 +22,14 @@ from mae_jax.data.process import follow_parent
 from mae_jax.distributed import announce
 from mae_jax.errors import UserError
 
-THREADS = 16  # at most, that read images if no processes do
-# Of images up to so many bytes, Python's own work takes most of the time, and threads wait for each
-# other: on 2 cores, one thread read 3,850 JPEGs of 32 pixels per second, 16 threads 870.
+THREADS = 16  # the most that read images, where no processes do
+# With images of up to SMALL_IMAGE bytes, Python's own work takes most of the time, and threads wait
+# for each other: on 2 cores, one thread read 3,850 JPEGs of 32 pixels per second, 16 threads 870.
 SMALL_IMAGE, THREADS_FOR_SMALL = 64 * 64 * 3, 1
 PREFETCH = 4  # batches that are read ahead of the training step
 TOGETHER = 16  # images that a process reads by one call of Grain
 # Processes take a second to start; in that time threads read a thousand photographs.
-FEW = 2000  # images of which threads read all, unless processes are asked for
+FEW = 2000  # images; threads read a smaller source, unless processes are asked for
 
 
 class WorkerLost(RuntimeError):
@@ -117,7 +117,7 @@ def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 class _Rows(grain.MapDataset):
-    """Those elements at `rows` of every `batch_size` elements of the parent."""
+    """The elements at `rows` of every `batch_size` elements of the parent."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -129,13 +129,13 @@ class _Rows(grain.MapDataset):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        return self._parent[self._place(index)]
+        return self._parent[self._parent_index(index)]
 
     def read(self, indices: Iterable[int]) -> Sequence[dict[str, Any]]:
         """Return several elements: of JPEGs of 32 pixels, a fifth faster than one by one."""
-        return self._parent._getitems([self._place(index) for index in indices])
+        return self._parent._getitems([self._parent_index(index) for index in indices])
 
-    def _place(self, index: int) -> int:
+    def _parent_index(self, index: int) -> int:
         batch, row = divmod(index, len(self._rows))
         return batch * self._batch_size + self._rows[row]
 
@@ -182,18 +182,18 @@ def _read_in_threads(
 # --- processes ---
 #
 # Worker w reads examples w, w + workers, ... and writes each image where it stands in its batch, in
-# memory that all share. The other values of its rows of a batch go through its pipe, and tell that
-# these rows are complete; the answer tells that the place of the batch is free again. The memory
+# memory that all share. It sends the other values of its rows through its pipe, which says that
+# these rows are complete; the answer says that the place of the batch is free again. The memory
 # has no name and the pipes end with their processes: nothing is left behind, however a run ends.
 
 
 def _read_in_processes(local: _Rows, slots: Slots, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches, read by so many processes."""
+    """Yield batches that `workers` processes read."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_jax.data.pipeline"])  # imported once for all processes
     pickled = cloudpickle.dumps(local)
     readers: list[tuple[Any, Connection]] = []
-    # What multiprocessing does at the end of a program would wait for the workers for ever.
+    # At the end of a program, multiprocessing would wait for the workers for ever.
     stop = util.Finalize(None, _stop, (readers,), exitpriority=1)
     places, batch_size = slots.shape[:2]
     file = _share_memory(slots.nbytes)
@@ -303,7 +303,7 @@ def _open_memory(file: int, slots: Slots) -> np.ndarray:
 
 
 def _lack_of_memory(needed: int) -> str:
-    """Return why processes cannot share so many bytes, or ''."""
+    """Return why processes cannot share `needed` bytes, or ''."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(found[1]) * 1024 if found else needed
     if needed > free:

@@ -37,9 +37,9 @@ class Evaluator(Protocol):
     """A measure of a state: made once, before the first update, and run whenever it is due.
 
     Args:
-      cfg: config.evals.NAME. All evaluators here have `source` ('' = that of the training images),
-        `split` and `batch_size`, and all but robustness and reconstruct may have `prefix`, which
-        their metric names begin with ("eval"). `type` and `every` are not the evaluator's.
+      cfg: config.evals.NAME. All evaluators here have `batch_size`, and all but robustness have
+        `source` ('' = that of the training images) and `split`. All but robustness and reconstruct
+        may have `prefix`, with which their metric names begin ("eval"). `every` is the loop's.
       config: the whole config: images, model, sources.
       predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
         gives `cls` and `mean` (B, D); "block_features", which a task may leave out, gives them

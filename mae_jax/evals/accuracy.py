@@ -13,7 +13,7 @@ from mae_jax.evals.features import Extractor
 
 
 class Evaluator:
-    """Classifies every image of a split once.
+    """Top-1, top-5 and loss of a classifier on a split, each image once.
 
     Args:
       cfg: optional `predict`, the name of the function that gives logits (B, Y), and

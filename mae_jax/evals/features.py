@@ -1,4 +1,4 @@
-"""Read images in global batches on a mesh, and compute features of them: of each image once.
+"""Read images in global batches on a mesh, and compute features of each image once.
 
 The numbers do not depend on the batch size, the devices and the hosts.
 """
@@ -152,8 +152,8 @@ def block_numbers(cfg: ConfigDict, depth: int) -> tuple[int, ...]:
 class Blocks(NamedTuple):
     """The blocks of an encoder whose features an evaluator measures, by cfg.layers.
 
-    cfg.layers is "last" (which it is where there is no such key), "all", or numbers such as "4,8";
-    blocks count from 1, and the last is always among them.
+    cfg.layers is "last" (also where the key is missing), "all", or numbers such as "4,8"; blocks
+    count from 1, and the last is always among them.
     """
 
     numbers: tuple[int, ...]
@@ -184,7 +184,7 @@ class Blocks(NamedTuple):
         return cls(numbers, compute)
 
     def metrics(self, name: str, values: Mapping[int, float]) -> dict[str, float]:
-        """Return the last block's value under a name, and of several each under NAME_blockN."""
+        """Return the last block's value as NAME, and with several blocks each as NAME_blockN."""
         several = {f"{name}_block{number}": values[number] for number in self.numbers}
         return {name: values[self.numbers[-1]]} | (several if len(several) > 1 else {})
 

@@ -34,9 +34,9 @@ class Ridge(NamedTuple):
 def fit_ridge(x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
     """Fit one-hot labels by least squares with a penalty on squared weights, in float64.
 
-    Features are standardised; the bias carries no penalty. Of PENALTIES the one is taken whose
-    squared error is least when each image is left out in turn, which has a closed form too, so that
-    nothing but these images decides.
+    Features are standardised; the bias carries no penalty. The penalty is the
+    one of PENALTIES with the least squared error when each image is left out in turn, which has a
+    closed form too; so these images alone decide.
     """
     x_ND = x_ND.astype(np.float64)
     mean, std = x_ND.mean(0), x_ND.std(0)
@@ -78,10 +78,10 @@ def draw_per_class(
 ) -> Subset:
     """Draw `count` readable images of each class at random, and return them class by class.
 
-    Records are read in a random order until there are enough, and not all.
+    Records are read in a random order, and only until there are enough.
 
     Raises:
-      UserError: a class has fewer; it is named.
+      UserError: a class has fewer; the message names it.
     """
     names = source.class_names or []
     drawn: list[list[int]] = [[] for _ in names]
@@ -105,7 +105,7 @@ def draw_per_class(
 
 
 class Evaluator:
-    """Classifies the images of one split after a few of each class of another.
+    """Accuracy on one split of a classifier fitted to a few images of each class of another.
 
     Args:
       cfg: `bank_split` (where the few are drawn from), `shots` (images per class, one or several

@@ -86,7 +86,7 @@ def choose_bands(bands: Sequence[int], channels: int) -> tuple[int, ...]:
     """Return which bands are shown, counted from 1: the given ones, the first three, or one.
 
     Raises:
-      UserError: they are not one or three of those that there are.
+      UserError: `bands` are not one or three of those that the images have.
     """
     chosen = tuple(bands) or tuple(range(1, 4) if channels >= 3 else (1,))
     if len(chosen) not in (1, 3) or not 1 <= min(chosen) <= max(chosen) <= channels:
@@ -103,7 +103,7 @@ def bands_of(levels_BHWC: Any, bands: Sequence[int]) -> np.ndarray:
 
 
 def rgb(images: np.ndarray) -> np.ndarray:
-    """Return three channels of any number: the first three, or of fewer the first one thrice."""
+    """Return the first three channels, or the first one three times if there are fewer."""
     return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]
 
 
@@ -117,7 +117,7 @@ def paste(
 
 
 def enlarge(per_patch: np.ndarray, size: Size, patch_size: Size, axis: int = 1) -> np.ndarray:
-    """Repeat what there is once per patch for each pixel: `axis`, L, becomes two, of `size`."""
+    """Repeat a value of each patch for all its pixels; `axis`, L, becomes two axes, of `size`."""
     grid = (size[0] // patch_size[0], size[1] // patch_size[1])
     shape = (*per_patch.shape[:axis], *grid, *per_patch.shape[axis + 1 :])
     return per_patch.reshape(shape).repeat(patch_size[0], axis).repeat(patch_size[1], axis + 1)

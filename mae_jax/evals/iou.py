@@ -16,10 +16,10 @@ from mae_jax.evals.results import NAME_LENGTH, bars, to_json
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Return how many pixels of each class were taken for which, int64 (Y, Y + 1).
+    """Return how many pixels of each true class got each predicted class, int64 (Y, Y + 1).
 
-    The last column counts those that were taken for none. Pixels whose truth is no class from 0 to
-    Y - 1 are not counted.
+    The last column counts predictions of no class. Pixels whose truth is no class from 0 to Y - 1
+    are not counted.
     """
     labelled = (truth >= 0) & (truth < classes)
     truth, predicted = truth[labelled].astype(np.int64), predicted[labelled].astype(np.int64)
@@ -29,7 +29,7 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
 
 
 class Scores(NamedTuple):
-    """Numbers of a table of `confusion`, as fractions; nan for a class that does not occur."""
+    """Scores of a table of `confusion`, as fractions; nan for a class that does not occur."""
 
     iou_Y: np.ndarray
     accuracy_Y: np.ndarray
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, counts: np.ndarray) -> "Scores":
-        """Return the numbers of a table with at least one pixel.
+        """Return the scores of a table of `confusion`.
 
         Raises:
           UserError: no pixel was counted.
@@ -78,8 +78,8 @@ def report(
     """Return the metrics of some settings, their results.json and results.png.
 
     Each setting NAME gives {prefix}/miou_NAME and {prefix}/pixel_accuracy_NAME in percent; "" gives
-    {prefix}/miou. The files are results_{kind}.json and .png, with what follows "eval" in another
-    prefix.
+    {prefix}/miou. The files are results_{kind}.json and .png; what a prefix has after "eval" is
+    added to their names.
 
     Args:
       settings: name -> table of `confusion`.

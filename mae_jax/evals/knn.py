@@ -92,7 +92,7 @@ def vote(
 
 
 class Evaluator:
-    """Classifies the images of one split by the nearest ones of another.
+    """k-NN accuracy on one split, with the images of another as neighbours.
 
     Args:
       cfg: `bank_split`, `ks` (numbers of neighbours), `temperature`, `feature` (cls or mean),

@@ -7,10 +7,10 @@ tried until the cross-entropy on a tenth of the bank, which is held out, no long
 classifier that is reported is fitted to all of the bank, with the best of them. An image of the
 bank whose features are not finite is left out, and a query like that counts as wrong.
 
-The bank stays where it was computed, split over the mesh: images x width x blocks in float32, twice
-that while it is put together, and beside it the standardised features of one block and a few
-arrays of images x classes. One pass keeps the tokens of all blocks of a batch: lower batch_size if
-they are too many.
+The bank stays where it was computed, split over the mesh: images x width x blocks numbers in
+float32, twice as many while it is put together, and beside it the standardised features of one
+block and a few arrays of images x classes. One pass keeps the tokens of all blocks of a batch:
+lower batch_size if they are too many.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,8 @@ from mae_jax.sharding import BATCH
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # from strong to weak
 HELD_OUT = 0.1  # share of the bank on which the strength and the best block are chosen
 MOST = 1000  # iterations of L-BFGS for a fit
-# Largest part of the gradient at which it ends; at 1e-5 rounding chose the strength of small banks.
+# L-BFGS ends when no part of the gradient is larger. At 1e-5, rounding chose the strength of small
+# banks.
 TOLERANCE = 2e-6
 
 
@@ -120,12 +121,12 @@ def fit(bank: Bank, strength: Array | float, start: Linear) -> Linear:
 
 
 def number(label: Array, classes: Array) -> Array:
-    """Return the place of each label among the classes, in any place for one that is not there."""
+    """Return the index of each label among the classes; an arbitrary one if it is not there."""
     return jnp.searchsorted(classes, label).clip(0, len(classes) - 1)
 
 
 def hold_out(images: int, shape: tuple[int, int]) -> np.ndarray:
-    """Return which places (T, B) of a bank of so many images are held out: always the same."""
+    """Return which rows (T, B) of a bank of `images` images are held out: always the same."""
     chosen = np.random.default_rng(0).permutation(images)[: max(1, round(HELD_OUT * images))]
     held = np.zeros(shape, bool)
     held.reshape(-1)[chosen] = True
@@ -185,7 +186,7 @@ class Fitter:
 
 
 class Evaluator:
-    """Classifies the images of one split by a logistic regression on those of another.
+    """Accuracy on one split of a logistic regression that is fitted to another.
 
     Args:
       cfg: `bank_split`, `feature` (cls or mean), `layers` (see `features.Blocks`).

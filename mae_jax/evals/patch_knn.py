@@ -1,13 +1,13 @@
-"""Segmentation by the nearest patches of a bank, whose whole blocks of labels are carried over.
+"""Segmentation by the nearest patches of a bank, each of which votes with all of its pixels.
 
 A pixel gets the class that most of the k neighbours have at its place in the patch, of equally
 frequent ones the lowest. A pixel without a class has no vote; where no neighbour has one, the
-labels of the neighbours as wholes decide. Exact: every patch is compared with the whole bank in
+labels of whole neighbours decide. Exact: every patch is compared with the whole bank in
 float32, and of equally near ones the first in the bank counts.
 
-The bank stays where it was computed, split over the mesh, of one block at a time: patches x width
-numbers in float32 (twice that while it is put together) and patches x pixels bytes. ADE20K at 224
-with L/16: 4.0 million patches, 16 GB, or 8 GB with bank_dtype=float16, and 1 GB.
+The bank, of one encoder block at a time, stays where it was computed, split over the mesh: patches
+x width numbers in float32 (twice as many while it is put together) and patches x pixels bytes.
+ADE20K at 224 with L/16: 4.0 million patches, 16 GB, or 8 GB with bank_dtype=float16, and 1 GB.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ def predict(
     """Return the class of each pixel, uint8 (ks, B, L, E), of images whose features are given.
 
     Every device searches its own share of the bank, one batch of it after another, for one image
-    after another; only the blocks of the k best of each device are exchanged.
+    after another; only the pixels of the k best of each device are exchanged.
 
     Args:
       query_BLD: standardised features.
@@ -83,27 +83,27 @@ def predict(
                 # Of equal ones top_k takes the first. Few are kept before they are merged.
                 close_LK, row_LK = jax.lax.top_k(close_LN, min(most, rows))
                 new = close_LK, number * rows + row_LK
-                close, place = (jnp.concatenate(x, 1) for x in zip(best, new, strict=True))
+                close, index = (jnp.concatenate(x, 1) for x in zip(best, new, strict=True))
                 top, chosen = jax.lax.top_k(close, most)
-                return (top, jnp.take_along_axis(place, chosen, 1)), None
+                return (top, jnp.take_along_axis(index, chosen, 1)), None
 
             shape = (len(query_LD), most)
             start = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
-            (close_LK, place_LK), _ = jax.lax.scan(
+            (close_LK, index_LK), _ = jax.lax.scan(
                 merge, start, (jnp.arange(len(bank.label)), bank.x, bank.counted)
             )
             label = bank.label.astype(jnp.uint8).reshape(-1, 1)
             # The label of the whole patch rides along as one more pixel.
-            blocks = bank.pixels.reshape(-1, bank.pixels.shape[-1])[place_LK]
-            blocks_LKE = jnp.concatenate([blocks, label[place_LK]], -1)
-            position_LK = place_LK // rows * (ways * rows) + first + place_LK % rows
-            close_LK, position_LK, blocks_LKE = (
+            pixels = bank.pixels.reshape(-1, bank.pixels.shape[-1])[index_LK]
+            pixels_LKE = jnp.concatenate([pixels, label[index_LK]], -1)
+            position_LK = index_LK // rows * (ways * rows) + first + index_LK % rows
+            close_LK, position_LK, pixels_LKE = (
                 jax.lax.all_gather(x, BATCH, axis=1, tiled=True)
-                for x in (close_LK, position_LK, blocks_LKE)
+                for x in (close_LK, position_LK, pixels_LKE)
             )
             order_LK = jnp.lexsort((position_LK, -close_LK), axis=1)[:, :most]
-            blocks_LKE = jnp.take_along_axis(blocks_LKE, order_LK[..., None], 1)
-            modes = jnp.stack([mode(blocks_LKE[:, :k]) for k in ks])
+            pixels_LKE = jnp.take_along_axis(pixels_LKE, order_LK[..., None], 1)
+            modes = jnp.stack([mode(pixels_LKE[:, :k]) for k in ks])
             return jnp.where(modes[..., :-1] == IGNORED, modes[..., -1:], modes[..., :-1])
 
         return jax.lax.map(image, query_BLD).swapaxes(0, 1)
@@ -119,10 +119,10 @@ def predict(
 
 
 class Evaluator:
-    """Segments the images of one split by the nearest patches of another.
+    """Segmentation of one split by the nearest patches of another.
 
     Args:
-      cfg: as of `patches.Reader`, and `ks` (numbers of neighbours), `distances` (such as
+      cfg: that of `patches.Reader`, and `ks` (numbers of neighbours), `distances` (such as
         "cosine,l2"), `bank_dtype` (of the features in the bank).
     """
 
@@ -166,7 +166,7 @@ class Evaluator:
     def run(self, state: Any) -> Report:
         """Return the report of `iou.report`, with a setting knn{K}_{DISTANCE} of each kind.
 
-        With several layers also ..._block{N} of each; the one without is that of the last.
+        With several layers also ..._block{N} of each; the setting without it is that of the last.
         """
         cfg, reader = self._cfg, self._reader
         names, images = reader.queries.class_names, 0

@@ -2,8 +2,8 @@
 
 An image and its map are stretched to the size of the network, bicubic and nearest (Darcet et al.
 2025, arXiv 2502.08769). The label of a patch is the class of most of its pixels, of equal counts
-the lowest; a patch of the bank most of whose pixels have none is left out. Features are
-standardised by their mean and deviation over the bank: without it MAE's are far worse.
+the lowest; if most of its pixels have none, the patch is left out of the bank. Features are
+standardised by their mean and deviation over the bank: without that, MAE's are far worse.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +149,7 @@ MEANING = ("classes", "ignore", "shift", "palette")  # keys that say what labels
 
 
 def levels(images: np.ndarray) -> np.ndarray:
-    """Return images as uint8 of their first channels; numbers that are no levels are stretched."""
+    """Return images as uint8; those of another type are stretched to 0..255 all together."""
     if images.dtype == np.uint8:
         return images
     low, high = images.min(), images.max()

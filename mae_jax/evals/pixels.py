@@ -107,8 +107,8 @@ def interpolation(
     """Return every pixel interpolated from the mean colours of visible patches around it, (L, P).
 
     The colours stand at the centres of their patches and are interpolated linearly inside the
-    Delaunay triangles of these. Outside of them, and if fewer than three patches are visible or
-    all are in one line, the nearest is taken.
+    Delaunay triangles of these. Elsewhere, and if fewer than three patches are visible or all are
+    in one line, the nearest colour is taken.
     """
     from scipy.interpolate import LinearNDInterpolator
     from scipy.spatial import QhullError, cKDTree

@@ -22,7 +22,7 @@ WAYS = (
 
 
 class Evaluator:
-    """Classifies a split by each head of a sweep over base rates.
+    """Accuracy on a split of each head of a sweep over base rates.
 
     The first head has the rate of the config, the others those of config.optim.sweep. Which is best
     is decided on `select_split`, a share of the training data that the heads are not trained on,

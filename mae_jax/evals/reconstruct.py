@@ -31,15 +31,15 @@ PICTURES = 6  # rows of the figure
 
 
 class Evaluator:
-    """Reconstructs the first `cfg.images` images of a source.
+    """Loss, errors and pictures of reconstructions of the first `cfg.images` images of a source.
 
     Every readable image counts once; sums over images are made in float64.
 
     Args:
       cfg: `images`.
       predict: its "reconstruction" gets a batch of image and score_BL, and returns pred_BLT,
-        target_BLT and mask_BL. Only of a target in `pixels.CAPTIONS` are there errors in levels
-        and pictures: of others, T is any width, and the loss is all that is measured.
+        target_BLT and mask_BL. Errors in levels and pictures are made only of a target in
+        `pixels.CAPTIONS`; for others, T is any width, and the loss alone is measured.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ def report(
     """Return scalars with the prefix before their names, results.json and results.png.
 
     Another prefix than eval becomes part of the files' names: results_averaged.json of
-    eval_averaged. The tables come first: a figure that cannot be drawn does not keep them back.
+    eval_averaged. The tables come first, so that a figure that cannot be drawn does not stop them.
     Both begin with `about`, which says where the images come from.
     """
 
@@ -155,7 +155,7 @@ def tables(predictions: Predictions, names: list[str]) -> dict[str, Any]:
 def reliability(confidence_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, float]]:
     """Return from, to, images, mean confidence and accuracy (percent) of each bin with images.
 
-    A bin holds its upper edge. Images whose confidence is not a number are in none.
+    A bin includes its upper edge. Images whose confidence is not a number are in none.
     """
     known_N = ~np.isnan(confidence_N)
     confidence_N, right_N = confidence_N[known_N], right_N[known_N]

@@ -28,7 +28,7 @@ def correct(logits_BY: np.ndarray, label_B: np.ndarray, classes_K: np.ndarray) -
 
 
 class Evaluator:
-    """Classifies the images of every set that is there; of one that is not, says what to do.
+    """Accuracy on every set that is there; a missing one is left out, with what to do about it.
 
     Images of ImageNet-C are crops of 224 pixels already: they are taken as they are, or resized for
     a model of another image size. On ImageNet-A and -R the logits of their 200 classes compete, on

@@ -28,7 +28,7 @@ from mae_jax.evals import Report, iou, segment_figures
 from mae_jax.evals.features import Batches
 from mae_jax.evals.patches import MEANING, PICTURES, levels
 
-AT_A_TIME = 2**25  # numbers of the array of logits that is enlarged
+AT_A_TIME = 2**25  # the most logits that are enlarged at a time
 
 
 class Axis(NamedTuple):
@@ -40,11 +40,11 @@ class Axis(NamedTuple):
 
 def linear(old: int, new: int) -> np.ndarray:
     """Return the matrix (new, old) that resizes `old` numbers bilinearly to `new`, without blur."""
-    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    left = np.minimum(place.astype(int), max(old - 2, 0))
+    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    left = np.minimum(position.astype(int), max(old - 2, 0))
     matrix = np.zeros((new, old))
-    matrix[np.arange(new), left] = 1 - (place - left)
-    matrix[np.arange(new), np.minimum(left + 1, old - 1)] += place - left
+    matrix[np.arange(new), left] = 1 - (position - left)
+    matrix[np.arange(new), np.minimum(left + 1, old - 1)] += position - left
     return matrix
 
 
@@ -107,7 +107,7 @@ class Windows:
         self._logits = jax.jit(compute, out_shardings=NamedSharding(mesh, P()))
 
     def __call__(self, state: Any, pairs: Sequence[Pair | None]) -> list[np.ndarray | None]:
-        """Return the class of each pixel of each image, of as many as this host has rows.
+        """Return the class of each pixel of each image; there are as many as rows of this host.
 
         Every call of the network takes one window of each image of the batch, so that all hosts
         make the same number of calls of the same shape.
@@ -157,7 +157,7 @@ class Windows:
 
 
 class Evaluator:
-    """Segments every image of a split once, by the task's "segmentation".
+    """Segmentation of every image of a split once, by the task's "segmentation".
 
     Every host reads and decides its own rows of a batch of images.
 
@@ -256,7 +256,7 @@ def small(pair: Pair, predicted_HW: np.ndarray, size_HW: Any) -> tuple[np.ndarra
 
 
 def add_up(counts: np.ndarray) -> np.ndarray:
-    """Return the sum of a table over the hosts, exactly: its halves of 31 bits by themselves."""
+    """Return the exact sum of an int64 table over the hosts, sent as two halves of 31 bits."""
     low, high = (counts & (2**31 - 1)).astype(np.int32), (counts >> 31).astype(np.int32)
     both = multihost_utils.process_allgather(np.stack([low, high]))
     low, high = both.reshape(-1, 2, *counts.shape).astype(np.int64).sum(0)

@@ -48,7 +48,7 @@ def encoder_only(spec: ModelSpec) -> ModelSpec:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return a config that `from_config` reads; the shapes of the parameters say the rest."""
+    """Return a config for `ModelSpec.from_config`; shapes of parameters say what it leaves out."""
     e, d = spec.encoder, spec.decoder
     model: dict[str, Any] = {
         "image_size": spec.image_size,

@@ -1,9 +1,10 @@
 """Encoders with more than MAE's have: DINOv2, DINOv3, Pixio, and timm's with registers.
 
-`canonical` gives their tensors the names of `names.TABLE`, `block_options` tells the options of
-their blocks from names and shapes, and `complete` puts in what they leave out. What no tensor says:
-DINOv3's rotary positions, which are known by its config.json, or by LayerScale, registers and no
-position table; and the epsilon of norms (1e-5 in DINOv3, 1e-6 in the others).
+`canonical` gives their tensors the names of `names.TABLE`, `block_options` infers the options of
+their blocks from names and shapes, and `complete` adds the tensors that DINOv3 leaves out. No
+tensor says two things: that positions are rotary, which a config.json of DINOv3 says, or
+LayerScale and registers without a position table; and the epsilon of norms (1e-5 in DINOv3, 1e-6 in
+the others).
 """
 
 import math
@@ -17,9 +18,9 @@ from mae_jax.interop.read import DINO_LIKE, File
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.spec import ModelSpec
 
-# Other spellings of official names: of timm's Eva, which DINOv3 is there, and of DINOv2's authors.
+# Other spellings of official names: of timm's Eva, its class of DINOv3, and of DINOv2's authors.
 ALIASES = ((r"\.gamma_([12])$", r".ls\1.gamma"), (r"^register_tokens$", "reg_token"))
-# Tensors that tell of something that our blocks have not, whatever else a file has.
+# Tensors of parts that our blocks do not have: a file with one of them is refused.
 REFUSED = (
     (r"\.mlp\.(weights_in|gate_proj|w12|w1|fc1_g)\.", "a gated MLP (SwiGLU)"),
     (r"\.[qk]_norm\.bias$", "a LayerNorm of queries and keys, where RMSNorm is known"),
@@ -34,7 +35,7 @@ def canonical(file: File) -> tuple[File, list[str]]:
     """Return a file with the names of `names.TABLE`, and notes on what was left out or assumed.
 
     Raises:
-      UserError: it has a tensor that our blocks have no use for, or lacks positions.
+      UserError: the file has a tensor that our blocks have no use for, or lacks positions.
     """
     _refuse_by_name(file)
     eva = [name for name in file.state if re.search(r"\.(gamma_1|attn\.q_bias)$", name)]
@@ -62,7 +63,7 @@ def canonical(file: File) -> tuple[File, list[str]]:
 
 
 def has_rotary_positions(file: File) -> bool:
-    """Return whether it is DINOv3: by its config, or LayerScale and registers; without a table."""
+    """Return whether a file is DINOv3: no table, LayerScale, and its config or registers say so."""
     if stem("encoder/pos_embed", file.family) in file.state or not _scaled(file):
         return False
     kind = file.config.get("model_type")
@@ -132,7 +133,7 @@ def _renamed(file: File) -> File:
 
 
 def _leave_out(file: File) -> list[str]:
-    """Remove a mask token that no feature sees, and a head on two features; return notes on it."""
+    """Remove a mask token that no feature sees, and a head on two features; return notes."""
     state = file.state
     if f"{stem('decoder/embed', file.family)}.weight" not in state:
         state.pop("mask_token" if file.family == "official" else "vit.embeddings.mask_token", None)
@@ -148,12 +149,13 @@ def _leave_out(file: File) -> list[str]:
 def _with_rows_of_prefix(file: File) -> dict[str, np.ndarray]:
     """Return the state with a row of positions for each class token, and none for registers.
 
-    Only beside registers: timm's `no_embed_class` has rows of patches alone there, and without it
-    registers have rows, too. Elsewhere rows that look like a square of patches may be of others.
+    Only files with registers are changed: with timm's `no_embed_class` they have rows for patches
+    alone, and without it rows for registers, too. In other files, a square number of rows may be
+    of more than patches.
     """
-    place, tokens = stem("encoder/pos_embed", file.family), stem("encoder/cls_token", file.family)
+    key, tokens = stem("encoder/pos_embed", file.family), stem("encoder/cls_token", file.family)
     registers = stem("encoder/register_token", file.family)
-    table, token = file.state.get(place), file.state[tokens]
+    table, token = file.state.get(key), file.state[tokens]
     if table is None or registers not in file.state or {table.ndim, token.ndim} != {3}:
         return file.state
     rows, cls = table.shape[1], token.shape[1]
@@ -162,18 +164,18 @@ def _with_rows_of_prefix(file: File) -> dict[str, np.ndarray]:
         return file.state
     if _square(rows):
         zeros = np.zeros((1, cls, table.shape[2]), np.float32)
-        return file.state | {place: np.concatenate([zeros, table.astype(np.float32)], axis=1)}
+        return file.state | {key: np.concatenate([zeros, table.astype(np.float32)], axis=1)}
     if not _square(rows - cls - beside):
         return file.state
     of_cls, of_registers, of_patches = np.split(table.astype(np.float32), [cls, cls + beside], 1)
     return file.state | {
-        place: np.concatenate([of_cls, of_patches], axis=1),
+        key: np.concatenate([of_cls, of_patches], axis=1),
         registers: file.state[registers].astype(np.float32) + of_registers,
     }
 
 
 def _join_biases(state: dict[str, np.ndarray]) -> None:
-    """Make one bias of q, k and v of timm's, which has none of k in its files."""
+    """Join timm's biases of q and v into one of q, k and v; its files have none of k."""
     for name in [name for name in state if name.endswith(".attn.q_bias")]:
         q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"), None)
         if v is not None:

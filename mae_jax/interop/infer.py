@@ -1,4 +1,4 @@
-"""Tell from the shapes of a state dict, and what its file says, which network it is of."""
+"""Infer the network of a state dict from its shapes, and from what its file says."""
 
 import math
 import operator
@@ -31,18 +31,18 @@ def infer(
     """Return the network that a state dict is of, and notes on what had to be assumed.
 
     Args:
-      file: what it says itself wins over image_size, and loses to the other arguments.
+      file: what the file says wins over image_size, and loses to the other arguments.
 
     Raises:
-      UserError: tensors that contradict each other, or something that cannot be told.
+      UserError: tensors contradict each other, or do not say what an argument could.
     """
     _, channels, *patch_size = _shape(file, stem("encoder/patch_embed", file.family), 4)
     fields: dict[str, Any] = {"encoder": _vit(file, "encoder", heads)}
     notes = []
     if f"{stem('decoder/embed', file.family)}.weight" in file.state:
         fields["decoder"] = _vit(file, "decoder", decoder_heads)
-        fields["mask_ratio"] = _said(file, "mask_ratio", _share, ModelSpec.mask_ratio)
-        normalised = _said(file, "norm_pix_loss", bool, None)
+        fields["mask_ratio"] = _from_config(file, "mask_ratio", _share, ModelSpec.mask_ratio)
+        normalised = _from_config(file, "norm_pix_loss", bool, None)
         if normalised is None and "visualize" in file.name:
             normalised = False  # docs/REFERENCE.md section 8
         if normalised is None and target is None:
@@ -56,13 +56,13 @@ def infer(
         fields["classes"] = _shape(file, head, 2)[0]
         fields["pool"] = "avg" if "fc_norm.weight" in file.state else "cls"
     for key, given in (("mean", mean), ("std", std)):
-        colours = given or _said(file, key, _floats, getattr(ModelSpec, key))
+        colours = given or _from_config(file, key, _floats, getattr(ModelSpec, key))
         if not given and len(colours) != channels:
             colours = (OTHER_COLOURS[key],) * channels
             notes.append(f"{key} of {channels} channels is not known: taken as {colours[0]}")
         fields[key] = colours
     fields["cls_tokens"] = _cls_tokens(file)
-    fields["value_range"] = value_range or _said(file, "value_range", _floats, ())
+    fields["value_range"] = value_range or _from_config(file, "value_range", _floats, ())
     rows, columns = patch_size
     size = _image_size(file, (rows, columns), image_size)
     return ModelSpec(size, (rows, columns), channels, **fields), notes
@@ -95,7 +95,7 @@ def _vit(file: File, side: str, heads: int | None) -> ViTSpec:
     mlp_width, width = _shape(file, f"{blocks}.0.{stem('mlp/fc1', file.family, BLOCK)}", 2)
     prefix = "decoder_" if side == "decoder" else ""
     published = HEADS[side].get(width)
-    heads = heads or _said(file, f"{prefix}num_attention_heads", operator.index, published)
+    heads = heads or _from_config(file, f"{prefix}num_attention_heads", operator.index, published)
     if not heads:
         raise UserError(
             f"the file does not say how many {prefix}heads a width of {width} is split into: give"
@@ -116,7 +116,7 @@ def _cls_tokens(file: File) -> int:
 def _image_size(file: File, patch_size: Size, image_size: Size | None) -> Size:
     """Return what the file says; else that of a square of patches; else `image_size`."""
     key = stem("encoder/pos_embed", file.family)
-    if (sides := _said(file, "image_size", _sides, None)) is not None:
+    if (sides := _from_config(file, "image_size", _sides, None)) is not None:
         return sides
     shape = file.state[key].shape if key in file.state else ()
     patches = shape[1] - _cls_tokens(file) if len(shape) == 3 else 0
@@ -128,7 +128,7 @@ def _image_size(file: File, patch_size: Size, image_size: Size | None) -> Size:
     return image_size
 
 
-def _said(file: File, key: str, read: Callable[[Any], Any], default: Any) -> Any:
+def _from_config(file: File, key: str, read: Callable[[Any], Any], default: Any) -> Any:
     """Return what the file's config says, or the default where it says nothing."""
     value = file.config.get(key)
     if value is None:  # timm's arguments say None for its own default

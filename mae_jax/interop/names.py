@@ -197,7 +197,7 @@ def _parts(
 def to_ours(
     state: dict[str, np.ndarray], spec: ModelSpec, family: Family
 ) -> tuple[dict, ModelSpec]:
-    """Return their state dict as our parameters, float32, and the spec with what positions are.
+    """Return their state dict as our float32 parameters, and the spec by `with_positions`.
 
     A position table of a pre-training model that equals the sine-cosine table is no parameter of
     ours; one that differs is kept as one. Tensors are removed from `state` as they are copied, so
@@ -235,7 +235,7 @@ def to_ours(
 
 
 def with_positions(spec: ModelSpec, paths: Any) -> ModelSpec:
-    """Return the spec whose position tables are trained where `paths` of parameters has one."""
+    """Return the spec with trained positions where `paths`, of parameters, has a table of them."""
 
     def vit(side: str) -> Any:
         old = getattr(spec, side)

@@ -56,12 +56,12 @@ def open_weights(
       target, mean, std: instead of what the file says; "pixels" or "norm_pixels", and a number for
         each channel.
       value_range: of a file's images, the values that become 0 and 1; see `ModelSpec`.
-      allow_unused: read on if the file has tensors that the network has not.
+      allow_unused: accept a file with tensors that the network does not have.
       averaged: take the averaged weights of a run with config.ema.
 
     Raises:
-      UserError: it cannot be read, a tensor is missing or does not fit, or one has no place in the
-        network; there are no averaged weights.
+      UserError: `path` cannot be read, a tensor is missing, does not fit or has no place in the
+        network, or there are no averaged weights.
     """
     files.require_place(path, "weights")
     source = epath.Path(shipped(path) or path)  # a workdir may be in a bucket

@@ -36,7 +36,7 @@ STORAGES = {  # as names: a pickle could change the state of a NumPy dtype
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 # Trainers put objects of these packages beside the weights: each is read as an `Ignored`.
 IGNORED = ("lightning", "lightning_fabric", "pytorch_lightning", "omegaconf", "numpy", "typing")
-# Those of real models are far smaller: a few hundred KB, 50,000 instructions, 1,000 members.
+# Limits far above real models, which have a few hundred KB, 50,000 instructions, 1,000 members.
 MAX_PICKLE = 64 * 2**20  # bytes
 MAX_INSTRUCTIONS = 2_000_000
 MAX_DIRECTORY = 16 * 2**20  # bytes that list the members of the archive
@@ -49,8 +49,8 @@ REFUSED = (
 )
 
 
-# The unpickler in Python, of which single instructions can be left out; the types of the standard
-# library leave out its attributes.
+# From the unpickler in Python, unlike that in C, single instructions can be left out. It is `Any`,
+# since the types of the standard library leave out its attributes.
 PythonUnpickler: Any = pickle._Unpickler
 
 
@@ -96,8 +96,7 @@ def _check_directory(file: io.BufferedIOBase) -> None:
 class _Reader(PythonUnpickler):
     """An unpickler of state dicts, which looks names up in a table of its own and nowhere else.
 
-    It is the one in Python, of which single instructions can be left out. Its methods raise
-    UnpicklingError with the reason for which a file is refused.
+    Its methods raise UnpicklingError with the reason for which a file is refused.
     """
 
     def __init__(self, data: np.ndarray, members: dict[str, zipfile.ZipInfo]):

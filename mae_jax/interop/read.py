@@ -84,7 +84,7 @@ def open_file(path: str | Path, key: str = "") -> File:
 
 
 def _below(path: Path, content: dict, key: str) -> dict:
-    """Return the dictionary under a key, of which dots go deeper; or under one of WRAPPERS."""
+    """Return the dictionary under a key, whose dots lead deeper, or under one of WRAPPERS."""
     if not key:
         under = (content[name] for name in WRAPPERS if isinstance(content.get(name), dict))
         return next(under, content)
@@ -99,9 +99,9 @@ def _below(path: Path, content: dict, key: str) -> dict:
 def _under_a_prefix(
     tensors: dict[str, np.ndarray], landmarks: set[str]
 ) -> dict[str, np.ndarray] | None:
-    """Return tensors without what precedes all of a model's names, such as model. of a trainer.
+    """Return tensors without the prefix of a model's names, such as the "model." of a trainer.
 
-    Names that lack it stay as they are. None: no prefix leads to all the landmarks.
+    Names without it stay as they are. None: no single prefix leads to all the landmarks.
     """
     one = next(iter(landmarks))
     prefixes = {name.removesuffix(one) for name in tensors if name.endswith(one)}
@@ -149,7 +149,7 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _config_of_timm(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the config.json of a model of timm says of its images, in our words."""
+    """Return what the config.json of a timm model says of its images, under our keys."""
     images = config.get("pretrained_cfg")
     images = _plain(images) if isinstance(images, dict) else {}
     size = images.get("input_size")
@@ -202,6 +202,6 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except Exception as error:  # it raises many kinds at damaged headers
         raise UserError(
-            f"{path} is damaged, or holds numbers of a type that NumPy has not"
+            f"{path} is damaged, or holds numbers of a type unknown to NumPy"
             f" ({str(error)[:500]}): copy or download it again"
         ) from None

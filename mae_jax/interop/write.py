@@ -32,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def refuse_pth(path: Path) -> None:
-    """Check that a file of weights is not to be named as PyTorch's own format."""
+    """Raise UserError if an output has the name of PyTorch's own format, which is only read."""
     if path.suffix in (".pth", ".pt", ".bin"):
         raise UserError(
             f"{path}: {path.suffix} files are read, not written. Name the output"
@@ -64,8 +64,8 @@ def hf(path: Path, spec: ModelSpec, params: Mapping) -> None:
     well; with a head, a ViTForImageClassification.
 
     Raises:
-      UserError: a head on averaged patches, which transformers' ViT has not; a decoder of anything
-        but pixels.
+      UserError: the head reads averaged patches, which transformers' ViT does not know, or the
+        decoder predicts something other than pixels.
     """
     if not spec.final_norm:
         raise UserError(

@@ -20,9 +20,9 @@ PAPER = ("paper, fine-tuned", "paper, linear")
 
 
 def measured(workdir: str | os.PathLike) -> dict[str, float]:
-    """Return what a run says last of itself, by the words of a column; {} before its end.
+    """Return the last numbers of a run, by the names of columns; {} before its end.
 
-    Of accuracies by block there are the last block's and the best one's.
+    Of accuracies by block, only the last block's and the best one's are returned.
     """
     file = epath.Path(workdir) / "metrics.jsonl"
     lines = writer.read(file) if file.exists() else []
@@ -47,7 +47,7 @@ Paper = Mapping[str, Sequence[float]]  # row -> as PAPER
 
 
 def columns(runs: Runs) -> list[str]:
-    """Return the words of all that any run measured."""
+    """Return the names of columns: all that any run measured."""
     return list(dict.fromkeys(words for row in runs.values() for run in row for words in run))
 
 

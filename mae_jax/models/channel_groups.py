@@ -27,7 +27,7 @@ def parse_groups(value: Any, channels: int) -> Groups:
     """Return config.model.channel_groups as tuples; () = no groups.
 
     Raises:
-      UserError: not each channel is in one group.
+      UserError: a channel is in no group, or in several.
     """
     nested = isinstance(value, Iterable) and all(isinstance(x, Iterable) for x in value)
     groups = tuple(map(tuple, value)) if nested else ()
@@ -80,9 +80,9 @@ def merge(tokens_BLP: Array, groups: Groups) -> Array:
 
 
 def independent(score_BGA: Array) -> Array:
-    """Return scores (B, L) of which the lowest keep as many patches of each group.
+    """Return scores (B, L) whose lowest keep equally many patches of each group.
 
-    A score becomes its rank inside its group, where those that `score_BGA` has lowest are kept.
+    A score becomes its rank inside its group, so that the lowest of each group are kept.
     """
     rank_BGA = jnp.argsort(jnp.argsort(score_BGA, axis=-1), axis=-1)
     return rearrange(rank_BGA, "b g a -> b (g a)").astype(jnp.float32)

@@ -21,7 +21,7 @@ from mae_jax.models.vit import Encoder, Stack, torch_conv_init
 HEAD_STD = 2e-5  # of a fresh head on a pre-trained encoder; docs/REFERENCE.md section 3
 SCRATCH_STD = 0.02  # of everything when training from scratch; facebookresearch/mae#28
 
-FIRST_HALF = ("norm1", "attn", "scale1")  # of a block: what 0.5 trained blocks leave as it is
+FIRST_HALF = ("norm1", "attn", "scale1")  # parts of a block that 0.5 trained blocks leave frozen
 
 
 class Output(NamedTuple):
@@ -92,8 +92,8 @@ def apply_partly_frozen(
 ) -> Output:
     """Apply `network` so that only its last blocks, the norm after them and the head are trained.
 
-    Run the stack in two parts and let no backward pass into the first: freezing then costs less,
-    which masking gradients would not. The parameters are those of the whole network, still one
+    Run the stack in two parts and let no backward pass into the first: that costs less, which
+    masked gradients would not. The parameters are those of the whole network, still one
     stack. Frozen blocks drop no paths.
 
     Args:

@@ -88,7 +88,7 @@ class Stack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predict some patches from the tokens of encoder blocks."""
+    """A decoder that predicts some patches from the tokens of encoder blocks."""
 
     spec: ModelSpec
     compute: ComputeConfig = ComputeConfig()
@@ -119,8 +119,8 @@ class Decoder(nn.Module):
 class CrossMAE(mae.MAE):
     """Encoder and decoder: patches, their mask and a choice of patches in, their predictions out.
 
-    The decoder reads tokens without the encoder's final norm. That stays as it starts, without
-    effect on training, for what uses the encoder alone.
+    The decoder reads tokens without the encoder's final norm. The norm stays as it starts, without
+    effect on training; uses of the encoder alone have it.
 
     Args:
       maps: how many of the depth + 1 tokens before and after blocks the decoder reads; 0 = all.
@@ -146,10 +146,10 @@ class CrossMAE(mae.MAE):
 
 
 def choose_maps(depth: int, maps: int) -> np.ndarray:
-    """Return which of the depth + 1 tokens before and after blocks are read, evenly, to the last.
+    """Return which tokens are read of the depth + 1 before and after blocks: evenly, to the last.
 
     Raises:
-      UserError: there are not so many.
+      UserError: `maps` is more than depth + 1.
     """
     if maps > depth + 1:
         raise UserError(

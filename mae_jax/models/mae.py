@@ -19,7 +19,7 @@ from mae_jax.models.vit import Encoder, Stack, merge_cls, positions
 
 
 class Decoder(nn.Module):
-    """Predict every patch from the encoded ones; one mask token stands for each hidden patch.
+    """A decoder that predicts every patch; one mask token stands for each hidden patch.
 
     Without `restore_BL` every patch was encoded (`tokens_in_encoder`), and none needs the token.
     """

@@ -18,7 +18,7 @@ KEYS = ("tokens_in_encoder",)  # of config.masking, which are no options of a ma
 
 
 class Mask(NamedTuple):
-    """Which patches are kept, and how to undo the shuffle."""
+    """The patches that are kept, and the order that undoes the shuffle."""
 
     keep_BK: Array  # row-major index of each kept patch, in the order that the encoder sees them
     restore_BL: Array  # where patch l stands in [kept patches, hidden patches]; "ids_restore"

@@ -134,10 +134,10 @@ def inverse_block(
     """Keep one block, and hide all around it (CAPI, arXiv 2502.08769; data2vec 2.0 has the idea).
 
     The block is a rectangle of log-uniform aspect 1/2 .. 2, as far as that fits, at a uniform
-    place; of its last rows as many patches are left out as there are too many.
+    place; the patches that are too many are left out of its last rows.
 
     Args:
-      roll: the grid has no edges for it: what would stand out on one side comes in on the other.
+      roll: the block wraps around the edges of the grid.
     """
     rows, cols = grid
     kept = num_kept(rows * cols, ratio)

@@ -1,4 +1,4 @@
-"""Blocks with options that MAE's have not: what `spec.encoder.block` and `spec.decoder.block` name.
+"""Blocks with options that MAE does not have: `spec.encoder.block` and `spec.decoder.block`.
 
 Registers, normalised queries and keys, a scale of each branch, RMSNorm, and 2-D rotary positions.
 Nothing of this runs, and no parameter of it exists, where `block` is None. Shape suffixes as in
@@ -118,7 +118,7 @@ def rotate(x_BNSF: Array, angle_BNG: Array) -> Array:
 
 
 class ModernBlock(nn.Module):
-    """`block.Block` with options; it returns what that does."""
+    """A `block.Block` with options; it returns the same."""
 
     heads: int
     mlp_width: int

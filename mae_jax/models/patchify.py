@@ -1,4 +1,4 @@
-"""Images to what a network reads: normalised, cut into patches, and back."""
+"""Turn images into what a network reads: normalised and cut into patches; and back."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def to_patches(images_BHWC: Array, spec: ModelSpec) -> Array:
 
 
 def unpatchify(patches_BLP: Array, patch_size: tuple[int, int], grid: tuple[int, int]) -> Array:
-    """The exact inverse of `patchify`, for a grid of (rows, columns) of patches."""
+    """Return images from patches, in a (rows, columns) grid: the exact inverse of `patchify`."""
     rows, cols = patch_size
     return rearrange(
         patches_BLP,

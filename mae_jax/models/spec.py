@@ -46,7 +46,7 @@ class ViTSpec:
       mlp_width: the width between the two layers of an MLP.
       drop_path: the rate of the last block; rates grow linearly from 0 at the first.
       trained_positions: the position table is a parameter; otherwise it is sine-cosine.
-      block: what the blocks have that the paper's have not (config.model.block); None = nothing.
+      block: options of the blocks (config.model.block); None = those of the paper.
       name: what precedes the keys in error messages, such as 'decoder_'.
 
     Raises:

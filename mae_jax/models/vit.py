@@ -156,7 +156,7 @@ def merge_cls(x_BND: Array, cls_tokens: int) -> Array:
 
 
 def positions(module: nn.Module, vit: ViTSpec, spec: ModelSpec) -> Array:
-    """Return the position table (1 + L, D) of an encoder or decoder, cls token first."""
+    """Return the position table (N, D) of an encoder or decoder, class tokens first."""
     table_ND = jnp.asarray(sincos_table(vit.width, spec.grid, spec.cls_tokens, spec.num_groups))
     if vit.trained_positions:
         return module.param("pos_embed", lambda rng: table_ND[None])[0]

@@ -25,8 +25,8 @@ from mae_jax.tasks import pretrain
 class Task(pretrain.Task):
     """The objective of the paper for the tokens of channel groups.
 
-    The target of a token are its own channels of the patch's target. In evaluations all groups of
-    a patch are hidden together, so that nothing of a hidden place is seen.
+    The target of a token is that of its patch, for the token's own channels. In evaluations all
+    groups of a patch are hidden together, so that nothing of a hidden place is seen.
     """
 
     @classmethod
