@@ -314,3 +314,9 @@ def test_prepare_prints_mean_and_deviation_of_each_band_and_the_command(tmp_path
     with pytest.raises(UserError, match=r"12 channels: such images are not packed.*--value_range"):
         prepare.main(["folder", f"--source={tmp_path}", "--name=x", f"--data_dir={tmp_path}/d"])
     assert not (tmp_path / "d").exists()
+
+
+def test_prepare_names_a_folder_of_which_no_image_can_be_measured(tmp_path):
+    np.save(tmp_path / "0.npy", np.full((8, 8, 2), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"none of 1 images can be read \(0.npy: "):
+        prepare.main(["folder", f"--source={tmp_path}", "--value_range=0,1"])

@@ -19,6 +19,7 @@ from tiny import (
     save_workdir,
     tiny_config,
 )
+from tiny import finetune_config as tiny_finetune_config
 from tiny import updates as all_updates
 
 from mae_jax import checkpoint, evals, optim, provenance, tasks, train
@@ -519,6 +520,13 @@ def test_an_online_probe_is_measured_beside_the_reconstruction_under_another_nam
     assert re.search(r"eval_accuracy/top1 +\S+ %", told)
     assert re.search(r"eval_accuracy/images +40\n", told)
     assert "error of hidden pixels on 16 held-out images" in told
+
+
+def test_an_online_probe_is_refused_beside_another_task_than_pre_training():
+    config = tiny_finetune_config("scratch=true")
+    config.online_probe = True
+    with pytest.raises(ValueError, match="online_probe=True: task 'classify' is no pre-training"):
+        tasks.build(config)
 
 
 def test_an_online_probe_needs_labels(tmp_path):

@@ -1,6 +1,5 @@
 """Prepare: turn a folder, ImageNet's archives or a tfds dataset into ArrayRecord, once."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -122,13 +121,14 @@ def _prepare_folder(values: flags.FlagValues) -> str:
     import tensorflow_datasets as tfds
 
     from mae_jax.data.pack import prepare_folder
+    from mae_jax.data.workers import usable_cores
 
     folder, summary = prepare_folder(
         values.source.removeprefix("folder:"),
         values.name,
         data_dir=values.data_dir,
         resize=values.resize,
-        workers=values.workers or len(os.sched_getaffinity(0)),
+        workers=values.workers or usable_cores(),
         progress=cli.progress,
     )
     mean, std = (tuple(round(x, 3) for x in summary[key]) for key in ("mean", "std"))
@@ -149,9 +149,10 @@ def _prepare_folder(values: flags.FlagValues) -> str:
 def _measure_folder(values: flags.FlagValues) -> str:
     """Print the statistics of a folder's bands; return the recipe to go on with, and its flags."""
     from mae_jax.data.measure import measure_folder
+    from mae_jax.data.workers import usable_cores
 
     path, value_range = values.source.removeprefix("folder:"), values.value_range
-    workers = values.workers or len(os.sched_getaffinity(0))
+    workers = values.workers or usable_cores()
     summary = measure_folder(path, value_range, workers, cli.progress)
     print(f"{path}: {summary['images']:,} images of {summary['channels']} bands")
     print("band  smallest   largest      mean       std   (mean and std of scaled values)")

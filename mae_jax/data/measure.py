@@ -50,6 +50,9 @@ def measure_folder(
                 advance(1)
         finally:
             pool.shutdown(cancel_futures=True)
+    if not statistics:
+        name, why = next(iter(bad.items()))
+        raise UserError(f"folder:{path}: none of {len(bad):,} images can be read ({name}: {why})")
     mean, square, low, high = map(np.stack, zip(*statistics, strict=True))
     mean, square = mean.mean(0), square.mean(0)
     return {

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import limits, train
 from mae_jax.config import resolve
+from mae_jax.errors import refuse
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> train.Task:
@@ -22,7 +23,9 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> train.Task:
     task = resolve(config.task, sys.modules[__name__], member="Task").from_config(config, mesh)
     if config.get("online_probe", False):
         from mae_jax.models import probe
-        from mae_jax.tasks import online
+        from mae_jax.tasks import online, pretrain
 
+        if not isinstance(task, pretrain.Task):
+            refuse("online_probe", True, f"task {config.task!r} is no pre-training: give False")
         task = online.OnlineProbe(task, probe.LinearHead(task.examples.classes))
     return task
