@@ -20,14 +20,14 @@ Arguments:
 --config.data.mean and --config.data.std want 12 numbers, which `prepare folder` prints.
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import parse_arg, to_arg
 from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):
     args = parse_arg(arg, data="", variant="B/16", epochs=400, batch_size=1024, image_size=96)
     data = args.pop("data")
-    config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
+    config = recipe(to_arg(args))
     config.task = "channel_groups"
     config.model.channels = 12
     config.model.channel_groups = ((1, 2, 3, 7), (4, 5, 6, 8), (10, 11), (0, 9))

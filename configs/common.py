@@ -45,6 +45,11 @@ def parse_arg(arg, **defaults):
     return args
 
 
+def to_arg(args):
+    """Return what `parse_arg` parses: the argument of a recipe as text."""
+    return ",".join(f"{key}={value}" for key, value in args.items())
+
+
 def typed(text, kind):
     """Return a text as a value of a type; raise ValueError or KeyError if it is none."""
     if kind is tuple:
@@ -113,6 +118,14 @@ def hosts():
             stall_seconds=600,  # for the end of a step; then they print all stacks; 0: never
         )
     )
+
+
+def without_decoder(config):
+    """Remove what a config has for pre-training only: masks, target and decoder."""
+    for key in ("mask_ratio", "masking", "target"):
+        del config[key]
+    for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+        del config.model[key]
 
 
 def pretraining(path):

@@ -21,7 +21,7 @@ Arguments:
            after the 12 blocks of B/16, 6 were the best (82.9, 83.3, 83.5, 83.3)
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import parse_arg, to_arg
 from mae_jax.configs.pretrain import get_config as recipe
 
 
@@ -30,7 +30,7 @@ def get_config(arg=None):
         arg, variant="B/16", epochs=800, batch_size=4096, image_size=224, share=0.25, maps=0
     )
     share, maps = args.pop("share"), args.pop("maps")
-    config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
+    config = recipe(to_arg(args))
     config.task = "crossmae"
     config.model.update(decoder_depth=12, decoder_share=share, decoder_maps=maps)
     # The rate goes with the number of predicted patches.

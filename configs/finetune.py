@@ -33,7 +33,7 @@ was the pooling of supervised training from scratch: it takes that of fine-tunin
 
 from ml_collections import ConfigDict
 
-from mae_jax.configs.common import adopt, parse_arg, pretraining
+from mae_jax.configs.common import adopt, parse_arg, pretraining, without_decoder
 from mae_jax.configs.pretrain import get_config as recipe
 
 # Keys: the depths of B, L and H.
@@ -60,10 +60,7 @@ def get_config(arg=None):
     config = recipe(f"batch_size={batch_size},image_size={args['image_size'] or 224}")
     config.task = "classify"
     config.init_from = args["init"]
-    for key in ("mask_ratio", "masking", "target"):
-        del config[key]
-    for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-        del config.model[key]
+    without_decoder(config)
 
     adopt(config, pretraining(args["init"]), args["variant"])
     if args["image_size"]:

@@ -9,13 +9,13 @@ Arguments:
     variant, epochs, batch_size, image_size  as in configs/pretrain.py
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import parse_arg, to_arg
 from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):
     args = parse_arg(arg, variant="S/16", epochs=800, batch_size=64, image_size=224)
-    config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
+    config = recipe(to_arg(args))
     config.model.update(decoder_width=256, decoder_depth=4, decoder_heads=8)
     config.data.update(source="folder:", split="train[:95%]")
     config.evals.reconstruct.update(

@@ -32,7 +32,7 @@ the rate that is best on the held-out images.
 
 from ml_collections import ConfigDict
 
-from mae_jax.configs.common import adopt, parse_arg, pretraining
+from mae_jax.configs.common import adopt, parse_arg, pretraining, without_decoder
 from mae_jax.configs.pretrain import get_config as recipe
 
 
@@ -50,10 +50,8 @@ def get_config(arg=None):
     config.train_for = f"{args['epochs'] or (20 if small else 90)} epochs"
     config.init_from = args["init"]
     config.features = "pretrained"  # or random, pixels: baselines that have learned nothing
-    for key in ("mask_ratio", "masking", "target", "online_probe"):
-        del config[key]
-    for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-        del config.model[key]
+    without_decoder(config)
+    del config.online_probe
 
     config.probe = ConfigDict(
         dict(

@@ -17,13 +17,13 @@ model, of two billion images, has 8 class tokens, cells of 4 x 4 and a decoder o
 Arguments: as in configs/pretrain.py, with image_size=256; patches of 16 leave whole cells.
 """
 
-from mae_jax.configs.common import parse_arg
+from mae_jax.configs.common import parse_arg, to_arg
 from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):
     args = parse_arg(arg, variant="B/16", epochs=800, batch_size=4096, image_size=256)
-    config = recipe(",".join(f"{key}={value}" for key, value in args.items()))
+    config = recipe(to_arg(args))
     config.masking.update(name="granular", cell=2)  # patches along a side of a cell
     config.model.update(cls_tokens=4, decoder_depth=16)
     return config

@@ -35,7 +35,7 @@ best block is often not the last: --config.head.layers=18, or several, such as 6
 
 from ml_collections import ConfigDict
 
-from mae_jax.configs.common import adopt, parse_arg, pretraining
+from mae_jax.configs.common import adopt, parse_arg, pretraining, without_decoder
 from mae_jax.configs.pretrain import get_config as recipe
 
 
@@ -53,10 +53,8 @@ def get_config(arg=None):
     config.init_from = args["init"]
     config.features = "pretrained"  # or random, pixels: baselines that have learned nothing
     config.frozen = not args["finetune"]
-    for key in ("mask_ratio", "masking", "target", "online_probe"):
-        del config[key]
-    for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-        del config.model[key]
+    without_decoder(config)
+    del config.online_probe
     adopt(config, pretraining(args["init"]), args["variant"])
     if args["image_size"] or long:
         config.model.image_size = (args["image_size"] or 512,) * 2

@@ -109,3 +109,9 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as JSON, or leave the old file."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what a JSON file holds; {} if there is no such file."""
+    file = epath.Path(path)
+    return json.loads(file.read_text()) if file.exists() else {}

@@ -142,47 +142,18 @@ NUMBERS: dict[str, Range | Tuples] = {
 }
 DURATIONS = ("train_for", "log_every", "checkpoint.*every", "evals.*.every", "optim.warmup")
 SWITCHES = (
-    "masking.roll",
-    "masking.tokens_in_encoder",
-    "online_probe",
-    "model.block.qk_norm",
-    "model.float32_sums",
-    "model.remat",
-    "data.synthetic",
-    "evals.*.of_training_images",
-    "frozen",
-    "data.shift",
-    "data.distort",
-    "evals.*.shift",
-)
+    "masking.roll", "masking.tokens_in_encoder", "online_probe", "model.block.qk_norm",
+    "model.float32_sums", "model.remat", "data.synthetic", "data.shift", "data.distort", "frozen",
+    "evals.*.of_training_images", "evals.*.shift",
+)  # fmt: skip
 TEXTS = (
-    *(
-        "task",
-        "resume",
-        "init_from",
-        "optim.schedule",
-        "start",
-        "features",
-        "*.name",
-        "probe.head",
-        "*.pool",
-    ),
-    *("model.*dtype", "model.attention", "model.block.norm", "model.decoder"),
-    *("data.source", "data.split", "data.crop", "data.augment"),
-    *("data.data_dir", "data.resizer", "evals.*.type", "evals.*.source", "evals.*split"),
-    *(
-        "evals.*.feature",
-        "evals.*.layers",
-        "evals.*.prefix",
-        "evals.*.predict",
-        "evals.*.imagenet_*",
-        "evals.*.distances",
-        "evals.*.bank_dtype",
-        "evals.*.palette",
-        "data.palette",
-        "head.layers",
-    ),
-)
+    "task", "resume", "init_from", "optim.schedule", "start", "features", "*.name", "probe.head",
+    "*.pool", "model.*dtype", "model.attention", "model.block.norm", "model.decoder", "head.layers",
+    "data.source", "data.split", "data.crop", "data.augment", "data.data_dir", "data.resizer",
+    "data.palette", "evals.*.type", "evals.*.source", "evals.*split", "evals.*.feature",
+    "evals.*.layers", "evals.*.prefix", "evals.*.predict", "evals.*.imagenet_*",
+    "evals.*.distances", "evals.*.bank_dtype", "evals.*.palette",
+)  # fmt: skip
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 from mae_jax.errors import UserError
 from mae_jax.evals import pixels
 from mae_jax.interop.open import open_weights
-from mae_jax.models import channel_groups, mae, masking
+from mae_jax.models import channel_groups, mae, masking, probe
 from mae_jax.models.block import LayerNorm
 from mae_jax.models.classifier import Classifier, Output
 from mae_jax.models.compute import ComputeConfig
@@ -50,8 +50,7 @@ class Model:
         if layer is not None:
             if not 1 <= layer <= spec.encoder.depth:
                 raise UserError(f"layer={layer}: the encoder has layers 1 to {spec.encoder.depth}")
-            spec = replace(spec, encoder=replace(spec.encoder, depth=layer))
-            weights = weights | {"stack": jax.tree.map(lambda x: x[:layer], weights["stack"])}
+            spec, weights = probe.first_blocks(spec, weights, layer)
         network = Encoder(spec, self.compute, final_norm=layer is None and spec.final_norm)
         tokens: Any = network.apply({"params": weights}, self.patches(images))
         return tokens.astype(jnp.float32)

@@ -67,7 +67,8 @@ def check_workdir(
     """
     root = epath.Path(workdir)
     _require_shared(root)
-    differences = config_differences(_read_json(root / "config.json"), json.loads(config.to_json()))
+    old, new = files.read_json(root / "config.json"), json.loads(config.to_json())
+    differences = config_differences(old, new)
     if differences:
         raise UserError(
             f"{workdir} was made with another config:\n  "
@@ -75,7 +76,7 @@ def check_workdir(
             + "\nGive the old values to resume it. To go on from its state with the new values,"
             f" give another --workdir and --config.resume={workdir}. To start again, delete it."
         )
-    old_examples = _read_json(root / "env.json").get("examples")
+    old_examples = files.read_json(root / "env.json").get("examples")
     if old_examples and examples and old_examples != examples:
         raise UserError(
             f"{workdir} was made with a dataset of {old_examples:,} examples, which has"
@@ -186,7 +187,7 @@ def prepare_workdir(
         "process_count": jax.process_count(),
         "examples": examples,
     }
-    old_env = _read_json(root / "env.json")
+    old_env = files.read_json(root / "env.json")
     changed = _changes(old_env, new_env)
     changed.pop("examples", None)  # checked above
     if old_env and changed:
@@ -224,10 +225,6 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def note_unfinished(workdir: epath.Path, step: int, names: list[str]) -> None:
     """Write down which evaluators a stop has kept from measuring the state of a step."""
     note = workdir / UNFINISHED
@@ -239,6 +236,5 @@ def note_unfinished(workdir: epath.Path, step: int, names: list[str]) -> None:
 
 def unfinished(workdir: str | os.PathLike, step: int) -> list[str]:
     """Return the evaluators that a stop has kept from measuring the state of a step."""
-    note = epath.Path(workdir) / UNFINISHED
-    noted = json.loads(note.read_text()) if note.exists() else {}
+    noted = files.read_json(epath.Path(workdir) / UNFINISHED)
     return noted["evaluations"] if noted.get("step") == step else []

@@ -31,7 +31,7 @@ def random_bank(images=120, padding=0, batch=None):
     label = np.concatenate([label, np.zeros(padding, int)]).astype(np.int32)
     counted = np.arange(len(label)) < images
     shape = (-1, batch or len(label))
-    return logistic.Bank(x.reshape(*shape, 6), label.reshape(shape), counted.reshape(shape))
+    return features.Features(x.reshape(*shape, 6), label.reshape(shape), counted.reshape(shape))
 
 
 def zeros(width, classes):

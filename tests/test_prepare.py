@@ -513,7 +513,7 @@ def test_the_command_that_a_tfrecord_dataset_names_converts_it(images, tmp_path)
     final = pack_folder(images, tmp_path)
     before = by_name("mine", tmp_path)
     as_tfrecord(final)
-    with pytest.raises(ValueError, match="mae-jax prepare mine --data-dir=") as refused:
+    with pytest.raises(ValueError, match="mae-jax prepare mine --data_dir=") as refused:
         open_source("mine", "train", str(tmp_path))
     command = str(refused.value).partition("mae-jax prepare ")[2].split()
     assert prepare.main(command) == 0

@@ -104,7 +104,7 @@ def test_normalisation_of_levels_is_the_recipe_and_is_undone():
     by_hand = [(51 / 255 - 0.5) / 0.2, (102 / 255 - 0.4) / 0.25, (1 - 0.3) / 0.3]
     got = pixels.from_levels(patchify(image[None].astype(np.float32), PATCH), MEAN, STD)
     np.testing.assert_allclose(got[0, 0, :3], by_hand, atol=1e-6)
-    np.testing.assert_allclose(pixels.to_levels(patches_BLP, MEAN, STD), levels_BLP, atol=1e-3)
+    np.testing.assert_allclose(pixels.unnormalize(patches_BLP, MEAN, STD), levels_BLP, atol=1e-3)
 
 
 def test_with_true_statistics_the_targets_give_back_the_pixels():

@@ -309,7 +309,7 @@ def test_one_command_measures_a_finetuned_run_on_what_is_there(
     said = capsys.readouterr().out
     (found,) = read(tmp_path / "run" / "metrics.jsonl")
     assert "imagenet_sketch is left out" in said
-    assert "mae-jax prepare imagenet_v2/topimages --data-dir=" in said
+    assert "mae-jax prepare imagenet_v2/topimages --data_dir=" in said
     assert "eval/imagenet_sketch_top1" not in found
     for name in ("eval/imagenet_r_top1", "eval/imagenet_c_mce"):
         assert f"{name:38} {found[name]:.2f} %" in said

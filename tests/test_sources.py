@@ -260,7 +260,7 @@ def test_slices_of_a_folder_are_complements_and_show_every_class(tmp_path):
         ("{}/images", "train", "did you mean folder:"),
         ("bundled:photo", "train", "is none of: .*, folder:PATH, bundled:photos"),
         ("imagnet2012", "train", "did you mean imagenet2012"),
-        ("imagenet2012", "train", "mae-jax prepare imagenet2012 --data-dir=.* --manual-dir=DIR"),
+        ("imagenet2012", "train", "mae-jax prepare imagenet2012 --data_dir=.* --manual_dir=DIR"),
         ("cifar10:9.9.9", "train", "only: 3.0.2"),
         ("bundled:digits", "validation", r"train \(1,437\), test \(360\)"),
     ],

@@ -50,20 +50,13 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Return the numbers of '0.5,0.25'."""
+def numbers(text: str, kind: type = float) -> tuple[Any, ...]:
+    """Return the numbers of '0.5,0.25', or, of another kind, of '3,2,1'."""
     try:
-        return tuple(map(float, text.split(",")))
+        return tuple(map(kind, text.split(",")))
     except ValueError:
-        raise ValueError("write numbers with commas between them") from None
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers of '3,2,1'."""
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise ValueError("write whole numbers with commas between them") from None
+        whole = "whole " * (kind is int)
+        raise ValueError(f"write {whole}numbers with commas between them") from None
 
 
 COUNT = flags.IntegerParser(lower_bound=1)

@@ -19,7 +19,6 @@ from mae_jax.data.segmentation import Pair
 from mae_jax.data.transforms import BadImage
 from mae_jax.errors import UserError
 from mae_jax.evals import segment, segment_figures
-from mae_jax.evals.patches import levels
 from mae_jax.mesh import make_mesh
 from mae_jax.models.probe import LinearHead
 from mae_jax.models.spec import ModelSpec
@@ -55,7 +54,7 @@ def draw(
         assert predicted_HW is not None  # there is an image
         rows.append(segment.small(pair, predicted_HW, windows.size))
     image, truth, predicted = (np.stack(x) for x in zip(*rows, strict=True))
-    image = levels(image)
+    image = segment_figures.levels(image)
 
     def sheet(part: slice) -> np.ndarray:
         caption = f"Step {int(state.step):,} of {workdir}."

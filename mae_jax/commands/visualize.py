@@ -1,6 +1,7 @@
 """Visualize: reconstructions, attention and features of any weights, on one's own images."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_integer("seed", 0, "of random masks", flag_values=values)
     sources = ("visible", "true")
     flags.DEFINE_enum("statistics", "visible", sources, "to undo norm_pixels", flag_values=values)
-    ratios = cli.Parser(cli.numbers)
+    ratios, whole = cli.Parser(cli.numbers), cli.Parser(partial(cli.numbers, kind=int))
     flags.DEFINE(ratios, "ratios", None, "mask ratios to draw side by side", flag_values=values)
     text = "one or three bands to show, such as 4,3,2; none = the first"
-    flags.DEFINE(cli.Parser(cli.whole_numbers), "bands", None, text, flag_values=values)
+    flags.DEFINE(whole, "bands", None, text, flag_values=values)
     flags.DEFINE_bool("errors", False, "draw the error of each pixel", flag_values=values)
     flags.DEFINE_bool("attention", False, "draw the cls token's attention", flag_values=values)
     flags.DEFINE_bool("pca", False, "draw patch features as colours", flag_values=values)

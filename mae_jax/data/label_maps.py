@@ -20,6 +20,14 @@ NUMBERS = ("L", "P", "1", "I;16", "I;16B", "I")  # Pillow's modes whose pixels a
 Colour = tuple[int, int, int]
 
 
+MEANING = ("classes", "ignore", "shift", "palette")  # keys that say what labels mean
+
+
+def meaning(cfg: Any, data: Any) -> dict[str, Any]:
+    """Return what labels mean by config.evals.NAME, and where that does not say, by config.data."""
+    return {key: cfg.get(key, data.get(key)) for key in MEANING if key in {*cfg, *data}}
+
+
 @dataclass(frozen=True)
 class Legend:
     """The meaning of the numbers, or the colours, of label maps.

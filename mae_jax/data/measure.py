@@ -1,22 +1,18 @@
 """Measure the bands of a folder of TIFF or .npy files: mean, deviation, smallest and largest."""
 
-from collections.abc import Callable
 from concurrent import futures
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from mae_jax.data import bad_images, bands
 from mae_jax.data.folder import FolderSource, open_folder
+from mae_jax.data.pack import Progress
 from mae_jax.errors import UserError
 
 
 def measure_folder(
-    path: str,
-    value_range: tuple[float, float],
-    workers: int,
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+    path: str, value_range: tuple[float, float], workers: int, progress: Progress
 ) -> dict[str, Any]:
     """Return images, channels, low, high, mean, std and bad of the images that would be trained on.
 

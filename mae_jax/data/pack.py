@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -84,7 +83,7 @@ def prepare_folder(
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
     if final.exists():
-        summary = _read_json(final / "prepared.json")
+        summary = files.read_json(final / "prepared.json")
         if summary.get("plan") != plan:
             raise UserError(
                 f"--name={name}: {final} already exists, made from other images or options; choose"
@@ -120,7 +119,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
     """Remove files of an interrupted run that this one cannot use, and store this run's plan."""
-    if (old := _read_json(work / "plan.json")) != plan:
+    if (old := files.read_json(work / "plan.json")) != plan:
         if old:
             print("The images or options changed since the interruption: starting again.")
         for file in set(work.iterdir()) - {work / "lock"}:
@@ -128,10 +127,6 @@ def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
         files.write_json(work / "plan.json", plan)
     for file in work.glob("*.part-*"):  # of a process that was killed
         file.unlink()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # --- shards ---
@@ -246,20 +241,20 @@ def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes,
 
 def _counts(shards: list[Shard]) -> tuple[list[int], int]:
     """Return how many images each shard of a split holds, and the bytes of all."""
-    reports = [_read_json(shard.report) for shard in shards]
+    reports = [files.read_json(shard.report) for shard in shards]
     return [report["images"] for report in reports], sum(report["bytes"] for report in reports)
 
 
 def _summary(shards: list[Shard], trained: list[Shard]) -> dict[str, Any]:
     """Return what prepared.json says of all shards; mean and std are of the first split."""
-    reports = [_read_json(shard.report) for shard in shards]
+    reports = [files.read_json(shard.report) for shard in shards]
     bad = dict(sorted(item for report in reports for item in report["bad"].items()))
     images = sum(report["images"] for report in reports)
     if not images:
         name, reason = next(iter(bad.items()))
         raise UserError(f"none of the {len(bad)} files can be read, such as {name} ({reason})")
     # Mean and standard deviation per channel, of pixels from 0 to 1
-    histograms = [_read_json(shard.report)["histogram"] for shard in trained]
+    histograms = [files.read_json(shard.report)["histogram"] for shard in trained]
     histogram, levels = np.sum(histograms, 0), np.arange(256) / 255
     weights = histogram / np.maximum(histogram.sum(1, keepdims=True), 1)
     mean = weights @ levels

@@ -151,9 +151,9 @@ class TfdsSource:
 
 def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     builder = find_tfds(name, data_dir)
-    prepare = f"mae-jax prepare {name}" + (f" --data-dir={data_dir}" if data_dir else "")
+    prepare = f"mae-jax prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
     if not builder.info.splits:
-        manual = " --manual-dir=DIR" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
+        manual = " --manual_dir=DIR" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
         raise NotPrepared(
             f"{name!r} is not prepared in {builder.data_dir}; prepare it: {prepare}{manual}"
         )

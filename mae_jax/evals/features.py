@@ -36,6 +36,12 @@ def open_split(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> Sourc
 def open_bank(cfg: ConfigDict, config: ConfigDict) -> tuple[Source, Source]:
     """Open the images of cfg.split and those of cfg.bank_split; none may be in both."""
     queries, bank = open_split(cfg, config), open_split(cfg, config, "bank_split")
+    require_other_images(cfg, queries, bank)
+    return queries, bank
+
+
+def require_other_images(cfg: ConfigDict, queries: Source, bank: Source) -> None:
+    """Raise UserError if an image of cfg.split is in cfg.bank_split too."""
     require_disjoint(
         f"{cfg.type}: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
         queries,
@@ -43,7 +49,14 @@ def open_bank(cfg: ConfigDict, config: ConfigDict) -> tuple[Source, Source]:
         "images would be compared with themselves. Give other splits, such as 'train[80%:]' and"
         " 'train[:80%]'",
     )
-    return queries, bank
+
+
+def stacker(mesh: Mesh) -> Callable[..., Any]:
+    """Return a function that stacks T batches (T, ...); each device keeps its own rows."""
+    return jax.jit(
+        lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
+        out_shardings=NamedSharding(mesh, P(None, sharding.BATCH)),
+    )
 
 
 def fetch(tree: Any) -> Any:
@@ -222,10 +235,7 @@ class Extractor:
     def __init__(self, config: ConfigDict, compute: Compute, mesh: Mesh, batch_size: int):
         self._batches = Batches(config, mesh, batch_size)
         self._compute = jax.jit(compute, out_shardings=sharding.batch_sharding(mesh))
-        self._stack = jax.jit(
-            lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
-            out_shardings=NamedSharding(mesh, P(None, sharding.BATCH)),
-        )
+        self._stack = stacker(mesh)
 
     def batches(self, state: Any, source: Source, crop: Crop = crops.center) -> Iterator[Features]:
         """Yield the features of each batch of a source, in its order."""

@@ -10,6 +10,7 @@ from mae_jax.errors import UserError
 TILE = 160  # smaller images are enlarged to at least this width or height
 MARGIN = 6
 LINE = 17  # pixels from one line of text to the next
+PICTURES = 6  # rows of a sheet of evaluated images
 HIDDEN = np.array((190, 196, 206), np.uint8)  # a grey that differs from those of a grey image
 
 Size = tuple[int, int]  # (height, width)

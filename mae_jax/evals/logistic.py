@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from mae_jax import distributed
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.features import Blocks, Extractor, fetch, open_bank, require_known
+from mae_jax.evals.features import Blocks, Extractor, Features, fetch, open_bank, require_known
 from mae_jax.sharding import BATCH
 
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # from strong to weak
@@ -37,14 +37,6 @@ MOST = 1000  # iterations of L-BFGS for a fit
 # L-BFGS ends when no part of the gradient is larger. At 1e-5, rounding chose the strength of small
 # banks.
 TOLERANCE = 2e-6
-
-
-class Bank(NamedTuple):
-    """Features of one block of T batches of images, and their classes from 0 to Y - 1."""
-
-    x: Array  # (T, B, D)
-    label: Array  # (T, B)
-    counted: Array  # (T, B) bool
 
 
 class Scale(NamedTuple):
@@ -69,7 +61,7 @@ class Linear(NamedTuple):
         return jnp.matmul(x, self.weight, precision="highest") + self.bias
 
 
-def standardise(bank: Bank) -> tuple[Bank, Scale]:
+def standardise(bank: Features) -> tuple[Features, Scale]:
     """Return a bank with standardised features, in which only finite rows count, and their scale.
 
     A feature that is constant is divided by 1.
@@ -84,14 +76,18 @@ def standardise(bank: Bank) -> tuple[Bank, Scale]:
     return bank._replace(x=centred / scale.std, counted=counted), scale
 
 
-def cross_entropy(linear: Linear, bank: Bank) -> Array:
+def cross_entropy(linear: Linear, bank: Features) -> Array:
     """Return the mean cross-entropy over the images of a standardised bank that count."""
     loss = optax.softmax_cross_entropy_with_integer_labels(linear.logits(bank.x), bank.label)
     return jnp.where(bank.counted, loss, 0.0).sum() / jnp.maximum(bank.counted.sum(), 1)
 
 
-def fit(bank: Bank, strength: Array | float, start: Linear) -> Linear:
-    """Return the classifier that minimises the objective on a standardised bank."""
+def fit(bank: Features, strength: Array | float, start: Linear) -> Linear:
+    """Return the classifier that minimises the objective on a standardised bank.
+
+    Args:
+      bank: features (T, B, D) of one block, and classes from 0 to Y - 1.
+    """
 
     def objective(linear: Linear) -> Array:
         return cross_entropy(linear, bank) + strength / 2 * jnp.square(linear.weight).sum()
@@ -151,7 +147,7 @@ class Fitter:
         self._cross_entropy = jax.jit(cross_entropy, out_shardings=whole)
 
     def __call__(
-        self, bank: Bank, classes: int, held: np.ndarray, name: str
+        self, bank: Features, classes: int, held: np.ndarray, name: str
     ) -> tuple[Linear, Scale, float]:
         """Return the classifier of a bank, its scale, and the held-out cross-entropy.
 
@@ -215,7 +211,7 @@ class Evaluator:
         held = hold_out(len(self._bank), label_TB.shape)
         label = self._fitter.number(features.label, classes)
         fits = [
-            self._fitter(Bank(x, label, features.counted), len(classes), held, cfg.bank_split)
+            self._fitter(Features(x, label, features.counted), len(classes), held, cfg.bank_split)
             for x in features.x
         ]
         right, images = np.zeros(len(numbers), int), 0

@@ -26,13 +26,13 @@ from mae_jax import distributed
 from mae_jax.data.label_maps import IGNORED
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, iou, logistic
-from mae_jax.evals.features import fetch
+from mae_jax.evals.features import Features, fetch
 from mae_jax.evals.knn import unit
 from mae_jax.evals.patches import Patches, Reader
+from mae_jax.models.compute import DTYPES
 from mae_jax.sharding import BATCH
 
 DISTANCES = ("cosine", "l2")
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def closeness(query_QD: Array, bank_ND: Array, distance: str) -> Array:
@@ -150,7 +150,7 @@ class Evaluator:
         }
 
     def _standardised(self, bank: Patches) -> tuple[Patches, logistic.Scale]:
-        scaled, scale = logistic.standardise(logistic.Bank(bank.x, bank.label, bank.counted))
+        scaled, scale = logistic.standardise(Features(bank.x, bank.label, bank.counted))
         dtype = jnp.dtype(self._cfg.bank_dtype)
         return bank._replace(x=scaled.x.astype(dtype), counted=scaled.counted), scale
 

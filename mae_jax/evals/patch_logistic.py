@@ -21,7 +21,7 @@ from mae_jax import distributed
 from mae_jax.data.label_maps import IGNORED
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, iou, logistic
-from mae_jax.evals.features import fetch
+from mae_jax.evals.features import Features, fetch
 from mae_jax.evals.patches import Reader
 
 
@@ -94,6 +94,6 @@ class Evaluator:
         per_image = reader.grid[0] * reader.grid[1]
         shape = (label.shape[0], label.shape[1] // per_image)
         held = logistic.hold_out(len(reader.bank_source), shape).repeat(per_image, 1)
-        numbered = logistic.Bank(bank.x, self._fitter.number(bank.label, classes), bank.counted)
+        numbered = Features(bank.x, self._fitter.number(bank.label, classes), bank.counted)
         linear, scale, loss = self._fitter(numbered, len(classes), held, self._cfg.bank_split)
         return linear, scale, classes, loss

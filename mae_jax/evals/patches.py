@@ -13,22 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import sharding
-from mae_jax.data import bands, segmentation
+from mae_jax.data import bands, label_maps, segmentation
 from mae_jax.data.label_maps import IGNORED
-from mae_jax.data.labels import require_disjoint
 from mae_jax.data.segfolder import PairSource
 from mae_jax.errors import UserError
-from mae_jax.evals import segment_figures
-from mae_jax.evals.features import Batches, block_numbers, fetch
+from mae_jax.evals import figures, segment_figures
+from mae_jax.evals.features import (
+    Batches,
+    block_numbers,
+    fetch,
+    require_other_images,
+    stacker,
+)
 from mae_jax.models.patchify import patchify, unpatchify
 from mae_jax.models.spec import patch_grid
-
-PICTURES = 6  # rows of the figure
 
 
 class Patches(NamedTuple):
@@ -71,17 +73,11 @@ class Reader:
             raise UserError(f"{cfg.type}: this task gives no features of patches")
         model, data = config.model, config.data
         source = cfg.source or data.source
-        meaning = {key: cfg.get(key, data.get(key)) for key in MEANING if key in {*cfg, *data}}
+        meaning = label_maps.meaning(cfg, data)
         self.queries, self.bank_source = (
             segmentation.open_pairs(meaning, source, split) for split in (cfg.split, cfg.bank_split)
         )
-        require_disjoint(
-            f"{cfg.type}: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
-            self.queries,
-            self.bank_source,
-            "images would be compared with themselves. Give other splits, such as 'train[80%:]' and"
-            " 'train[:80%]'",
-        )
+        require_other_images(cfg, self.queries, self.bank_source)
         dtype = bands.pixel_type(data.get("value_range", ()))
         for pairs in (self.queries, self.bank_source):
             segmentation.look_at(pairs, model.channels, dtype)
@@ -95,17 +91,11 @@ class Reader:
             "label_resolution": list(self.size),
             "label_resize": "stretched to that size, nearest pixel",
         }
-        self._predict, self._batches = (
-            predict["patch_features"],
-            Batches(config, mesh, cfg.batch_size),
-        )
+        self._predict = predict["patch_features"]
+        self._batches = Batches(config, mesh, cfg.batch_size)
         rows = sharding.batch_sharding(mesh)
         self._take = jax.jit(self._take_block, static_argnums=3, out_shardings=rows)
-        split_rows = NamedSharding(mesh, P(None, sharding.BATCH))
-        self._stack = jax.jit(
-            lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
-            out_shardings=split_rows,
-        )
+        self._stack = stacker(mesh)
 
     def _take_block(self, params: Any, extra: Any, arrays: dict, block: int) -> Patches:
         x_BLD = self._predict(params, extra, {"image": arrays["image"]}, block)
@@ -134,23 +124,12 @@ class Reader:
     ) -> np.ndarray:
         """Draw the first images of a batch; every host calls this."""
         image, truth, counted = fetch([arrays[name] for name in ("image", "map", "counted")])
-        shown = np.flatnonzero(counted)[:PICTURES]
+        shown = np.flatnonzero(counted)[: figures.PICTURES]
         caption = f"Step {step:,}. {self.about['source']}, {self.about['split']}. {what}"
         return segment_figures.sheet(
-            levels(image[shown]),
+            image[shown],
             truth[shown],
             predicted_BHW[shown],
             self.queries.class_names,
             caption,
         )
-
-
-MEANING = ("classes", "ignore", "shift", "palette")  # keys that say what labels mean
-
-
-def levels(images: np.ndarray) -> np.ndarray:
-    """Return images as uint8; those of another type are stretched to 0..255 all together."""
-    if images.dtype == np.uint8:
-        return images
-    low, high = images.min(), images.max()
-    return ((images - low) / max(high - low, 1e-12) * 255).astype(np.uint8)

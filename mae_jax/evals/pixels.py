@@ -53,14 +53,14 @@ def patch_statistics(
     return estimate(mean_BL1), estimate(std_BL1)
 
 
-def to_levels(patches_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+def unnormalize(patches_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     """Return patches of normalised images as levels, not clipped."""
     scale_P, shift_P = (_repeated(x, patches_BLP.shape[-1]) for x in (std, mean))
     return 255 * (patches_BLP * scale_P + shift_P)
 
 
 def from_levels(levels_BLP: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Return patches of levels as patches of normalised images: the inverse of `to_levels`."""
+    """Return patches of levels as patches of normalised images: the inverse of `unnormalize`."""
     scale_P, shift_P = (_repeated(x, levels_BLP.shape[-1]) for x in (std, mean))
     return (levels_BLP / 255 - shift_P) / scale_P
 
@@ -92,7 +92,7 @@ def predicted_levels(
         patches_BLP = from_levels(levels_BLP, mean, std)
         mean_BL1, std_BL1 = patch_statistics(patches_BLP, mask_BL, grid, source)
         pred_BLT = pred_BLT * std_BL1 + mean_BL1
-    return jnp.clip(to_levels(pred_BLT, mean, std), 0, 255)
+    return jnp.clip(unnormalize(pred_BLT, mean, std), 0, 255)
 
 
 def mean_colour(levels_LP: np.ndarray, mask_L: np.ndarray, channels: int) -> np.ndarray:

@@ -27,7 +27,6 @@ from mae_jax.models.patchify import patchify, to_levels, unpatchify
 from mae_jax.models.spec import patch_grid
 
 MASK_SEED = 0
-PICTURES = 6  # rows of the figure
 
 
 class Evaluator:
@@ -83,7 +82,7 @@ class Evaluator:
                 continue
             if number == len(self._trivial):
                 self._trivial.append(self._trivial_sums(local, out["mask_BL"]))
-            shown = counted_B[:PICTURES]
+            shown = counted_B[: figures.PICTURES]
             if number == 0 and shown.any() and jax.process_index() == 0:
                 pictures["reconstruction"] = self._picture(out, shown, int(state.step))
         hidden, loss, squared = sums.tolist()
@@ -120,7 +119,7 @@ class Evaluator:
                 std=tuple(self._config.data.std),
             )
             squared_BL = jnp.square(pred_BLP - levels_BLP).sum(-1)
-            both = (x[:PICTURES] for x in (levels_BLP, pred_BLP))
+            both = (x[: figures.PICTURES] for x in (levels_BLP, pred_BLP))
             shown = [unpatchify(x, self._patch_size, self._grid) for x in both]
             pictures = dict(zip(("image_BHWC", "pred_BHWC"), shown, strict=True))
         sums = [(x * mask_BL).sum(-1) for x in (jnp.ones_like(mask_BL), loss_BL, squared_BL)]
@@ -153,7 +152,7 @@ class Evaluator:
         image, pred = (
             figures.bands_of(out[name][shown], self._bands) for name in ("image_BHWC", "pred_BHWC")
         )
-        images = (image, out["mask_BL"][:PICTURES][shown], pred)
+        images = (image, out["mask_BL"][: figures.PICTURES][shown], pred)
         caption = (
             f"Step {step:,}. {cfg.source or config.data.source}, {cfg.split}"
             f" ({kind_of_images(self._trained_on)}): {config.mask_ratio:.0%} of the patches are"

@@ -19,14 +19,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import distributed
-from mae_jax.data import bands, segmentation, transforms
+from mae_jax.data import bands, label_maps, segmentation, transforms
 from mae_jax.data.labels import require_disjoint
 from mae_jax.data.segmentation import Pair
 from mae_jax.data.workers import usable_cores
 from mae_jax.errors import UserError
-from mae_jax.evals import Report, iou, segment_figures
+from mae_jax.evals import Report, figures, iou, segment_figures
 from mae_jax.evals.features import Batches
-from mae_jax.evals.patches import MEANING, PICTURES, levels
 
 AT_A_TIME = 2**25  # the most logits that are enlarged at a time
 
@@ -172,7 +171,7 @@ class Evaluator:
         data, model = config.data, config.model
         if "segmentation" not in predict:
             raise UserError(f"{cfg.type}: this task does not segment")
-        meaning = {key: cfg.get(key, data.get(key)) for key in MEANING if key in {*cfg, *data}}
+        meaning = label_maps.meaning(cfg, data)
         source = cfg.source or data.source
         self._source = segmentation.open_pairs(meaning, source, cfg.split)
         trained = segmentation.open_pairs(data, data.source, data.split)
@@ -210,14 +209,14 @@ class Evaluator:
                     continue
                 counts += iou.confusion(pair.map, predicted_HW, len(names))
                 images += 1
-                if len(shown) < PICTURES:
+                if len(shown) < figures.PICTURES:
                     shown.append(small(pair, predicted_HW, self._windows.size))
         counts, images = add_up(counts), int(add_up(np.array(images)))
         pictures = {}
         if shown and jax.process_index() == 0:
             caption = f"Step {int(state.step):,}. {self._about['source']}, {self._about['split']}."
             image, truth, predicted = (np.stack(x) for x in zip(*shown, strict=True))
-            sheet = segment_figures.sheet(levels(image), truth, predicted, names, caption)
+            sheet = segment_figures.sheet(image, truth, predicted, names, caption)
             pictures[self._cfg.type] = sheet
         prefix, about = self._cfg.get("prefix", "eval"), self._about | {"images": images}
         report = iou.report(prefix, "", {"": counts}, about, names, pictures)

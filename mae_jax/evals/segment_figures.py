@@ -12,6 +12,14 @@ WRONG = (214, 39, 40)  # the red of an error
 SWATCH = 14  # pixels of a legend's side
 
 
+def levels(images: np.ndarray) -> np.ndarray:
+    """Return images as uint8; those of another type are stretched to 0..255 all together."""
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    return ((images - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+
+
 def colours(classes: int) -> np.ndarray:
     """Return a colour for each class, and grey for IGNORED, uint8 (256, 3).
 
@@ -38,14 +46,14 @@ def sheet(
     """Draw a row for each image: image, truth, prediction, and where they differ, in red.
 
     Args:
-      images_BHWC: uint8 of 1 or 3 channels.
+      images_BHWC: of 1 or 3 channels; see `levels`.
       truth_BHW, predicted_BHW: class numbers, and IGNORED.
       names: of the classes.
 
     Returns:
       uint8 [height, width, 3].
     """
-    table, rgb_BHWC = colours(len(names)), figures.rgb(images_BHWC)
+    table, rgb_BHWC = colours(len(names)), figures.rgb(levels(images_BHWC))
     wrong_BHW1 = ((truth_BHW != predicted_BHW) & (truth_BHW != IGNORED))[..., None]
     pale_BHW1 = (rgb_BHWC.mean(-1, keepdims=True) / 2 + 127).astype(np.uint8)
     error_BHWC = np.where(wrong_BHW1, np.array(WRONG, np.uint8), pale_BHW1)

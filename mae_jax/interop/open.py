@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
 from mae_jax import checkpoint, files
 from mae_jax.errors import UserError
-from mae_jax.files import write_json
 from mae_jax.interop import described, encoders, infer, names, read
-from mae_jax.models import channel_groups, resize
+from mae_jax.models import resize
 from mae_jax.models.spec import ModelSpec, Size
 
 
@@ -147,15 +145,8 @@ def _resize(weights: Weights, size: Size) -> Weights:
     params = {name: dict(value) for name, value in weights.params.items()}
     for side, vit in (("encoder", spec.encoder), ("decoder", spec.decoder)):
         if vit:
-            table = params[side].get("pos_embed")
-            if table is None:
-                table = channel_groups.sincos_table(
-                    vit.width, weights.spec.grid, groups=spec.num_groups
-                )[None]
-            sizes = weights.spec.grid, spec.grid, spec.cls_tokens
-            resized = resize.positions(
-                jnp.asarray(table), *sizes, bool(vit.registers), spec.num_groups
-            )
+            table, old = params[side].get("pos_embed"), weights.spec.grid
+            resized = resize.positions_of(table, old, vit, spec)
             params[side]["pos_embed"] = np.asarray(resized)
             report.append(f"resized: {side}/pos_embed, {weights.spec.grid} -> {spec.grid} patches")
     spec = names.with_positions(spec, flatten_dict(params, sep="/"))
@@ -201,4 +192,4 @@ def save(directory: Path, spec: ModelSpec, params: dict, origin: str) -> None:
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params})
     config = {"task": "classify" if spec.classes else "pretrain", "converted_from": origin}
-    write_json(directory / "config.json", config | described.config_of(spec))
+    files.write_json(directory / "config.json", config | described.config_of(spec))

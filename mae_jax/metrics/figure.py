@@ -31,12 +31,10 @@ def loss_figure(metrics_jsonl: str | os.PathLike, path: str | os.PathLike) -> No
     if "train/loss" not in measured:
         raise UserError(f"{os.fspath(metrics_jsonl)} holds no train/loss yet: nothing to draw")
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [title for title, curves in PANELS.items() if measured & curves.keys()]
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, (label, colour, style) in PANELS[title].items():
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]

@@ -3,8 +3,8 @@
 Shape suffixes as in models/vit.py.
 """
 
-import dataclasses
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from jax import Array
 
 from mae_jax.models import modern
 from mae_jax.models.compute import ComputeConfig
+from mae_jax.models.probe import first_blocks
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder, Stack, torch_conv_init
 
@@ -101,22 +102,16 @@ def apply_partly_frozen(
     """
     spec = network.spec
     vit, split = spec.encoder, spec.encoder.depth - math.ceil(trained_blocks)
-    encoder = dict(params["encoder"])
-    norm, blocks = encoder.pop("norm", None), encoder["stack"]["blocks"]
-    below = jax.tree.map(lambda x: x[:split], blocks)
-    above = jax.tree.map(lambda x: x[split:], blocks)
-    encoder["stack"] = {"blocks": below}
-    bottom = Encoder(
-        dataclasses.replace(spec, encoder=dataclasses.replace(vit, depth=split)),
-        network.compute,
-        final_norm=False,
-    )
+    below, encoder = first_blocks(spec, params["encoder"], split)
+    above = jax.tree.map(lambda x: x[split:], params["encoder"]["stack"]["blocks"])
+    norm = encoder.pop("norm", None)
+    bottom = Encoder(below, network.compute, final_norm=False)
     x: Any = bottom.apply({"params": jax.lax.stop_gradient(encoder)}, patches_BLP)
     if trained_blocks:
         if trained_blocks == 0.5:
             above = above | jax.lax.stop_gradient({k: above[k] for k in FIRST_HALF if k in above})
         first = vit.drop_path * split / max(vit.depth - 1, 1)
-        top = Stack(dataclasses.replace(vit, depth=vit.depth - split), network.compute, first)
+        top = Stack(replace(vit, depth=vit.depth - split), network.compute, first)
         extra = modern.extra(network, vit, spec.grid)
         x, _ = top.apply({"params": {"blocks": above}}, x, deterministic, extra=extra, rngs=rngs)
     x = x.astype(jnp.float32)

@@ -3,6 +3,7 @@
 Shape suffixes as in models/vit.py, and R heads that are trained side by side.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax import Array
 
 from mae_jax.models.block import LayerNorm
 from mae_jax.models.dense import xavier
+from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 
 EPSILON = 1e-6  # of batch and layer norm; docs/REFERENCE.md section 4
@@ -73,6 +75,13 @@ def pool_blocks(last_BND: Array, blocks_MBND: Array) -> dict[str, Array]:
     return jax.tree.map(lambda x, last: x.at[-1].set(last), pooled, pool(last_BND))
 
 
+def first_blocks(spec: ModelSpec, encoder: Mapping, number: int) -> tuple[ModelSpec, dict]:
+    """Return the network of the first blocks of an encoder, and its parameters."""
+    blocks = jax.tree.map(lambda x: x[:number], encoder["stack"]["blocks"])
+    spec = replace(spec, encoder=replace(spec.encoder, depth=number))
+    return spec, {**encoder, "stack": {"blocks": blocks}}
+
+
 def patch_tokens(encoder: Encoder, params: dict, patches_BLP: Array, block: int) -> Array:
     """Return the patch tokens (B, L, D) after a block, counted from 1, in float32.
 
@@ -80,9 +89,7 @@ def patch_tokens(encoder: Encoder, params: dict, patches_BLP: Array, block: int)
     """
     spec = encoder.spec
     if block < spec.encoder.depth:
-        blocks = jax.tree.map(lambda x: x[:block], params["stack"]["blocks"])
-        params = {**params, "stack": {"blocks": blocks}}
-        spec = replace(spec, encoder=replace(spec.encoder, depth=block))
+        spec, params = first_blocks(spec, params, block)
         encoder = Encoder(spec, encoder.compute, final_norm=False)
     tokens_BND: Any = encoder.apply({"params": params}, patches_BLP)
     return tokens_BND[:, 1:].astype(jnp.float32)

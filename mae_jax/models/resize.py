@@ -10,7 +10,8 @@ from einops import rearrange
 from jax import Array
 
 from mae_jax.errors import UserError
-from mae_jax.models.spec import ModelSpec
+from mae_jax.models.channel_groups import sincos_table
+from mae_jax.models.spec import ModelSpec, Size, ViTSpec
 
 
 def positions(
@@ -47,6 +48,20 @@ def positions(
     image_GHWD = jax.image.resize(image_GHWD, shape, method, antialias=antialias)
     patches_1LD = rearrange(image_GHWD, "g h w d -> 1 (g h w) d")
     return jnp.concatenate([table_1ND[:, :cls_tokens], patches_1LD], axis=1)
+
+
+def positions_of(table_1ND: Array | None, old: Size, vit: ViTSpec, spec: ModelSpec) -> Array:
+    """Return the position table of an encoder or decoder of `spec`, from one of an `old` grid.
+
+    A table that is missing is the sine-cosine one.
+
+    Raises:
+      UserError: the table is not one of the old grid.
+    """
+    groups, cls_tokens = spec.num_groups, spec.cls_tokens
+    if table_1ND is None:
+        table_1ND = jnp.asarray(sincos_table(vit.width, old, groups=groups)[None])
+    return positions(table_1ND, old, spec.grid, cls_tokens, bool(vit.registers), groups)
 
 
 def patch_embedding(

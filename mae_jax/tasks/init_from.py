@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from mae_jax import checkpoint
 from mae_jax.distributed import log_once
 from mae_jax.errors import UserError
-from mae_jax.models import channel_groups, mae, resize
+from mae_jax.models import mae, resize
 from mae_jax.models.block_options import BlockOptions
 from mae_jax.models.spec import ModelSpec
 
@@ -97,18 +96,8 @@ def load_encoder(path: epath.Path, target: Any, spec: ModelSpec) -> dict:
                 f"positions of {grid[0]} x {grid[1]} patches resized to"
                 f" {spec.grid[0]} x {spec.grid[1]}"
             )
-        if table is None:
-            fixed = channel_groups.sincos_table(spec.encoder.width, grid, groups=spec.num_groups)
-            table = jnp.asarray(fixed[None])
-        resized_to = partial(
-            resize.positions,
-            old=grid,
-            new=spec.grid,
-            cls_tokens=spec.cls_tokens,
-            antialias=bool(spec.encoder.registers),
-            groups=spec.num_groups,
-        )
-        restored["pos_embed"] = jax.jit(resized_to, out_shardings=sharding)(table)
+        resized = partial(resize.positions_of, old=grid, vit=spec.encoder, spec=spec)
+        restored["pos_embed"] = jax.jit(resized, out_shardings=sharding)(table)
     if notes:
         log_once(f"encoder of {path}: {'; '.join(notes)}")
     return {name: restored[name] for name in target}

@@ -195,23 +195,14 @@ def check(config: ConfigDict) -> None:
       UserError: a value that cannot work.
     """
     p, o, m = config.probe, config.optim, config.model
+    check_features(config)
     for key, value, choices in (
-        ("features", config.features, FEATURES),
         ("probe.head", p.head, HEADS),
         ("probe.pool", p.pool, POOLS),
         ("optim.name", o.name, OPTIMIZERS),
     ):
         if value not in choices:
             refuse(key, value, f"unknown{nearest(str(value), choices)}")
-    if config.features == "pretrained" and not config.init_from:
-        refuse(
-            "init_from",
-            "",
-            "which encoder is probed? Give --config=...:init=WORKDIR of its pre-training, or"
-            " config.features='random' or 'pixels' to see what an untrained one gives",
-        )
-    if config.features != "pretrained" and config.init_from:
-        refuse("init_from", config.init_from, f"not used with features={config.features!r}")
     group, size = p.bn_group, config.batch_size // config.grad_accum
     if p.head == "linear" and (group < 2 or size % group):
         refuse(
@@ -226,3 +217,23 @@ def check(config: ConfigDict) -> None:
         refuse("probe.attention_heads", p.attention_heads, f"must divide the width, {width}")
     if not o.blr:
         refuse("optim.blr", o.blr, "the base rate of a head must be above 0")
+
+
+def check_features(config: ConfigDict) -> None:
+    """Check which features of a frozen encoder a config reads.
+
+    Raises:
+      UserError: config.features is unknown, or config.init_from does not go with it.
+    """
+    features = config.features
+    if features not in FEATURES:
+        refuse("features", features, f"unknown{nearest(str(features), FEATURES)}")
+    if features == "pretrained" and not (config.init_from or config.resume):
+        refuse(
+            "init_from",
+            "",
+            "which encoder is measured? Give --config=...:init=WORKDIR of its pre-training, or"
+            " config.features='random' or 'pixels' to see what an untrained one gives",
+        )
+    if features != "pretrained" and config.init_from:
+        refuse("init_from", config.init_from, f"not used with features={features!r}")

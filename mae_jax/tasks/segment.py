@@ -16,15 +16,14 @@ from mae_jax import flops, layer_decay, optim, optimizers, train
 from mae_jax.config import steps
 from mae_jax.data import bad_images, bands, segmentation, settings
 from mae_jax.data.segfolder import PairSource
-from mae_jax.errors import nearest, refuse
+from mae_jax.errors import refuse
 from mae_jax.models import probe, segmenter
 from mae_jax.models.patchify import normalize, patchify
 from mae_jax.models.spec import ModelSpec
 from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.init_from import load_encoder
-
-FEATURES = ("pretrained", "random", "pixels")
+from mae_jax.tasks.probe import check_features
 
 
 @dataclass(frozen=True)
@@ -260,20 +259,10 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: a value that cannot work.
     """
-    data, features = config.data, config.features
+    data = config.data
     settings.require_resizer(data.resizer)
-    if features not in FEATURES:
-        refuse("features", features, f"unknown{nearest(features, FEATURES)}")
-    if features == "pretrained" and not (config.init_from or config.resume):
-        refuse(
-            "init_from",
-            "",
-            "which encoder is measured? Give --config=...:init=WORKDIR of its pre-training, or"
-            " config.features='random' or 'pixels' to see what an untrained one gives",
-        )
-    if features != "pretrained" and config.init_from:
-        refuse("init_from", config.init_from, f"not used with features={features!r}")
-    if features == "pixels" and not config.frozen:
+    check_features(config)
+    if config.features == "pixels" and not config.frozen:
         refuse("frozen", False, "pixels have no encoder that could be trained: give True")
     if len(data.scales) != 2 or data.scales[0] > data.scales[1]:
         refuse("data.scales", data.scales, "give two numbers (low, high), such as (0.5, 2.0)")
