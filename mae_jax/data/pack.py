@@ -129,9 +129,6 @@ def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
         file.unlink()
 
 
-# --- shards ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One shard of a dataset: its images, its file, and the report beside a complete file."""

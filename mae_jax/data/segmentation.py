@@ -97,9 +97,6 @@ def look_at(source: PairSource, channels: int, dtype: type[np.number]) -> None:
         raise UserError(f"none of {len(indices)} pairs looked at can be used; {reasons[0]}")
 
 
-# --- one pair to the size of a network ---
-
-
 def stretch(pair: Pair, size_HW: Size) -> Pair:
     """Resize a whole pair to a size, whatever its aspect."""
     height, width = pair.map.shape
@@ -165,9 +162,6 @@ def _pad(pair: Pair, size_HW: Size) -> Pair:
         np.pad(pair.image, (*around, (0, 0)), constant_values=grey),
         np.pad(pair.map, around, constant_values=IGNORED),
     )
-
-
-# --- batches ---
 
 
 def train_batches(

@@ -108,9 +108,6 @@ class CountedSource:
         raise UserError(f"data source counted:{self.examples} holds no images: name a real one")
 
 
-# --- tfds ---
-
-
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
     """Encoded images of a tfds dataset in ArrayRecord; shards are opened on first use."""
@@ -215,9 +212,6 @@ def _did_you_mean(source: str, names: list[str]) -> str:
     if source and Path(source).expanduser().is_dir():
         near = [f"folder:{source}"]
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-# --- digits ---
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,6 @@ UPRIGHT = {  # value of the EXIF tag -> what turns the picture upright
 }
 
 
-# --- decoding ---
-
-
 def decode(
     image: bytes | np.ndarray, channels: int = 3, *, dtype: type[np.number] = np.uint8
 ) -> Picture:
@@ -175,9 +172,6 @@ def _convert(picture: Image.Image | np.ndarray, channels: int) -> Picture:
     if array.shape[-1] != channels:
         raise bands.wrong_channels(array.shape[-1], channels)
     return array
-
-
-# --- resizing a part of a picture to [height, width, C] ---
 
 
 def resize_pillow(picture: Picture, box: Box, width: int, height: int) -> np.ndarray:

@@ -159,9 +159,6 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
 
 
-# --- threads ---
-
-
 def _read_in_threads(
     local: _Rows, batch_size: int, threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -179,16 +176,15 @@ def _read_in_threads(
         yield from iterator
 
 
-# --- processes ---
-#
-# Worker w reads examples w, w + workers, ... and writes each image where it stands in its batch, in
-# memory that all share. It sends the other values of its rows through its pipe, which says that
-# these rows are complete; the answer says that the place of the batch is free again. The memory
-# has no name and the pipes end with their processes: nothing is left behind, however a run ends.
-
-
 def _read_in_processes(local: _Rows, slots: Slots, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches that `workers` processes read."""
+    """Yield batches that `workers` processes read.
+
+    Worker w reads examples w, w + workers, ... and writes each image where it stands in its batch,
+    in memory that all share. It sends the other values of its rows through its pipe, which says
+    that these rows are complete; the answer says that the place of the batch is free again. The
+    memory has no name and the pipes end with their processes, so nothing is left behind, however a
+    run ends.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_jax.data.pipeline"])  # imported once for all processes
     pickled = cloudpickle.dumps(local)
@@ -282,9 +278,6 @@ def _stop(readers: list[tuple[Any, Connection]]) -> None:
         process.kill()
     for process, _ in readers:
         process.join()
-
-
-# --- memory that processes share ---
 
 
 def _share_memory(size: int) -> int:

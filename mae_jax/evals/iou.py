@@ -4,7 +4,6 @@ All pixels of a split are pooled in one table of counts. The mean is over the cl
 the truth or in a prediction; an ignored pixel is not counted.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
-from mae_jax.evals.results import NAME_LENGTH, bars, to_json
+from mae_jax.evals.results import NAME_LENGTH, bars, files
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -97,16 +96,7 @@ def report(
     def results(facts: Mapping[str, Any]) -> dict[str, Any]:
         return {**facts, **about, **tables(scores, names)}
 
-    parts = ["results", kind, *re.findall(r"\w+", prefix.removeprefix("eval"))]
-    stem = "_".join(part.strip("_") for part in parts if part.strip("_"))
-    return Report(
-        scalars,
-        images,
-        {
-            f"{stem}.json": lambda facts: to_json(results(facts)),
-            f"{stem}.png": lambda facts: figure(results(facts)),
-        },
-    )
+    return Report(scalars, images, files(prefix, kind, results, figure))
 
 
 def tables(scores: Mapping[str, Scores], names: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,15 +110,24 @@ def report(
     def results(facts: Mapping[str, Any]) -> dict[str, Any]:
         return {**facts, **about, **tables(predictions, names)}
 
-    kind = re.sub(r"\W+", "_", prefix.removeprefix("eval")).strip("_")
-    stem = f"results_{kind}" if kind else "results"
-    return Report(
-        {f"{prefix}/{name}": value for name, value in scalars.items()},
-        files={
-            f"{stem}.json": lambda facts: to_json(results(facts)),
-            f"{stem}.png": lambda facts: figure(results(facts)),
-        },
-    )
+    named = {f"{prefix}/{name}": value for name, value in scalars.items()}
+    return Report(named, files=files(prefix, "", results, figure))
+
+
+def files(
+    prefix: str, kind: str, results: Callable[[Mapping], dict], draw: Callable[[dict], bytes]
+) -> dict[str, Callable[[Mapping], bytes]]:
+    """Return results_{kind}.json and .png, by the facts of a run.
+
+    What a prefix has after "eval" is added to their names. `results` makes the tables of the facts,
+    and `draw` a PNG of the tables.
+    """
+    parts = ["results", kind, *re.findall(r"\w+", prefix.removeprefix("eval"))]
+    stem = "_".join(part.strip("_") for part in parts if part.strip("_"))
+    return {
+        f"{stem}.json": lambda facts: to_json(results(facts)),
+        f"{stem}.png": lambda facts: draw(results(facts)),
+    }
 
 
 def tables(predictions: Predictions, names: list[str]) -> dict[str, Any]:
