@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.data import mixup
+from mae_jax.models import mixup
 
 B, H, W, C, Y, GROUP = 12, 20, 30, 3, 5, 4
 

@@ -13,8 +13,9 @@ from tiny import GREY, tiny_config
 
 from mae_jax import optim, tasks, train
 from mae_jax.configs import finetune, linprobe
-from mae_jax.data import augment, mixup, pipeline, transforms, workers
+from mae_jax.data import augment, pipeline, transforms, workers
 from mae_jax.data.sources import open_source
+from mae_jax.models import mixup
 
 
 def tiny(config, **changes):

@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, flops, layer_decay, train
-from mae_jax.data import mixup
 from mae_jax.errors import nearest, refuse
-from mae_jax.models import classifier
+from mae_jax.models import classifier, mixup
 from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
 from mae_jax.tasks import common
