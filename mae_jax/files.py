@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -31,6 +32,29 @@ def replacing(path: str | os.PathLike) -> Iterator[epath.Path]:
         if part.is_dir():
             part.rmtree()
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[bool]:
+    """Lock a folder while the body runs; yield False if another process has locked it.
+
+    The lock is of the folder itself and ends with the process. Buckets and some disks have none.
+    """
+    if "://" in os.fspath(folder):
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except BlockingIOError:
+        is_free = False
+    except OSError:  # this disk has no locks
+        is_free = True
+    try:
+        yield is_free
+    finally:
+        os.close(descriptor)
 
 
 def require_place(path: str | os.PathLike, what: str) -> None:

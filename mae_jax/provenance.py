@@ -1,7 +1,6 @@
 """Record in a workdir which config and environment it belongs to, and refuse it to other runs."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -104,25 +103,14 @@ def nothing_left_if_refused(workdir: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_run(workdir: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs out of a workdir while the body runs.
-
-    The lock is of the folder itself and ends with the process. Buckets and some disks have none.
+    """Keep other runs out of a workdir while the body runs, where its disk has locks.
 
     Raises:
       UserError: on all hosts; another run is going on there.
     """
-    with contextlib.ExitStack() as stack:
-        is_busy = False
-        if jax.process_index() == 0 and "://" not in os.fspath(workdir):
-            folder = os.open(workdir, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_busy = True
-            except OSError:  # this disk has no locks
-                pass
-        if multihost_utils.broadcast_one_to_all(np.int32(is_busy)):
+    first = jax.process_index() == 0
+    with files.locked(workdir) if first else contextlib.nullcontext(True) as is_free:
+        if not multihost_utils.broadcast_one_to_all(np.int32(is_free)):
             raise UserError(
                 f"another run is going on in {workdir}: wait until it ends or stop it, and the same"
                 " command goes on from there; or give another --workdir"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -91,7 +90,9 @@ def prepare_folder(
             )
         return final, summary
     work.mkdir(parents=True, exist_ok=True)
-    with _only_writer(work):
+    with files.locked(work) as is_free:
+        if not is_free:
+            raise UserError(f"another `mae-jax prepare` is writing {work}")
         _remove_leftovers(work, plan)
         shards = {split: _divide(images[split], work, name, split, resize) for split in names}
         every = list(itertools.chain(*shards.values()))
@@ -101,20 +102,10 @@ def prepare_folder(
         features = arrayrecord.image_features(images[names[0]].class_names)
         arrayrecord.write_metadata(work, features, splits, f"Images of the folder {source!a}.")
         files.write_json(work / "prepared.json", {"plan": plan, **summary})
-        for file in [*(shard.report for shard in every), work / "plan.json", work / "lock"]:
+        for file in [*(shard.report for shard in every), work / "plan.json"]:
             file.unlink()
         work.rename(final)
     return final, summary
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another `mae-jax prepare` is writing {folder}") from None
-        yield
 
 
 def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
@@ -122,7 +113,7 @@ def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
     if (old := files.read_json(work / "plan.json")) != plan:
         if old:
             print("The images or options changed since the interruption: starting again.")
-        for file in set(work.iterdir()) - {work / "lock"}:
+        for file in list(work.iterdir()):
             file.unlink()
         files.write_json(work / "plan.json", plan)
     for file in work.glob("*.part-*"):  # of a process that was killed
