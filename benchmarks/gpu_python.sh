@@ -16,4 +16,5 @@ if [ -z "${GPU_PYTHON:-}" ]; then
   GPU_PYTHON=$python
 fi
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: fewer page faults on CPUs
 export TORCH_PYTHON=${TORCH_PYTHON:-} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

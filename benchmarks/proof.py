@@ -1,6 +1,6 @@
 """Make the runs of the published protocol on CIFAR-10 and print them beside the published numbers.
 
-python benchmarks/proof.py WORKDIR DATA [tune] [--limit=SECONDS] [--share=PART]    (see proof.sh)
+python benchmarks/proof.py WORKDIR DATA [tune] [--limit=SECONDS] [--share=PART] [--FLAG ...]
 """
 
 import argparse
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds")
     parser.add_argument("--share", type=float, default=1.0, help="of steps and images")
     parser.add_argument("--small", action="store_true", help="the model of docs/cifar10.md")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    if wrong := [flag for flag in others if not flag.startswith("--config.")]:
+        parser.error(f"{wrong[0]}: give one of the flags above, or --config.KEY=VALUE for all runs")
     root, data = args.workdir, f"data={args.data},small={args.small}"
     if not any(Path(args.data, "train").glob("*/*")):
         parser.error(f"{args.data} holds no train/CLASS/*.jpg: give the folder of CIFAR-10")
@@ -81,7 +83,7 @@ def main() -> None:
         flags = [f"--config.train_for={steps} steps"]
         if args.share < 1:  # a tenth, as in the whole run
             flags.append(f"--config.optim.warmup={steps // 10} steps")
-        return flags
+        return flags + others
 
     part = "" if args.share == 1 else f"[:{max(1, round(100 * args.share))}%]"
     began = time.monotonic()
@@ -91,7 +93,7 @@ def main() -> None:
         for name in ("knn", "logistic"):
             splits.append(f"--config.evals.{name}.bank_split=train{part}")
             splits.append(f"--config.evals.{name}.split=test{part}")
-        train(root, "frozen", f"{data},task=knn,init={root / 'pretrain'}", 600, *splits)
+        train(root, "frozen", f"{data},task=knn,init={root / 'pretrain'}", 600, *splits, *others)
     else:
         starts = {"tuned": f",init={root / 'pretrain'}", "scratch": ""}
         for name, init in starts.items():

@@ -17,10 +17,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
 
-from mae_jax import files
 from mae_jax.commands import prepare
 from mae_jax.data import imagenet, pack
 from mae_jax.data.sources import open_source
+from mae_jax.files import locked
 
 RNG = np.random.default_rng(0)
 
@@ -261,7 +261,7 @@ def test_a_second_run_changes_nothing_and_other_images_are_refused(images, tmp_p
 def test_two_writers_of_one_dataset_are_refused(images, tmp_path):
     work = tmp_path / "mine" / "1.0.0.incomplete"
     work.mkdir(parents=True)
-    with files.locked(work), pytest.raises(ValueError, match="another"):
+    with locked(work), pytest.raises(ValueError, match="another"):
         pack_folder(images, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,6 +16,9 @@ from ml_collections import ConfigDict
 
 from mae_jax.commands import explain
 from mae_jax.errors import UserError
+
+MAX_CPU_DEVICES = 4  # each holds the whole state
+MIN_CPU_BATCH = 32
 
 
 def define(values: flags.FlagValues) -> None:
@@ -202,8 +206,8 @@ def disk_failure(error: OSError, workdir: str) -> str | None:
     return f"{reason}. Make room: the same command goes on from {start}"
 
 
-def connect(config: ConfigDict, values: flags.FlagValues, workdir: str) -> None:
-    """Start JAX as the flags say: its cache of compiled programs, and the other hosts."""
+def connect(runs: Sequence[ConfigDict], values: flags.FlagValues, workdir: str) -> None:
+    """Start JAX for runs as the flags say: its cache of programs, other hosts, a CPU's devices."""
     import jax
 
     from mae_jax import distributed
@@ -216,11 +220,30 @@ def connect(config: ConfigDict, values: flags.FlagValues, workdir: str) -> None:
     if values.distributed or hosts != (None, None, None):
         distributed.join(
             *hosts,
-            connect_seconds=config.hosts.connect_seconds,
-            heartbeat_seconds=config.hosts.heartbeat_seconds,
+            connect_seconds=runs[0].hosts.connect_seconds,
+            heartbeat_seconds=runs[0].hosts.heartbeat_seconds,
         )
     else:
         distributed.refuse_to_run_alone(os.environ)
+        asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        if not asked and getattr(jax.config, "jax_num_cpu_devices", -1) < 0:
+            jax.config.update("jax_num_cpu_devices", cpu_devices(runs))
+
+
+def cpu_devices(runs: Sequence[ConfigDict]) -> int:
+    """Return into how many devices a CPU is divided, for runs that find no TPU or GPU.
+
+    Each core is a device, up to MAX_CPU_DEVICES that divide the batches, unless config.mesh.data
+    says otherwise: cores of one device wait for each other after every small operation. Fewer than
+    MIN_CPU_BATCH images each do not pay for the state that every device updates.
+    """
+    from mae_jax.data.workers import usable_cores
+
+    if any(run.mesh.data != -1 for run in runs):
+        return 1
+    sizes = [run.batch_size // max(run.grad_accum, 1) for run in runs]
+    most = min(usable_cores(), MAX_CPU_DEVICES, min(sizes) // MIN_CPU_BATCH)
+    return max((n for n in range(1, most + 1) if math.gcd(n, *sizes) == n), default=1)
 
 
 def silence_stderr() -> None:

@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
         return 0
     workdir = values.workdir or str(Path("workdir") / recipe)
     files.require_place(workdir, "--workdir")
-    running.connect(config, values, workdir)
+    running.connect(list(runs.values()), values, workdir)
     import jax
 
     from mae_jax import tasks

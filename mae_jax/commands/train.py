@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     for key in ("resume", "init_from"):
         files.require_place(config.get(key, ""), f"--config.{key}")
     files.require_place(workdir, "--workdir")
-    running.connect(config, values, workdir)  # only now: JAX takes seconds to import
+    running.connect([config], values, workdir)  # only now: JAX takes seconds to import
     if status := running.supervise(config, workdir, values.profile):
         return status
     import jax
