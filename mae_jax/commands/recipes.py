@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ PUBLISHED = {
 USAGE = """\
 mae-jax {command} --config=RECIPE[:ARGUMENTS] [--config.KEY=VALUE ...] [FLAG ...]
 
-  RECIPE     {recipes},
+  RECIPE     {recipes}
              or a Python file with a function get_config(arg)
   ARGUMENTS  such as variant=L/16,epochs=800; the first lines of a recipe's file explain them
   KEY=VALUE  changes a value of the recipe, such as --config.mask_ratio=0.9"""
@@ -42,7 +43,11 @@ def parse(
     values = flags.FlagValues()
     define(values)
     if {"-h", "--help"} & set(argv):
-        print(USAGE.format(command=command, recipes=", ".join(names())))
+        indent = " " * 13
+        recipes = textwrap.fill(
+            f"{', '.join(names())},", 98, initial_indent=indent, subsequent_indent=indent
+        )
+        print(USAGE.format(command=command, recipes=recipes.lstrip()))
         print(values.get_help(include_special_flags=False))
         raise SystemExit(0)
     given = " ".join(arg for arg in argv if re.match(r"--config\b", arg))
