@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the model of docs/cifar10.md")
     args, others = parser.parse_known_args()
     if wrong := [flag for flag in others if not flag.startswith("--config.")]:
-        parser.error(f"{wrong[0]}: give one of the flags above, or --config.KEY=VALUE for all runs")
+        parser.error(f"{wrong[0]}: give one of the flags above, or --config.KEY=VALUE of the runs that train")
     root, data = args.workdir, f"data={args.data},small={args.small}"
     if not any(Path(args.data, "train").glob("*/*")):
         parser.error(f"{args.data} holds no train/CLASS/*.jpg: give the folder of CIFAR-10")
@@ -93,7 +93,7 @@ def main() -> None:
         for name in ("knn", "logistic"):
             splits.append(f"--config.evals.{name}.bank_split=train{part}")
             splits.append(f"--config.evals.{name}.split=test{part}")
-        train(root, "frozen", f"{data},task=knn,init={root / 'pretrain'}", 600, *splits, *others)
+        train(root, "frozen", f"{data},task=knn,init={root / 'pretrain'}", 600, *splits)
     else:
         starts = {"tuned": f",init={root / 'pretrain'}", "scratch": ""}
         for name, init in starts.items():

@@ -7,8 +7,8 @@
 #
 # DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg, see docs/cifar10.md. A run that takes longer than the
 # limit is stopped, and the table has what it reached; the same call goes on with it. For CPUs, --share=0.02
-# makes 2 % of the steps and measures on 2 % of the images, --config.model.dtype=float32 is faster there,
-# and --small takes the small model of docs/cifar10.md. The table is printed, and kept in
+# makes 2 % of the steps and measures on 2 % of the images, --config.model.dtype=float32 trains faster
+# there, and --small takes the small model of docs/cifar10.md. The table is printed, and kept in
 # WORKDIR/proof.md.
 #
 # WORKDIR     the folder of the runs (default: workdir/proof)
