@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the model of docs/cifar10.md")
     args, others = parser.parse_known_args()
     if wrong := [flag for flag in others if not flag.startswith("--config.")]:
-        parser.error(f"{wrong[0]}: give one of the flags above, or --config.KEY=VALUE of the runs that train")
+        parser.error(f"{wrong[0]} is unknown: give one of these, or --config.KEY=VALUE to train by")
     root, data = args.workdir, f"data={args.data},small={args.small}"
     if not any(Path(args.data, "train").glob("*/*")):
         parser.error(f"{args.data} holds no train/CLASS/*.jpg: give the folder of CIFAR-10")
