@@ -64,7 +64,9 @@ def table(root: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/proof.sh", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/proof.sh", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("workdir", type=Path)
     parser.add_argument("data")
     parser.add_argument("part", nargs="?", choices=("pretrain", "tune"), default="pretrain")

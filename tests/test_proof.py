@@ -3,7 +3,9 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import proof
 
@@ -35,3 +37,39 @@ def test_an_error_of_a_run_ends_the_proof(tmp_path, capfd):
     with pytest.raises(SystemExit, match="pretrain ended with 2"):
         proof.train(tmp_path, "pretrain", f"data={tmp_path / 'nowhere'}", 60)
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_an_unknown_flag_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["proof.py", str(tmp_path), str(tmp_path), "--shar=1"])
+    with pytest.raises(SystemExit):
+        proof.main()
+    assert "--shar=1 is unknown" in capsys.readouterr().err
+
+
+def test_both_calls_fill_the_table(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in range(10):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    call = ["proof.py", str(tmp_path / "runs"), str(tmp_path / "data")]
+    # Half of the images, and what is given after it: two steps.
+    flags = [
+        "--small",
+        "--share=0.5",
+        "--config.train_for=2 steps",
+        "--config.optim.warmup=1 steps",
+    ]
+    flags += ["--config.batch_size=32"]
+    for part in ([], ["tune", "--config.data.split=train"]):
+        monkeypatch.setattr(sys, "argv", [*call, *part, *flags])
+        proof.main()
+    rows = (tmp_path / "runs" / "proof.md").read_text().splitlines()[2:]
+    assert [row.split("|")[4].strip() for row in rows] == [
+        "2 of 14,550", "2 of 14,550", "2 of 14,550", "2 of 19,500", "2 of 19,500"
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row.split("|")[3]) >= 0
