@@ -26,6 +26,10 @@ class SaveError(OSError):
     """A checkpoint that could not be written; the message says which are intact."""
 
 
+class FolderGone(SaveError):
+    """The folder of the checkpoints was removed or moved while the run went on."""
+
+
 class Checkpointer:
     """The checkpoints of one run; every host makes the same calls.
 
@@ -47,6 +51,7 @@ class Checkpointer:
         self._manager = open_manager(
             self.root, keep, keep_every, self._write_digests, self._leave_if_alone
         )
+        self._had_config = False  # beside the checkpoints, at the save before
 
     def save(self, step: int, state: Any) -> None:
         """Start a save; return as soon as the next update may overwrite the state's buffers.
@@ -55,9 +60,13 @@ class Checkpointer:
           SaveError: this save or the one before it failed; older checkpoints are intact.
         """
         self.wait()
-        if "://" not in os.fspath(self.root) and not self.root.is_dir():
-            # Orbax would make the folder again, and the run would go on in an empty one.
-            raise SaveError(f"{self.root} is gone; checkpoint {step} was not written")
+        if "://" not in os.fspath(self.root):
+            # Orbax would make a missing folder, if not in the save before, which was under way
+            # when the folder was moved; then the config of the run is not there.
+            has_config = (self.root.parent / "config.json").exists()
+            if not self.root.is_dir() or (self._had_config and not has_config):
+                raise FolderGone(f"{self.root} is gone; checkpoint {step} was not written")
+            self._had_config = has_config
         self._step = step
         self._mebibytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
         with self._explained():

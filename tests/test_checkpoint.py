@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from states import assert_equal, data_files, flip, init, save_steps, state_of, target
 
 from mae_jax import integrity
-from mae_jax.checkpoint import PARAMS, Checkpointer, restore, restore_or_init
+from mae_jax.checkpoint import PARAMS, Checkpointer, FolderGone, restore, restore_or_init
 
 
 def load_params(path, state):
@@ -86,6 +86,21 @@ def test_the_newest_n_and_every_kth_are_kept(tmp_path):
         assert run.latest_step() == 13
     with pytest.raises(ValueError, match=r"checkpoint\.keep=0"):
         Checkpointer(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_folder_that_is_moved_ends_the_run_even_if_a_save_made_it_again(tmp_path, made_again):
+    workdir = tmp_path / "run"
+    with Checkpointer(workdir, keep=2) as saver:
+        (workdir / "config.json").write_text("{}")
+        saver.save(1, init())
+        saver.wait()
+        workdir.rename(tmp_path / "elsewhere")
+        if made_again:
+            shutil.copytree(tmp_path / "elsewhere" / "checkpoints", workdir / "checkpoints")
+        with pytest.raises(FolderGone, match="checkpoint 2 was not written"):
+            saver.save(2, init())
+    assert not (workdir / "checkpoints" / "2").exists()
 
 
 def test_a_step_is_never_saved_twice(tmp_path):

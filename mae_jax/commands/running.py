@@ -190,19 +190,19 @@ def disk_failure(error: OSError, workdir: str) -> str | None:
 
     from mae_jax import checkpoint
 
-    root = epath.Path(workdir)
-    if "://" not in workdir and not root.exists():
-        return f"{workdir} is gone; the same command starts the run again, from its first step"
+    root, is_local = epath.Path(workdir), "://" not in workdir
+    saved = checkpoint.numbered(root / "checkpoints")  # the newest first
+    start = f"checkpoint {saved[0].name}" if saved else "the first step, for there is no checkpoint"
+    if isinstance(error, checkpoint.FolderGone) or (is_local and not root.exists()):
+        return f"{workdir} is gone; the same command starts the run again, from {start}"
     if isinstance(error, checkpoint.SaveError):
         reason = str(error)
     elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         reason = f"{error.filename or workdir}: {error.strerror}"
     else:
         return None
-    if "://" not in workdir:
+    if is_local:
         reason += f" ({shutil.disk_usage(workdir).free / 2**20:,.0f} MiB are free there)"
-    saved = checkpoint.numbered(root / "checkpoints")  # the newest first
-    start = f"checkpoint {saved[0].name}" if saved else "the first step, for there is no checkpoint"
     return f"{reason}. Make room: the same command goes on from {start}"
 
 
