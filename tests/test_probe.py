@@ -451,7 +451,7 @@ def test_a_run_without_updates_takes_any_number_of_devices(tmp_path):
     """Three do not divide config.batch_size, of which no batch is read."""
     config = knn_config("source=bundled:digits,bank=train[:200],test=test[:50]")
     config.features = "pixels"
-    config.model.image_size = (32, 32)
+    config.model.update(image_size=(16, 16), patch_size=(16, 16))
     del config.evals.fewshot
     run(config, tmp_path, (3, 1, 1))
     lines = writer.read(tmp_path / "metrics.jsonl")
