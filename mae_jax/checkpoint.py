@@ -51,6 +51,8 @@ class Checkpointer:
         self._manager = open_manager(
             self.root, keep, keep_every, self._write_digests, self._leave_if_alone
         )
+        self._config = self.root.parent / "config.json"
+        self._is_local = "://" not in os.fspath(self.root)
         self._had_config = False  # beside the checkpoints, at the save before
 
     def save(self, step: int, state: Any) -> None:
@@ -60,13 +62,9 @@ class Checkpointer:
           SaveError: this save or the one before it failed; older checkpoints are intact.
         """
         self.wait()
-        if "://" not in os.fspath(self.root):
-            # Orbax would make a missing folder, if not in the save before, which was under way
-            # when the folder was moved; then the config of the run is not there.
-            has_config = (self.root.parent / "config.json").exists()
-            if not self.root.is_dir() or (self._had_config and not has_config):
-                raise FolderGone(f"{self.root} is gone; checkpoint {step} was not written")
-            self._had_config = has_config
+        if self._is_gone():
+            raise FolderGone(f"{self.root} is gone; checkpoint {step} was not written")
+        self._had_config = self._is_local and self._config.exists()
         self._step = step
         self._mebibytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
         with self._explained():
@@ -142,6 +140,14 @@ class Checkpointer:
             if directory.exists():
                 integrity.write_digests(directory)
 
+    def _is_gone(self) -> bool:
+        """Return whether the folder was moved, even if the save that was under way made it again.
+
+        Orbax makes missing folders; the config of the run is not in what it made.
+        """
+        lost_config = self._had_config and not self._config.exists()
+        return self._is_local and (lost_config or not self.root.is_dir())
+
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
@@ -149,7 +155,8 @@ class Checkpointer:
         except Exception as error:
             if distributed.from_others(error):
                 raise
-            raise SaveError(self._explain(error)) from error
+            kind = FolderGone if self._is_gone() else SaveError
+            raise kind(self._explain(error)) from error
 
     def _explain(self, error: Exception) -> str:
         earlier = ", ".join(path.name for path in numbered(self.root)) or "none"

@@ -57,13 +57,8 @@ def test_both_calls_fill_the_table(tmp_path, monkeypatch):
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
     call = ["proof.py", str(tmp_path / "runs"), str(tmp_path / "data")]
     # Half of the images, and what is given after it: two steps.
-    flags = [
-        "--small",
-        "--share=0.5",
-        "--config.train_for=2 steps",
-        "--config.optim.warmup=1 steps",
-    ]
-    flags += ["--config.batch_size=32"]
+    flags = ["--small", "--share=0.5", "--config.batch_size=32"]
+    flags += ["--config.train_for=2 steps", "--config.optim.warmup=1 steps"]
     for part in ([], ["tune", "--config.data.split=train"]):
         monkeypatch.setattr(sys, "argv", [*call, *part, *flags])
         proof.main()

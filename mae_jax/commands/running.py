@@ -191,19 +191,21 @@ def disk_failure(error: OSError, workdir: str) -> str | None:
     from mae_jax import checkpoint
 
     root, is_local = epath.Path(workdir), "://" not in workdir
+    if isinstance(error, checkpoint.FolderGone) or (is_local and not root.exists()):
+        text = f"{workdir} is gone; the same command starts the run again, from"
+    else:
+        if isinstance(error, checkpoint.SaveError):
+            reason = str(error)
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            reason = f"{error.filename or workdir}: {error.strerror}"
+        else:
+            return None
+        if is_local:
+            reason += f" ({shutil.disk_usage(workdir).free / 2**20:,.0f} MiB are free there)"
+        text = f"{reason}. Make room: the same command goes on from"
     saved = checkpoint.numbered(root / "checkpoints")  # the newest first
     start = f"checkpoint {saved[0].name}" if saved else "the first step, for there is no checkpoint"
-    if isinstance(error, checkpoint.FolderGone) or (is_local and not root.exists()):
-        return f"{workdir} is gone; the same command starts the run again, from {start}"
-    if isinstance(error, checkpoint.SaveError):
-        reason = str(error)
-    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-        reason = f"{error.filename or workdir}: {error.strerror}"
-    else:
-        return None
-    if is_local:
-        reason += f" ({shutil.disk_usage(workdir).free / 2**20:,.0f} MiB are free there)"
-    return f"{reason}. Make room: the same command goes on from {start}"
+    return f"{text} {start}"
 
 
 def connect(runs: Sequence[ConfigDict], values: flags.FlagValues, workdir: str) -> None:
