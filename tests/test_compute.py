@@ -61,7 +61,7 @@ def test_blocks_are_unrolled_on_accelerators_and_scanned_on_cpus(device, blocks)
     assert ComputeConfig.from_config(model, device=device).scan_unroll == blocks
     chosen = ComputeConfig.from_config(model | {"scan_unroll": 2}, device=device)
     assert chosen.scan_unroll == 2
-    assert chosen.split_heads == (device is H100)
+    assert chosen.split_heads == chosen.plain_biases == (device is H100)
     with pytest.raises(ValueError, match="scan_unroll=-1 must be at least 0"):
         ComputeConfig.from_config(model | {"scan_unroll": -1}, device=device)
 

@@ -63,6 +63,7 @@ def test_fresh_parameters_have_the_official_names_and_shapes():
         ("pixels", {"scan_unroll": 2}),
         ("norm_pix", {}),
         ("norm_pix", {"remat": True}),
+        ("norm_pix", {"split_heads": True, "plain_biases": True}),  # as on GPUs
     ],
 )
 def test_prediction_loss_and_every_gradient_agree(case, compute):

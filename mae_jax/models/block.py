@@ -9,8 +9,8 @@ from jax import Array
 
 from mae_jax.models.attention import attend, attend_cudnn
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, multiply
-from mae_jax.models.kernels import add_bias, gelu, normalise
+from mae_jax.models.dense import Weights, dense, linear
+from mae_jax.models.kernels import gelu, normalise
 
 
 class LayerNorm(nn.Module):
@@ -47,8 +47,8 @@ class Attention(nn.Module):
 
         def project(kernel: Array, bias: Array) -> list[Array]:
             """Return (B, N, D) for each kernel of the second axis, by a single product."""
-            y = multiply(x_BND, kernel.reshape(width, -1), self.compute)
-            return jnp.split(add_bias(y, bias.reshape(-1)), len(bias), axis=-1)
+            y = linear(x_BND, kernel.reshape(width, -1), bias.reshape(-1), self.compute)
+            return jnp.split(y, len(bias), axis=-1)
 
         # One product is faster, but in its matrix no axis can be split by heads.
         if self.compute.split_heads:
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         else:
             y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
         flat_DD = kernel_SFD.reshape(width, width)
-        return add_bias(multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute), bias_D)
+        return linear(y_BNSF.reshape(x_BND.shape), flat_DD, bias_D, self.compute)
 
 
 class Mlp(nn.Module):

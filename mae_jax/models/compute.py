@@ -45,6 +45,7 @@ class ComputeConfig(NamedTuple):
       split_heads: q, k and v are three products: where devices share the heads (mesh axis
         `tensor`), and on GPUs, whose compiler found no tiles for the gradient of one product.
       float32_sums: gradients of matrices are summed over devices in float32, not in `dtype`.
+      plain_biases: gradients of biases are plain sums, for GPUs, not products with ones.
     """
 
     dtype: Any = jnp.float32
@@ -55,6 +56,7 @@ class ComputeConfig(NamedTuple):
     constrain: Callable[[Array], Array] = lambda x: x
     split_heads: bool = False
     float32_sums: bool = False
+    plain_biases: bool = False
 
     @classmethod
     def from_config(
@@ -105,4 +107,5 @@ class ComputeConfig(NamedTuple):
             constrain,
             split_heads or device.platform == "gpu",
             model.get("float32_sums", False),
+            device.platform == "gpu",
         )

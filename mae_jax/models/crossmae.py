@@ -19,8 +19,7 @@ from mae_jax.models import mae
 from mae_jax.models.attention import attend
 from mae_jax.models.block import LayerNorm, Mlp
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, multiply
-from mae_jax.models.kernels import add_bias
+from mae_jax.models.dense import Weights, dense, linear
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder, positions
@@ -39,13 +38,14 @@ class CrossAttention(nn.Module):
 
         def project(y_BND: Array, name: str) -> Array:
             kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)(self.compute)
-            y_BNE = multiply(y_BND.astype(dtype), kernel_DSF.reshape(-1, width), self.compute)
-            return add_bias(y_BNE, bias_SF.reshape(-1)).reshape(*y_BND.shape[:2], *heads)
+            kernel_DE, bias_E = kernel_DSF.reshape(-1, width), bias_SF.reshape(-1)
+            y_BNE = linear(y_BND.astype(dtype), kernel_DE, bias_E, self.compute)
+            return y_BNE.reshape(*y_BND.shape[:2], *heads)
 
         y_BQSF = attend(project(x_BQE, "q"), project(tokens_BND, "k"), project(tokens_BND, "v"))
         kernel_SFE, bias_E = Weights(heads, (width,), name="proj")(self.compute)
         flat_EE = kernel_SFE.reshape(width, width)
-        return add_bias(multiply(y_BQSF.reshape(x_BQE.shape), flat_EE, self.compute), bias_E)
+        return linear(y_BQSF.reshape(x_BQE.shape), flat_EE, bias_E, self.compute)
 
 
 class Block(nn.Module):

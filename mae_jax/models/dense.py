@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.kernels import FLOAT32_SUMS, summed_in_float32
+from mae_jax.models.kernels import FLOAT32_SUMS, add_bias, summed_in_float32
 
 # On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
@@ -28,6 +28,12 @@ def dense(
 def multiply(x_NI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
     """Return the product in the type of `x_NI`, as a layer of `dense` makes it."""
     return summed_in_float32(x_NI, kernel_IO) if compute.float32_sums else x_NI @ kernel_IO
+
+
+def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
+    """Return x @ kernel + bias, as a layer of `dense` does but for the gradient of the bias."""
+    y_BNO = multiply(x_BNI, kernel_IO, compute)
+    return y_BNO + bias_O if compute.plain_biases else add_bias(y_BNO, bias_O)
 
 
 class Weights(nn.Module):
