@@ -392,8 +392,8 @@ def test_strips_get_the_largest_centred_box_of_an_allowed_aspect(width, height, 
 
 def test_fallback_of_an_allowed_aspect_is_the_whole_picture():
     class Largest:  # draws that never fit: the largest area in the widest aspect
-        def uniform(self, low, high):
-            return high
+        def random(self):
+            return 1.0
 
     assert transforms.random_box(100, 100, SCALE, RATIO, Largest()) == (0, 0, 100, 100)
 

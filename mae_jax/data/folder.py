@@ -50,10 +50,7 @@ class FolderSource:
         name = self.files[index]
         record = {"label": int(self.labels[index]), "name": printable(name)}
         try:
-            with open(
-                os.path.join(self.root, name), "rb", buffering=0, opener=disk.open_regular
-            ) as file:
-                return {"image": file.readall(), **record}
+            return {"image": disk.read_regular(os.path.join(self.root, name)), **record}
         except OSError as error:  # a broken link, a pipe, a file without permission
             return {"image": b"", **record, "unreadable": error.strerror or str(error)}
 

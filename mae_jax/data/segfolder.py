@@ -47,8 +47,7 @@ class PairSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.images[index]
         try:
-            with open(self.maps[index], "rb", opener=disk.open_regular) as file:
-                map_HW = self.legend.read(file.read(), record["name"])
+            map_HW = self.legend.read(disk.read_regular(self.maps[index]), record["name"])
         except OSError as error:
             return record | {"unreadable": f"its label map: {error.strerror or error}"}
         except BadImage as error:

@@ -156,7 +156,7 @@ class _Batches(grain.MapDataset):
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    return {name: np.array([x[name] for x in examples]) for name in examples[0]}
 
 
 def _read_in_threads(
