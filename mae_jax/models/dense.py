@@ -25,21 +25,16 @@ def dense(
     )
 
 
-def multiply(x_NI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
-    """Return the product in the type of `x_NI`, as a layer of `dense` makes it."""
-    return summed_in_float32(x_NI, kernel_IO) if compute.float32_sums else x_NI @ kernel_IO
-
-
 def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
-    """Return x @ kernel + bias, as a layer of `dense` does but for the gradient of the bias."""
-    y_BNO = multiply(x_BNI, kernel_IO, compute)
+    """Return x @ kernel + bias in the type of `x_BNI`, as a layer of `dense` does."""
+    y_BNO = summed_in_float32(x_BNI, kernel_IO) if compute.float32_sums else x_BNI @ kernel_IO
     return y_BNO + bias_O if compute.plain_biases else add_bias(y_BNO, bias_O)
 
 
 class Weights(nn.Module):
     """A kernel of shape (*inner, *outer) and a bias, initialised as the (in, out) matrix.
 
-    Both come in `compute.dtype`, for `multiply`; the kernel in float32 if its gradients are.
+    Both come in `compute.dtype`, for `linear`; the kernel in float32 if its gradients are.
     """
 
     inner: tuple[int, ...]
