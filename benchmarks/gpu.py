@@ -27,6 +27,8 @@ OURS = {  # those that compile longest first
     "H/14, 64, cudnn, unrolled": "--variant=H/14 --batch=64 --attention=cudnn",
     "L/16, 256, cudnn, unrolled": "--variant=L/16 --batch=256 --attention=cudnn",
     "L/16, 128, cudnn, unrolled": "--variant=L/16 --batch=128 --attention=cudnn",
+    "L/16, 128, cudnn, unrolled, tokens in bfloat16": "--variant=L/16 --batch=128"
+    " --attention=cudnn --residual=bfloat16",
     "B/16, 512, cudnn, unrolled": "--variant=B/16 --batch=512 --attention=cudnn",
     "B/16, 256, cudnn, unrolled": "--variant=B/16 --batch=256 --attention=cudnn",
     "B/16, 256, xla, unrolled": "--variant=B/16 --batch=256 --attention=xla",
@@ -34,7 +36,6 @@ OURS = {  # those that compile longest first
     "L/16, 128, xla, loop": "--variant=L/16 --batch=128 --attention=xla --unroll=1",
     "L/16, 128, cudnn, loop, mask tokens in the encoder": "--variant=L/16 --batch=128"
     " --attention=cudnn --unroll=1 --tokens_in_encoder",
-    "H/14, 64, xla, loop": "--variant=H/14 --batch=64 --attention=xla --unroll=1",
 }
 HF = {
     f"HF {variant}, {batch}, torch.compile": f"--variant={variant} --batch={batch} --compiled"
