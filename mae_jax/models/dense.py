@@ -28,7 +28,7 @@ def dense(
 def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
     """Return x @ kernel + bias in the type of `x_BNI`, as a layer of `dense` does."""
     y_BNO = summed_in_float32(x_BNI, kernel_IO) if compute.float32_sums else x_BNI @ kernel_IO
-    return y_BNO + bias_O if compute.plain_biases else add_bias(y_BNO, bias_O)
+    return add_bias(y_BNO, bias_O, not compute.plain_biases)
 
 
 class Weights(nn.Module):

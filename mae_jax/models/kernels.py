@@ -61,18 +61,20 @@ def gelu(x: Array) -> Array:
     return (0.5 * x_float * (1 + jax.lax.erf(x_float * 0.5**0.5))).astype(x.dtype)
 
 
-@jax.custom_vjp
-def add_bias(y_BND: Array, bias_D: Array) -> Array:
-    """Return y + bias, with the gradient of the bias as a product with ones.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_bias(y_BND: Array, bias_D: Array, by_product: bool) -> Array:
+    """Return y + bias, whose gradient is summed in float32, if asked by a product with ones.
 
     Sums over tokens took 1.6 of 32 ms of L/16 on v5e:16x16 by the compiler's clock; a product is
-    done beside those that the matrix unit does anyway. On GPUs it moves a tenth more bytes in a
-    step of L/16, and turns arrays around.
+    done beside those that the matrix unit does anyway. On GPUs the product would turn arrays around
+    first. A plain sum would there have the type of `y_BND`.
     """
     return y_BND + bias_D
 
 
-def _add_bias_backward(_: None, grad_BND: Array) -> tuple[Array, Array]:
+def _add_bias_backward(by_product: bool, _: None, grad_BND: Array) -> tuple[Array, Array]:
+    if not by_product:
+        return grad_BND, grad_BND.sum((0, 1), dtype=jnp.float32).astype(grad_BND.dtype)
     # A row of ones for each image: one product over all images would have its eight equal rows
     # summed over the devices. Eight rows are a tile; one would be no product.
     ones_8N = jnp.ones((8, grad_BND.shape[1]), grad_BND.dtype)
@@ -80,7 +82,7 @@ def _add_bias_backward(_: None, grad_BND: Array) -> tuple[Array, Array]:
     return grad_BND, dbias_B8D[:, 0].sum(0).astype(grad_BND.dtype)
 
 
-add_bias.defvjp(lambda y_BND, bias_D: (add_bias(y_BND, bias_D), None), _add_bias_backward)
+add_bias.defvjp(lambda y_BND, bias_D, _: (y_BND + bias_D, None), _add_bias_backward)
 
 
 @jax.custom_vjp
