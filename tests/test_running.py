@@ -1,4 +1,4 @@
-"""What a command does to JAX before a run: the devices of a CPU, and where programs are kept."""
+"""Tests of how a command sets up JAX: the devices of a CPU, and where programs are kept."""
 
 import os
 import subprocess

@@ -26,9 +26,9 @@ def dense(
 
 
 def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
-    """Return x @ kernel + bias in the type of `x_BNI`, as a layer of `dense` does."""
+    """Return x @ kernel + bias in the type of `x_BNI`; the gradient of the bias: `add_bias`."""
     y_BNO = summed_in_float32(x_BNI, kernel_IO) if compute.float32_sums else x_BNI @ kernel_IO
-    return add_bias(y_BNO, bias_O, not compute.plain_biases)
+    return add_bias(y_BNO, bias_O, compute.plain_biases)
 
 
 class Weights(nn.Module):
