@@ -10,9 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny import assert_trees_equal, run, tiny_config
 
-from mae_jax.models import mae, masking
+from mae_jax.models import kernels, mae, masking
 from mae_jax.models.block_options import BlockOptions
-from mae_jax.models.compute import ComputeConfig, why_no_cudnn
+from mae_jax.models.compute import DTYPES, ComputeConfig, why_no_cudnn
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder
 
@@ -158,8 +158,8 @@ def test_a_padded_stream_without_its_length_would_give_other_tokens(anywhere, mo
     assert np.abs(encoder.apply(params, patches) - padded).max() > 1e-3
 
 
-def kernel_gradients(compute: ComputeConfig) -> tuple:
-    """Return the loss of a small network and the gradients of its matrices."""
+def gradients(compute: ComputeConfig) -> tuple:
+    """Return the loss of a small network and its gradients by name."""
     vit = ViTSpec(width=32, depth=1, heads=2, mlp_width=64)
     spec = ModelSpec((32, 32), (8, 8), 3, vit, decoder=vit)
     network = mae.MAE(spec, compute)
@@ -171,22 +171,69 @@ def kernel_gradients(compute: ComputeConfig) -> tuple:
         return mae.masked_mse(network.apply(params, patches_BLP, mask), patches_BLP, mask.mask_BL)
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    matrices = {name: x for name, x in flatten_dict(grads).items() if name[-1] == "kernel"}
-    return value, matrices
+    return value, {"/".join(name): x for name, x in flatten_dict(grads).items()}
+
+
+def is_rounded(x: jax.Array) -> bool:
+    return bool((x.astype(jnp.bfloat16).astype(jnp.float32) == x).all())
 
 
 def test_gradients_of_matrices_are_summed_in_the_type_of_products_or_in_float32():
-    exact = kernel_gradients(ComputeConfig())[1]
-    value, short = kernel_gradients(ComputeConfig(jnp.bfloat16))
-    same_value, long = kernel_gradients(ComputeConfig(jnp.bfloat16, float32_sums=True))
+    exact = gradients(ComputeConfig())[1]
+    value, short = gradients(ComputeConfig(jnp.bfloat16))
+    same_value, long = gradients(ComputeConfig(jnp.bfloat16, float32_sums=True))
     assert value == same_value
-    assert len(short) == 11
-    for name, x in short.items():
-        rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
-        assert (rounded == x).all(), f"{name} was not summed in bfloat16"
-        assert (long[name].astype(jnp.bfloat16).astype(jnp.float32) != long[name]).any(), name
+    matrices = [name for name in exact if name.endswith("kernel")]
+    assert len(matrices) == 11
+    for name in matrices:
+        assert is_rounded(short[name]), f"{name} was not summed in bfloat16"
+        assert not is_rounded(long[name]), name
     errors = [
-        np.mean([np.linalg.norm(g[name] - x) / np.linalg.norm(x) for name, x in exact.items()])
+        np.mean(
+            [
+                np.linalg.norm(g[name] - exact[name]) / np.linalg.norm(exact[name])
+                for name in matrices
+            ]
+        )
         for g in (long, short)
     ]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_gradients_of_attentions_biases_are_summed_in_float32(plain):
+    exact = gradients(ComputeConfig())[1]
+    grads = gradients(ComputeConfig(jnp.bfloat16, plain_biases=plain))[1]
+    biases = [name for name in exact if "attn" in name and name.endswith("bias")]
+    assert len(biases) == 4
+    for name in biases:
+        assert not is_rounded(grads[name]), name
+        error = np.linalg.norm(grads[name] - exact[name]) / np.linalg.norm(exact[name])
+        assert error < 0.03, name
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_variance_of_one_pass_differs_less_than_bfloat16_rounds(offset):
+    x_BND = offset + jax.random.normal(jax.random.key(0), (2, 5, 64))
+    scale_D, bias_D, weight_BND = jax.random.normal(jax.random.key(1), (3, 2, 5, 64))
+    scale_D, bias_D = scale_D[0, 0], bias_D[0, 0]
+
+    def loss(x_BND, scale_D, bias_D, one_pass):
+        y_BND = kernels.normalise(x_BND, scale_D, bias_D, 1e-6, one_pass)
+        return (y_BND * weight_BND).sum(), y_BND
+
+    grad = jax.grad(loss, (0, 1, 2), has_aux=True)
+    two, one = (grad(x_BND, scale_D, bias_D, one_pass) for one_pass in (False, True))
+    for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+        assert np.abs(a - b).max() < 2**-17 * np.abs(a).max()
+
+
+def test_a_variance_of_one_pass_is_never_negative():
+    constant_BND = jnp.broadcast_to(jnp.linspace(10, 1000, 100)[None, :, None], (1, 100, 48))
+    y_BND = kernels.normalise(constant_BND, jnp.ones(48), jnp.zeros(48), 1e-6, True)
+    assert np.isfinite(y_BND).all()
+
+
+def test_only_products_in_16_bits_have_norms_of_one_pass():
+    chosen = {dtype: ComputeConfig(jnp.dtype(dtype)).one_pass_norms for dtype in DTYPES}
+    assert chosen == {"float32": False, "bfloat16": True, "float16": True}

@@ -1,6 +1,7 @@
 """The pre-norm Transformer block of MAE and its parts. Shape suffixes as in models/vit.py."""
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -9,21 +10,22 @@ from jax import Array
 
 from mae_jax.models.attention import attend, attend_cudnn
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, linear
-from mae_jax.models.kernels import gelu, normalise
+from mae_jax.models.dense import Weights, dense, linear, multiply
+from mae_jax.models.kernels import add_bias, gelu, normalise
 
 
 class LayerNorm(nn.Module):
     """Layer normalisation in float32 over the last axis, with a scale and a bias."""
 
     epsilon: float = 1e-6
+    one_pass: bool = False  # the variance is E[x^2] - E[x]^2
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
         shape = x_BND.shape[-1:]
         scale_D = self.param("scale", nn.initializers.ones, shape)
         bias_D = self.param("bias", nn.initializers.zeros, shape)
-        return normalise(x_BND, scale_D, bias_D, self.epsilon)
+        return normalise(x_BND, scale_D, bias_D, self.epsilon, self.one_pass)
 
 
 class Attention(nn.Module):
@@ -39,15 +41,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        width, dtype = x_BND.shape[-1], self.compute.dtype
+        width = x_BND.shape[-1]
         heads = (self.heads, width // self.heads)
-        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")(self.compute)
-        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")(self.compute)
-        x_BND = x_BND.astype(dtype)
+        kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")()
+        kernel_SFD, bias_D = Weights(heads, (width,), name="proj")()
+        x_BND = x_BND.astype(self.compute.dtype)
 
         def project(kernel: Array, bias: Array) -> list[Array]:
             """Return (B, N, D) for each kernel of the second axis, by a single product."""
-            y = linear(x_BND, kernel.reshape(width, -1), bias.reshape(-1), self.compute)
+            y = multiply(x_BND, kernel.reshape(width, -1), self.compute)
+            y = add_bias(y, bias.reshape(-1), self.compute.plain_biases)
             return jnp.split(y, len(bias), axis=-1)
 
         # One product is faster, but in its matrix no axis can be split by heads.
@@ -63,7 +66,8 @@ class Attention(nn.Module):
         else:
             y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
         flat_DD = kernel_SFD.reshape(width, width)
-        return linear(y_BNSF.reshape(x_BND.shape), flat_DD, bias_D, self.compute)
+        y_BND = multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute)
+        return add_bias(y_BND, bias_D, self.compute.plain_biases)
 
 
 class Mlp(nn.Module):
@@ -78,9 +82,13 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        h = dense(self.mlp_width, self.compute, "fc1")(x_BND)
-        fc2 = dense(x_BND.shape[-1], self.compute, "fc2")
-        return nn.remat(lambda fc2, h: fc2(gelu(h)), prevent_cse=False)(fc2, h)
+        h_BNH = dense(x_BND, self.mlp_width, self.compute, "fc1")
+        weights = Weights(h_BNH.shape[-1:], x_BND.shape[-1:], name="fc2")()
+
+        def fc2(h_BNH: Array, kernel_HD: Array, bias_D: Array) -> Array:
+            return linear(gelu(h_BNH), kernel_HD, bias_D, self.compute)
+
+        return jax.checkpoint(fc2, prevent_cse=False)(h_BNH, *weights)
 
 
 def drop_branch(module: nn.Module, branch_BND: Array, rate: Array, deterministic: bool) -> Array:
@@ -111,10 +119,11 @@ class Block(nn.Module):
             return drop_branch(self, branch_BND.astype(x_BND.dtype), drop_path, deterministic)
 
         compute = self.compute
+        norm = partial(LayerNorm, one_pass=compute.one_pass_norms)
         x_BND = compute.constrain(x_BND)
         attention = Attention(self.heads, compute, self.tokens, name="attn")
-        x_BND = x_BND + drop(attention(LayerNorm(name="norm1")(x_BND)))
+        x_BND = x_BND + drop(attention(norm(name="norm1")(x_BND)))
         mlp = Mlp(self.mlp_width, compute, name="mlp")
-        x_BND = x_BND + drop(mlp(LayerNorm(name="norm2")(x_BND)))
+        x_BND = x_BND + drop(mlp(norm(name="norm2")(x_BND)))
         x_BND = compute.constrain(x_BND)
         return x_BND, x_BND if return_blocks else None

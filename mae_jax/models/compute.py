@@ -58,6 +58,11 @@ class ComputeConfig(NamedTuple):
     float32_sums: bool = False
     plain_biases: bool = False
 
+    @property
+    def one_pass_norms(self) -> bool:
+        """True if products are in 16 bits, which round more than a variance of one pass errs."""
+        return self.dtype != jnp.float32
+
     @classmethod
     def from_config(
         cls,

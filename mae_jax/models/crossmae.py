@@ -9,6 +9,8 @@ Attention is our own on every device: cuDNN's saves an array of (B, S, N, N), wh
 Shape suffixes as in models/vit.py, and Q predicted patches, G decoder blocks.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ from mae_jax.models import mae
 from mae_jax.models.attention import attend
 from mae_jax.models.block import LayerNorm, Mlp
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, linear
+from mae_jax.models.dense import Weights, dense, multiply
+from mae_jax.models.kernels import add_bias
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder, positions
@@ -33,19 +36,20 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BQE: Array, tokens_BND: Array) -> Array:
-        width, dtype = x_BQE.shape[-1], self.compute.dtype
+        width, plain = x_BQE.shape[-1], self.compute.plain_biases
         heads = (self.heads, width // self.heads)
 
         def project(y_BND: Array, name: str) -> Array:
-            kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)(self.compute)
+            kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)()
             kernel_DE, bias_E = kernel_DSF.reshape(-1, width), bias_SF.reshape(-1)
-            y_BNE = linear(y_BND.astype(dtype), kernel_DE, bias_E, self.compute)
+            y_BNE = add_bias(multiply(y_BND, kernel_DE, self.compute), bias_E, plain)
             return y_BNE.reshape(*y_BND.shape[:2], *heads)
 
         y_BQSF = attend(project(x_BQE, "q"), project(tokens_BND, "k"), project(tokens_BND, "v"))
-        kernel_SFE, bias_E = Weights(heads, (width,), name="proj")(self.compute)
+        kernel_SFE, bias_E = Weights(heads, (width,), name="proj")()
         flat_EE = kernel_SFE.reshape(width, width)
-        return linear(y_BQSF.reshape(x_BQE.shape), flat_EE, bias_E, self.compute)
+        y_BQE = multiply(y_BQSF.reshape(x_BQE.shape), flat_EE, self.compute)
+        return add_bias(y_BQE, bias_E, plain)
 
 
 class Block(nn.Module):
@@ -58,11 +62,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BQE: Array, tokens_BND: Array) -> tuple[Array, None]:
         constrain = self.compute.constrain
-        x_BQE, tokens_BND = constrain(x_BQE), LayerNorm(name="norm_tokens")(constrain(tokens_BND))
+        norm = partial(LayerNorm, one_pass=self.compute.one_pass_norms)
+        x_BQE, tokens_BND = constrain(x_BQE), norm(name="norm_tokens")(constrain(tokens_BND))
         attention = CrossAttention(self.heads, self.compute, name="attn")
-        x_BQE = x_BQE + attention(LayerNorm(name="norm1")(x_BQE), tokens_BND).astype(x_BQE.dtype)
+        x_BQE = x_BQE + attention(norm(name="norm1")(x_BQE), tokens_BND).astype(x_BQE.dtype)
         mlp = Mlp(self.mlp_width, self.compute, name="mlp")
-        x_BQE = x_BQE + mlp(LayerNorm(name="norm2")(x_BQE)).astype(x_BQE.dtype)
+        x_BQE = x_BQE + mlp(norm(name="norm2")(x_BQE)).astype(x_BQE.dtype)
         return constrain(x_BQE), None
 
 
@@ -112,8 +117,8 @@ class Decoder(nn.Module):
         x_BQE = token_11E + positions(self, vit, self.spec)[1:][query_BQ]
         tokens_GBND = tokens_GBND.astype(self.compute.residual_dtype)
         x_BQE = Stack(vit, self.compute, name="stack")(x_BQE, tokens_GBND)
-        pred = dense(self.spec.target_dim, self.compute, "pred")
-        return pred(LayerNorm(name="norm")(x_BQE)).astype(jnp.float32)
+        x_BQE = LayerNorm(name="norm")(x_BQE)
+        return dense(x_BQE, self.spec.target_dim, self.compute, "pred").astype(jnp.float32)
 
 
 class CrossMAE(mae.MAE):

@@ -2,49 +2,52 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.kernels import FLOAT32_SUMS, add_bias, summed_in_float32
+from mae_jax.models.kernels import summed_in_float32
 
 # On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
 
 
-def dense(
-    features: int, compute: ComputeConfig, name: str, bias_init: Callable = nn.initializers.zeros
-) -> nn.Dense:
-    """Return a linear layer that multiplies in `compute.dtype`."""
-    sums: dict[str, Any] = FLOAT32_SUMS if compute.float32_sums else {}
-    return nn.Dense(
-        features, dtype=compute.dtype, kernel_init=xavier, bias_init=bias_init, name=name, **sums
-    )
-
-
-def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
-    """Return x @ kernel + bias in the type of `x_BNI`; the gradient of the bias: `add_bias`."""
-    y_BNO = summed_in_float32(x_BNI, kernel_IO) if compute.float32_sums else x_BNI @ kernel_IO
-    return add_bias(y_BNO, bias_O, compute.plain_biases)
-
-
 class Weights(nn.Module):
-    """A kernel of shape (*inner, *outer) and a bias, initialised as the (in, out) matrix.
-
-    Both come in `compute.dtype`, for `linear`; the kernel in float32 if its gradients are.
-    """
+    """A kernel of shape (*inner, *outer) and a bias, initialised as the (in, out) matrix."""
 
     inner: tuple[int, ...]
     outer: tuple[int, ...]
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, compute: ComputeConfig) -> tuple[Array, Array]:
+    def __call__(self) -> tuple[Array, Array]:
         flat = math.prod(self.inner), math.prod(self.outer)
         shape = (*self.inner, *self.outer)
         kernel = self.param("kernel", lambda rng: xavier(rng, flat).reshape(shape))
-        bias = self.param("bias", nn.initializers.zeros, self.outer)
-        kernel_dtype = jnp.float32 if compute.float32_sums else compute.dtype
-        return kernel.astype(kernel_dtype), bias.astype(compute.dtype)
+        return kernel, self.param("bias", self.bias_init, self.outer)
+
+
+def multiply(x_BNI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
+    """Return x @ kernel in `compute.dtype`."""
+    x_BNI = x_BNI.astype(compute.dtype)
+    if compute.float32_sums:
+        return summed_in_float32(x_BNI, kernel_IO)
+    return x_BNI @ kernel_IO.astype(compute.dtype)
+
+
+def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
+    """Return x @ kernel + bias in `compute.dtype`."""
+    return multiply(x_BNI, kernel_IO, compute) + bias_O.astype(compute.dtype)
+
+
+def dense(
+    x_BNI: Array,
+    features: int,
+    compute: ComputeConfig,
+    name: str,
+    bias_init: Callable = nn.initializers.zeros,
+) -> Array:
+    """Return a linear layer of x with weights of its own: (B, N, features) in `compute.dtype`."""
+    weights = Weights(x_BNI.shape[-1:], (features,), bias_init, name=name)()
+    return linear(x_BNI, *weights, compute)

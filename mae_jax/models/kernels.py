@@ -6,7 +6,6 @@ of the networks raises. Attention is in attention.py.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +14,37 @@ from jax import Array
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalise(x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float = 1e-6) -> Array:
-    """Return the layer normalisation in float32, with a two-pass variance.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float = 1e-6, one_pass: bool = False
+) -> Array:
+    """Return the layer normalisation in float32, with a variance of one pass or of two.
 
-    The backward pass keeps the input and two numbers for each token. Derived by JAX, it would write
-    and read again one more float32 array as large as the input.
+    One pass, E[x^2] - E[x]^2, takes 0.9 ms less of 27.4 of L/16 on v5e:16x16 by the compiler's
+    clock. The backward pass keeps the input and two numbers for each token. Derived by JAX, it
+    would write and read again one more float32 array as large as the input.
     """
-    return _normalise_forward(x_BND, scale_D, bias_D, epsilon)[0]
+    return _normalise_forward(x_BND, scale_D, bias_D, epsilon, one_pass)[0]
 
 
 def _normalise_forward(
-    x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float
+    x_BND: Array, scale_D: Array, bias_D: Array, epsilon: float, one_pass: bool
 ) -> tuple[Array, tuple]:
     x_float_BND = x_BND.astype(jnp.float32)
     mean_BN1 = x_float_BND.mean(-1, keepdims=True)
-    variance_BN1 = jnp.square(x_float_BND - mean_BN1).mean(-1, keepdims=True)
+    if one_pass:
+        square_BN1 = jnp.square(x_float_BND).mean(-1, keepdims=True)
+        variance_BN1 = jnp.maximum(square_BN1 - jnp.square(mean_BN1), 0)
+    else:
+        variance_BN1 = jnp.square(x_float_BND - mean_BN1).mean(-1, keepdims=True)
     inverse_BN1 = jax.lax.rsqrt(variance_BN1 + epsilon)
     y_BND = (x_float_BND - mean_BN1) * (inverse_BN1 * scale_D) + bias_D
     return y_BND, (x_BND, mean_BN1, inverse_BN1, scale_D)
 
 
-def _normalise_backward(_: float, residuals: tuple, grad_BND: Array) -> tuple[Array, Array, Array]:
+def _normalise_backward(
+    _: float, __: bool, residuals: tuple, grad_BND: Array
+) -> tuple[Array, Array, Array]:
     x_BND, mean_BN1, inverse_BN1, scale_D = residuals
     mean_BN1, inverse_BN1 = jax.lax.optimization_barrier((mean_BN1, inverse_BN1))
     unit_BND = (x_BND.astype(jnp.float32) - mean_BN1) * inverse_BN1
@@ -69,20 +77,22 @@ def add_bias(y_BND: Array, bias_D: Array, plain: bool) -> Array:
     done beside those that the matrix unit does anyway. On GPUs the product would turn arrays around
     first. The sum that JAX derives would there have the type of `y_BND`.
     """
-    return y_BND + bias_D
+    return y_BND + bias_D.astype(y_BND.dtype)
 
 
-def _add_bias_backward(plain: bool, _: None, grad_BND: Array) -> tuple[Array, Array]:
+def _add_bias_backward(plain: bool, bias_D: Array, grad_BND: Array) -> tuple[Array, Array]:
     if plain:
-        return grad_BND, grad_BND.sum((0, 1), dtype=jnp.float32).astype(grad_BND.dtype)
+        return grad_BND, grad_BND.sum((0, 1), dtype=jnp.float32).astype(bias_D.dtype)
     # A row of ones for each image: one product over all images would have its eight equal rows
     # summed over the devices. Eight rows are a tile; one would be no product.
     ones_8N = jnp.ones((8, grad_BND.shape[1]), grad_BND.dtype)
     dbias_B8D = product("xn,bnd->bxd", ones_8N, grad_BND, precision="highest")
-    return grad_BND, dbias_B8D[:, 0].sum(0).astype(grad_BND.dtype)
+    return grad_BND, dbias_B8D[:, 0].sum(0).astype(bias_D.dtype)
 
 
-add_bias.defvjp(lambda y_BND, bias_D, _: (y_BND + bias_D, None), _add_bias_backward)
+add_bias.defvjp(
+    lambda y_BND, bias_D, _: (y_BND + bias_D.astype(y_BND.dtype), bias_D), _add_bias_backward
+)
 
 
 @jax.custom_vjp
@@ -107,14 +117,3 @@ def _summed_backward(residuals: tuple, grad_NO: Array) -> tuple[Array, Array]:
 
 
 summed_in_float32.defvjp(_summed_forward, _summed_backward)
-
-
-def _all_but_the_kernel(x_NI: Any, kernel_IO: Any, bias_O: Any, dtype: Any = None) -> list:
-    return [x_NI.astype(dtype), kernel_IO, bias_O.astype(dtype)]
-
-
-# Arguments with which `nn.Dense` multiplies by `summed_in_float32`.
-FLOAT32_SUMS = {
-    "promote_dtype": _all_but_the_kernel,
-    "dot_general": lambda x_NI, kernel_IO, *_, **__: summed_in_float32(x_NI, kernel_IO),
-}

@@ -31,7 +31,7 @@ class Decoder(nn.Module):
     def __call__(self, latent_BND: Array, restore_BL: Array | None = None) -> Array:
         vit, n_cls = self.spec.decoder, self.spec.cls_tokens
         assert vit is not None
-        x_BNE = dense(vit.width, self.compute, "embed")(latent_BND)
+        x_BNE = dense(latent_BND, vit.width, self.compute, "embed")
         x_BNE = x_BNE.astype(self.compute.residual_dtype)
         if restore_BL is not None:
             token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
@@ -40,8 +40,8 @@ class Decoder(nn.Module):
         extra = modern.extra(self, vit, self.spec.grid, None, n_cls)
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE, extra=extra)
         x_BNE = modern.norm("norm", vit.block)(x_BNE)
-        pred = dense(self.spec.target_dim, self.compute, "pred")
-        return pred(x_BNE)[:, n_cls:].astype(jnp.float32)
+        pred_BNT = dense(x_BNE, self.spec.target_dim, self.compute, "pred")
+        return pred_BNT[:, n_cls:].astype(jnp.float32)
 
 
 def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array, cls_tokens: int = 1) -> Array:

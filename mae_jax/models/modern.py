@@ -31,12 +31,13 @@ class RMSNorm(nn.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
 
 
-def norm(name: str, options: BlockOptions | None) -> nn.Module:
+def norm(name: str, options: BlockOptions | None, one_pass: bool = False) -> nn.Module:
     """Return a norm of a stack, or of what reads it: a LayerNorm, or what the options say."""
     if options is None:
         return LayerNorm(name=name)
-    kind = RMSNorm if options.norm == "rms" else LayerNorm
-    return kind(name=name, epsilon=options.eps)
+    if options.norm == "rms":
+        return RMSNorm(options.eps, name=name)
+    return LayerNorm(options.eps, one_pass, name=name)
 
 
 class LayerScale(nn.Module):
@@ -148,8 +149,9 @@ class ModernBlock(nn.Module):
         options, compute, angle_BNG = self.options, self.compute, self.extra.angle_BNG
         x_BND = compute.constrain(x_BND)
         attention = Attention(self.heads, compute, self.tokens, transform_qk, name="attn")
-        x_BND = add(x_BND, attention(norm("norm1", options)(x_BND)), "scale1")
+        norm1, norm2 = (norm(name, options, compute.one_pass_norms) for name in ("norm1", "norm2"))
+        x_BND = add(x_BND, attention(norm1(x_BND)), "scale1")
         mlp = Mlp(self.mlp_width, compute, name="mlp")
-        x_BND = add(x_BND, mlp(norm("norm2", options)(x_BND)), "scale2")
+        x_BND = add(x_BND, mlp(norm2(x_BND)), "scale2")
         x_BND = compute.constrain(x_BND)
         return x_BND, x_BND if return_blocks else None

@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         """
         spec, width, n_cls = self.spec, self.spec.encoder.width, self.spec.cls_tokens
         bias_init = torch_conv_init(patches_BKP.shape[-1])
-        x_BKD = dense(width, self.compute, "patch_embed", bias_init=bias_init)(patches_BKP)
+        x_BKD = dense(patches_BKP, width, self.compute, "patch_embed", bias_init)
         if hidden_BL is not None:
             token_11D = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width))
             x_BKD = jnp.where(hidden_BL[..., None] > 0, token_11D.astype(x_BKD.dtype), x_BKD)
