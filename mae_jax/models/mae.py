@@ -39,9 +39,8 @@ class Decoder(nn.Module):
         x_BNE = x_BNE + positions(self, vit, self.spec)
         extra = modern.extra(self, vit, self.spec.grid, None, n_cls)
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE, extra=extra)
-        x_BNE = modern.norm("norm", vit.block)(x_BNE)
-        pred_BNT = dense(x_BNE, self.spec.target_dim, self.compute, "pred")
-        return pred_BNT[:, n_cls:].astype(jnp.float32)
+        x_BLE = modern.norm("norm", vit.block)(x_BNE[:, n_cls:])
+        return dense(x_BLE, self.spec.target_dim, self.compute, "pred").astype(jnp.float32)
 
 
 def unshuffle(x_BNE: Array, token_11E: Array, restore_BL: Array, cls_tokens: int = 1) -> Array:
