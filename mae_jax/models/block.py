@@ -10,8 +10,8 @@ from jax import Array
 
 from mae_jax.models.attention import attend, attend_cudnn
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, linear, multiply
-from mae_jax.models.kernels import add_bias, gelu, normalise
+from mae_jax.models.dense import Weights, dense, linear
+from mae_jax.models.kernels import gelu, normalise
 
 
 class LayerNorm(nn.Module):
@@ -41,33 +41,26 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        width = x_BND.shape[-1]
+        width, compute = x_BND.shape[-1], self.compute
         heads = (self.heads, width // self.heads)
         kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")()
         kernel_SFD, bias_D = Weights(heads, (width,), name="proj")()
-        x_BND = x_BND.astype(self.compute.dtype)
-
-        def project(kernel: Array, bias: Array) -> list[Array]:
-            """Return (B, N, D) for each kernel of the second axis, by a single product."""
-            y = multiply(x_BND, kernel.reshape(width, -1), self.compute)
-            y = add_bias(y, bias.reshape(-1), self.compute.plain_biases)
-            return jnp.split(y, len(bias), axis=-1)
-
+        x_BND = x_BND.astype(compute.dtype)
         # One product is faster, but in its matrix no axis can be split by heads.
-        if self.compute.split_heads:
-            each = zip(jnp.split(kernel_D3SF, 3, axis=1), jnp.split(bias_3SF, 3), strict=True)
-            qkv = [project(*one)[0] for one in each]
+        if compute.split_heads:
+            pairs = ((kernel_D3SF[:, i], bias_3SF[i]) for i in range(3))
+            qkv = [linear(x_BND, *pair, compute, float32_bias=True) for pair in pairs]
         else:
-            qkv = project(kernel_D3SF, bias_3SF)
+            y = linear(x_BND, kernel_D3SF, bias_3SF, compute, float32_bias=True)
+            qkv = jnp.split(y, 3, axis=-1)
         q_BNSF, k_BNSF, v_BNSF = (y.reshape(*y.shape[:2], *heads) for y in qkv)
         q_BNSF, k_BNSF = self.transform_qk(q_BNSF, k_BNSF)
-        if self.compute.attention == "cudnn":
+        if compute.attention == "cudnn":
             y_BNSF = attend_cudnn(q_BNSF, k_BNSF, v_BNSF, self.tokens or x_BND.shape[1])
         else:
             y_BNSF = attend(q_BNSF, k_BNSF, v_BNSF)
-        flat_DD = kernel_SFD.reshape(width, width)
-        y_BND = multiply(y_BNSF.reshape(x_BND.shape), flat_DD, self.compute)
-        return add_bias(y_BND, bias_D, self.compute.plain_biases)
+        y_BND = y_BNSF.reshape(x_BND.shape)
+        return linear(y_BND, kernel_SFD, bias_D, compute, float32_bias=True)
 
 
 class Mlp(nn.Module):
@@ -84,11 +77,8 @@ class Mlp(nn.Module):
     def __call__(self, x_BND: Array) -> Array:
         h_BNH = dense(x_BND, self.mlp_width, self.compute, "fc1")
         weights = Weights(h_BNH.shape[-1:], x_BND.shape[-1:], name="fc2")()
-
-        def fc2(h_BNH: Array, kernel_HD: Array, bias_D: Array) -> Array:
-            return linear(gelu(h_BNH), kernel_HD, bias_D, self.compute)
-
-        return jax.checkpoint(fc2, prevent_cse=False)(h_BNH, *weights)
+        fc2 = jax.checkpoint(lambda h, k, b: linear(gelu(h), k, b, self.compute), prevent_cse=False)
+        return fc2(h_BNH, *weights)
 
 
 def drop_branch(module: nn.Module, branch_BND: Array, rate: Array, deterministic: bool) -> Array:

@@ -21,8 +21,7 @@ from mae_jax.models import mae
 from mae_jax.models.attention import attend
 from mae_jax.models.block import LayerNorm, Mlp
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.dense import Weights, dense, multiply
-from mae_jax.models.kernels import add_bias
+from mae_jax.models.dense import Weights, dense, linear
 from mae_jax.models.masking import Mask
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.models.vit import Encoder, positions
@@ -36,20 +35,16 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BQE: Array, tokens_BND: Array) -> Array:
-        width, plain = x_BQE.shape[-1], self.compute.plain_biases
-        heads = (self.heads, width // self.heads)
+        heads = (self.heads, x_BQE.shape[-1] // self.heads)
 
         def project(y_BND: Array, name: str) -> Array:
-            kernel_DSF, bias_SF = Weights(y_BND.shape[-1:], heads, name=name)()
-            kernel_DE, bias_E = kernel_DSF.reshape(-1, width), bias_SF.reshape(-1)
-            y_BNE = add_bias(multiply(y_BND, kernel_DE, self.compute), bias_E, plain)
+            weights = Weights(y_BND.shape[-1:], heads, name=name)()
+            y_BNE = linear(y_BND, *weights, self.compute, float32_bias=True)
             return y_BNE.reshape(*y_BND.shape[:2], *heads)
 
         y_BQSF = attend(project(x_BQE, "q"), project(tokens_BND, "k"), project(tokens_BND, "v"))
-        kernel_SFE, bias_E = Weights(heads, (width,), name="proj")()
-        flat_EE = kernel_SFE.reshape(width, width)
-        y_BQE = multiply(y_BQSF.reshape(x_BQE.shape), flat_EE, self.compute)
-        return add_bias(y_BQE, bias_E, plain)
+        weights = Weights(heads, x_BQE.shape[-1:], name="proj")()
+        return linear(y_BQSF.reshape(x_BQE.shape), *weights, self.compute, float32_bias=True)
 
 
 class Block(nn.Module):

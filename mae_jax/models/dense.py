@@ -7,7 +7,7 @@ import flax.linen as nn
 from jax import Array
 
 from mae_jax.models.compute import ComputeConfig
-from mae_jax.models.kernels import summed_in_float32
+from mae_jax.models.kernels import add_bias, summed_in_float32
 
 # On the (in, out) matrix; q, k, v and heads are one `out`: the fused qkv matrix.
 xavier = nn.initializers.xavier_uniform()
@@ -28,17 +28,21 @@ class Weights(nn.Module):
         return kernel, self.param("bias", self.bias_init, self.outer)
 
 
-def multiply(x_BNI: Array, kernel_IO: Array, compute: ComputeConfig) -> Array:
-    """Return x @ kernel in `compute.dtype`."""
-    x_BNI = x_BNI.astype(compute.dtype)
+def linear(
+    x_BNI: Array, kernel: Array, bias: Array, compute: ComputeConfig, float32_bias: bool = False
+) -> Array:
+    """Return x @ kernel + bias in `compute.dtype`, (B, N, O); several axes are flattened to I, O.
+
+    `float32_bias` sums the gradient of the bias in float32, see `kernels.add_bias`.
+    """
+    x_BNI, kernel_IO = x_BNI.astype(compute.dtype), kernel.reshape(x_BNI.shape[-1], -1)
     if compute.float32_sums:
-        return summed_in_float32(x_BNI, kernel_IO)
-    return x_BNI @ kernel_IO.astype(compute.dtype)
-
-
-def linear(x_BNI: Array, kernel_IO: Array, bias_O: Array, compute: ComputeConfig) -> Array:
-    """Return x @ kernel + bias in `compute.dtype`."""
-    return multiply(x_BNI, kernel_IO, compute) + bias_O.astype(compute.dtype)
+        y_BNO = summed_in_float32(x_BNI, kernel_IO)
+    else:
+        y_BNO = x_BNI @ kernel_IO.astype(compute.dtype)
+    if float32_bias:
+        return add_bias(y_BNO, bias.reshape(-1), compute.plain_biases)
+    return y_BNO + bias.astype(compute.dtype)
 
 
 def dense(
