@@ -70,7 +70,7 @@ def mae(spec: ModelSpec, kept: int) -> float:
     assert spec.decoder is not None
     seen = spec.num_patches if spec.tokens_in_encoder else kept
     embed = (seen + spec.cls_tokens) * spec.encoder.width
-    pred = (spec.num_patches + spec.cls_tokens) * spec.target_dim
+    pred = spec.num_patches * spec.target_dim
     ends = 2.0 * spec.decoder.width * (embed + pred)
     return encoder(spec, seen) + ends + stack(spec.decoder, spec.num_patches + spec.cls_tokens)
 
