@@ -27,5 +27,5 @@ class Decoder(nn.Module):
         x_BNE = unshuffle(latent_BND.astype(jnp.float32), token_11E, restore_BL)
         x_BNE += self.param("pos_embed", normal, (1, 1 + self.spec.num_patches, vit.width))
         x_BNE, _ = Stack(vit, self.compute, name="stack")(x_BNE)
-        pred_BNT = dense(x_BNE, self.spec.target_dim, self.compute, "pred")
-        return pred_BNT[:, 1:].astype(jnp.float32)
+        pred_BLT = dense(x_BNE[:, 1:], self.spec.target_dim, self.compute, "pred")
+        return pred_BLT.astype(jnp.float32)

@@ -178,6 +178,10 @@ def is_rounded(x: jax.Array) -> bool:
     return bool((x.astype(jnp.bfloat16).astype(jnp.float32) == x).all())
 
 
+def relative_error(x: jax.Array, exact: jax.Array) -> float:
+    return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
+
+
 def test_gradients_of_matrices_are_summed_in_the_type_of_products_or_in_float32():
     exact = gradients(ComputeConfig())[1]
     value, short = gradients(ComputeConfig(jnp.bfloat16))
@@ -189,13 +193,7 @@ def test_gradients_of_matrices_are_summed_in_the_type_of_products_or_in_float32(
         assert is_rounded(short[name]), f"{name} was not summed in bfloat16"
         assert not is_rounded(long[name]), name
     errors = [
-        np.mean(
-            [
-                np.linalg.norm(g[name] - exact[name]) / np.linalg.norm(exact[name])
-                for name in matrices
-            ]
-        )
-        for g in (long, short)
+        np.mean([relative_error(g[name], exact[name]) for name in matrices]) for g in (long, short)
     ]
     assert errors[0] < errors[1]
 
@@ -208,8 +206,7 @@ def test_gradients_of_attentions_biases_are_summed_in_float32(plain):
     assert len(biases) == 4
     for name in biases:
         assert not is_rounded(grads[name]), name
-        error = np.linalg.norm(grads[name] - exact[name]) / np.linalg.norm(exact[name])
-        assert error < 0.03, name
+        assert relative_error(grads[name], exact[name]) < 0.03, name
 
 
 @pytest.mark.parametrize("offset", [0, 3])

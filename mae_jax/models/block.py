@@ -45,7 +45,7 @@ class Attention(nn.Module):
         heads = (self.heads, width // self.heads)
         kernel_D3SF, bias_3SF = Weights((width,), (3, *heads), name="qkv")()
         kernel_SFD, bias_D = Weights(heads, (width,), name="proj")()
-        x_BND = x_BND.astype(compute.dtype)
+        x_BND = x_BND.astype(compute.dtype)  # once: gradients of q, k and v are added in this type
         # One product is faster, but in its matrix no axis can be split by heads.
         if compute.split_heads:
             pairs = ((kernel_D3SF[:, i], bias_3SF[i]) for i in range(3))

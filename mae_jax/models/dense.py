@@ -35,14 +35,15 @@ def linear(
 
     `float32_bias` sums the gradient of the bias in float32, see `kernels.add_bias`.
     """
-    x_BNI, kernel_IO = x_BNI.astype(compute.dtype), kernel.reshape(x_BNI.shape[-1], -1)
+    kernel_IO, bias_O = kernel.reshape(x_BNI.shape[-1], -1), bias.reshape(-1)
+    x_BNI = x_BNI.astype(compute.dtype)
     if compute.float32_sums:
         y_BNO = summed_in_float32(x_BNI, kernel_IO)
     else:
         y_BNO = x_BNI @ kernel_IO.astype(compute.dtype)
     if float32_bias:
-        return add_bias(y_BNO, bias.reshape(-1), compute.plain_biases)
-    return y_BNO + bias.astype(compute.dtype)
+        return add_bias(y_BNO, bias_O, compute.plain_biases)
+    return y_BNO + bias_O.astype(compute.dtype)
 
 
 def dense(

@@ -80,6 +80,10 @@ def add_bias(y_BND: Array, bias_D: Array, plain: bool) -> Array:
     return y_BND + bias_D.astype(y_BND.dtype)
 
 
+def _add_bias_forward(y_BND: Array, bias_D: Array, plain: bool) -> tuple[Array, Array]:
+    return add_bias(y_BND, bias_D, plain), bias_D
+
+
 def _add_bias_backward(plain: bool, bias_D: Array, grad_BND: Array) -> tuple[Array, Array]:
     if plain:
         return grad_BND, grad_BND.sum((0, 1), dtype=jnp.float32).astype(bias_D.dtype)
@@ -90,9 +94,7 @@ def _add_bias_backward(plain: bool, bias_D: Array, grad_BND: Array) -> tuple[Arr
     return grad_BND, dbias_B8D[:, 0].sum(0).astype(bias_D.dtype)
 
 
-add_bias.defvjp(
-    lambda y_BND, bias_D, _: (y_BND + bias_D.astype(y_BND.dtype), bias_D), _add_bias_backward
-)
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 def norm(name: str, options: BlockOptions | None, one_pass: bool = False) -> nn.Module:
     """Return a norm of a stack, or of what reads it: a LayerNorm, or what the options say."""
     if options is None:
-        return LayerNorm(name=name)
+        return LayerNorm(one_pass=one_pass, name=name)
     if options.norm == "rms":
         return RMSNorm(options.eps, name=name)
     return LayerNorm(options.eps, one_pass, name=name)
