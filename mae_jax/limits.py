@@ -5,8 +5,9 @@ for, is checked by whoever reads them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, NamedTuple
 
 from mae_jax.config import leaves, steps
@@ -165,7 +166,7 @@ def check(config: Mapping[str, Any]) -> None:
       UserError: the first value that cannot work.
     """
     for key, value in leaves(config):
-        limit = next((NUMBERS[pattern] for pattern in NUMBERS if matches(key, [pattern])), None)
+        limit = next((NUMBERS[pattern] for pattern in NUMBERS if matches(key, (pattern,))), None)
         if limit and not limit.holds(value):
             raise UserError(f"config.{key}={value!r}: give {limit}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -181,6 +182,7 @@ def check(config: Mapping[str, Any]) -> None:
                 raise UserError(f"config.{key}: {error}") from None
 
 
-def matches(key: str, patterns: Iterable[str]) -> bool:
+@cache
+def matches(key: str, patterns: tuple[str, ...]) -> bool:
     """Return whether a key is one of some patterns, in which * stands for any text."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)

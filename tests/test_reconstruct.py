@@ -268,6 +268,17 @@ def test_fewer_images_can_be_asked_for(folder):
         evaluate(config_of(folder, images=0))
 
 
+def test_no_program_is_compiled_for_single_images(folder, caplog):
+    def programs(images):
+        caplog.clear()
+        with jax.log_compiles():
+            evaluate(config_of(folder, images=images, batch_size=4))
+        return sum("Finished XLA compilation" in message for message in caplog.messages)
+
+    programs(4)  # what is compiled once for all evaluations
+    assert 0 < programs(4) == programs(8)
+
+
 @pytest.mark.parametrize(
     ("trained", "words"),
     [

@@ -376,6 +376,7 @@ def test_without_the_quickstart_packages_the_way_out_is_named(tmp_path, monkeypa
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in missing else find(name)
     )
+    bundled.digits.cache_clear()
     for source in ("bundled:photos", "bundled:digits"):
         with pytest.raises(ValueError, match="pip install .*scikit-learn"):
             open_source(source, "train", str(tmp_path))

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _encode(image: Image.Image, extension: str) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def digits() -> dict[str, list[dict[str, Any]]]:
     """Return scikit-learn's 1,797 handwritten digits: split -> records of a `sources.Source`.
 

@@ -131,11 +131,10 @@ class Evaluator:
         Every host computes those of its rows.
         """
         rows = np.zeros((len(local["image"]), 3), np.float32)
+        levels_BHWC = to_levels(local["image"], self._value_range)
+        levels_BLP = np.asarray(patchify(levels_BHWC, self._patch_size))  # in one program for all
         for i in np.flatnonzero(local["counted"]):
-            image_1HWC = to_levels(jnp.asarray(local["image"][i : i + 1]), self._value_range)
-            levels_1HWC: Any = np.asarray(image_1HWC, float)
-            levels_LP: Any = patchify(levels_1HWC, self._patch_size)[0]
-            mask_L = mask_BL[self._batches.rows[i]]
+            levels_LP, mask_L = levels_BLP[i].astype(float), mask_BL[self._batches.rows[i]]
             guesses = (
                 pixels.mean_colour(levels_LP, mask_L, self._config.model.channels),
                 pixels.interpolation(levels_LP, mask_L, self._patch_size, self._grid),
