@@ -131,7 +131,7 @@ class Evaluator:
         Every host computes those of its rows.
         """
         rows = np.zeros((len(local["image"]), 3), np.float32)
-        levels_BHWC = to_levels(local["image"], self._value_range)
+        levels_BHWC = to_levels(jnp.asarray(local["image"]), self._value_range)
         levels_BLP = np.asarray(patchify(levels_BHWC, self._patch_size))  # in one program for all
         for i in np.flatnonzero(local["counted"]):
             levels_LP, mask_L = levels_BLP[i].astype(float), mask_BL[self._batches.rows[i]]
