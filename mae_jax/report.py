@@ -48,7 +48,8 @@ class Reporter:
         peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
         work = task.flops_multiplier * task.flops_per_example
         self._mfu_per_rate = work / (peak * mesh.size) if peak else None
-        self._learning_rate, self._check, self._heartbeat = learning_rate, check, heartbeat
+        self._learning_rate = jax.jit(learning_rate)
+        self._check, self._heartbeat = check, heartbeat
         self._unread: tuple[int, Mapping[str, Any]] | None = None  # metrics of the last update
         self._writer = writer.Writer(workdir, start)
         self._progress = Progress(schedule.total, start)

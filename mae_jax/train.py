@@ -177,7 +177,8 @@ def lay_out(
     Raises:
       UserError: see `sharding.state_shardings`.
     """
-    init = jax.jit(partial(init_state, task, tx, seed))  # traced once, for both
+    # Traced once, for both. A lambda: of a partial JAX would write out the task, with all its data.
+    init = jax.jit(lambda: init_state(task, tx, seed))
     shapes = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, shapes)
     state_shapes = jax.tree.map(
