@@ -1,9 +1,10 @@
-"""Measure the wait for a command's help, for the first step, for a save and a restore.
+"""Measure the wait for a command's help, for the first step, a small run, a save and a restore.
 
     bash benchmarks/run.sh start [--variant=B/16] [--batch=16] [--rounds=3]
 
 The first step of `mae-jax train` is timed with an empty and with a filled compilation cache, from
-the start of the process until its metrics are on disk. A save is written in the background: timed
+the start of the process until its metrics are on disk. A small run makes two steps on digits and
+all that a run does: an evaluation, pictures, a checkpoint, curves. A save is written in the background: timed
 are the save, and the step after it, which must not overwrite what is still being written. Last
 comes the first save of a process whose (simulated) devices all hold the whole state.
 """
@@ -67,6 +68,15 @@ def first_step(args: argparse.Namespace, folder: Path) -> dict:
     finally:
         process.kill()
         process.wait()
+
+
+def small_run(folder: Path) -> None:
+    """Make a run of two steps on digits; FOLDER/cache is the cache."""
+    command = [sys.executable, "-m", "mae_jax", "train", "--config=configs/digits.py"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    with tempfile.TemporaryDirectory() as workdir:
+        command += [f"--workdir={workdir}", "--config.train_for=2 steps"]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
 def saved(args: argparse.Namespace) -> dict:
@@ -134,6 +144,8 @@ def main() -> None:
             shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
             add("first step, empty cache", first_step(args, Path(folder)))
             add("first step, cached", first_step(args, Path(folder)))
+            small_run(Path(folder))
+            add("a small run, cached", {"seconds": timed(small_run, Path(folder))})
     options = [f"--variant={args.variant}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
     save = sides.run(sides.script("start", "--save", *options))
     alike = sides.run(sides.script("start", "--save", "--replicas=4", *options))

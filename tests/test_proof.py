@@ -3,6 +3,7 @@
 import json
 import sys
 
+import hosts
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +56,7 @@ def test_both_calls_fill_the_table(tmp_path, monkeypatch):
             for number in range(count):
                 pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    monkeypatch.setenv("XLA_FLAGS", hosts.QUICK)  # one device, and its time is compiling
     call = ["proof.py", str(tmp_path / "runs"), str(tmp_path / "data")]
     # Half of the images, and what is given after it: two steps.
     flags = ["--small", "--share=0.5", "--config.batch_size=32"]
