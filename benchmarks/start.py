@@ -4,9 +4,9 @@
 
 The first step of `mae-jax train` is timed with an empty and with a filled compilation cache, from
 the start of the process until its metrics are on disk. A small run makes two steps on digits and
-all that a run does: an evaluation, pictures, a checkpoint, curves. A save is written in the background: timed
-are the save, and the step after it, which must not overwrite what is still being written. Last
-comes the first save of a process whose (simulated) devices all hold the whole state.
+all that a run does: an evaluation, pictures, a checkpoint, curves. A save is written in the
+background: timed are the save, and the step after it, which must not overwrite what is still being
+written. Last comes the first save of a process whose (simulated) devices all hold the whole state.
 """
 
 import argparse
