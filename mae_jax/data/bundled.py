@@ -125,7 +125,7 @@ def digits() -> dict[str, list[dict[str, Any]]]:
     Images are uint8 [8, 8, 1]; the stored 0..16 become 0..255 (round(value * 255 / 16)). Names hold
     the place in scikit-learn's own order. 'test' is a stratified fifth (360), 'train' the rest
     (1,437), drawn once with seed 0. Any ten neighbours hold ten classes (until the smaller ones run
-    out, at 1,390), so that slices such as train[:1%] are fair.
+    out, at 1,390), so that slices such as train[:1%] are fair. Every call returns the same records.
     """
     folder_of("sklearn")
     from sklearn.datasets import load_digits

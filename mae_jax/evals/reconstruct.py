@@ -132,7 +132,8 @@ class Evaluator:
         """
         rows = np.zeros((len(local["image"]), 3), np.float32)
         levels_BHWC = to_levels(jnp.asarray(local["image"]), self._value_range)
-        levels_BLP = np.asarray(patchify(levels_BHWC, self._patch_size))  # in one program for all
+        # NumPy from here on: JAX would compile what each mask picks.
+        levels_BLP = np.asarray(patchify(levels_BHWC, self._patch_size))
         for i in np.flatnonzero(local["counted"]):
             levels_LP, mask_L = levels_BLP[i].astype(float), mask_BL[self._batches.rows[i]]
             guesses = (
