@@ -49,7 +49,7 @@ def facts(
         f"batch: {batch_size} in {grad_accum} pass(es); {schedule.steps_per_epoch} steps"
         f" per epoch of {len(task.examples):,} examples; {schedule.total:,} steps"
     )
-    rates = np.asarray(jax.jit(jax.vmap(learning_rate))(np.arange(schedule.total + 1)))
+    rates = np.asarray(jax.vmap(learning_rate)(np.arange(schedule.total + 1)))
     rising = ", still rising at the end: config.optim.warmup is not over when the run ends"
     peak = f"learning rate: peak {rates[:-1].max():.3g}"
     return [*lines, peak + rising * bool(rates[-1] > rates[-2])]
