@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from test_pipeline import BATCH, SIZE, Noise, config, indices, train
 
-from mae_jax.data import bad_images, transforms
+from mae_jax.data import bad_images
 from mae_jax.data.bad_images import BadImageLog
+from mae_jax.data.decode import ORIENTATION
 from mae_jax.data.sources import Unreadable, open_source
 from mae_jax.models.spec import ModelSpec, ViTSpec
 from mae_jax.tasks.examples import TrainImages
@@ -129,7 +130,7 @@ def odd_folder(tmp_path):
         return buffer.getvalue()
 
     exif = Image.Exif()
-    exif[transforms.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     wide = rng.integers(0, 65536, (40, 50), np.uint16)
     files = {
         "animated.gif": file(colour, "GIF", save_all=True, append_images=[colour.rotate(180)]),

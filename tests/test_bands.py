@@ -14,6 +14,8 @@ from mae_jax import pretrained
 from mae_jax.commands import convert, embed, prepare, visualize
 from mae_jax.configs import pretrain
 from mae_jax.data import bands, crops, transforms
+from mae_jax.data.bands import BadImage
+from mae_jax.data.decode import decode
 from mae_jax.data.folder import open_folder
 from mae_jax.errors import UserError
 from mae_jax.evals import figures
@@ -54,7 +56,7 @@ def test_tiff_gives_the_numbers_of_its_file(dtype, channels):
     big_endian, packed = dict(byteorder=">", bigtiff=True), dict(compression="zlib", tile=(16, 16))
     for planar in (False, True):
         for options in ({}, dict(bigtiff=True), big_endian, packed):
-            got = transforms.decode(tiff(array, planar, **options), channels, dtype=np.float32)
+            got = decode(tiff(array, planar, **options), channels, dtype=np.float32)
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, array, err_msg=f"{planar} {options}")
 
@@ -62,16 +64,16 @@ def test_tiff_gives_the_numbers_of_its_file(dtype, channels):
 def test_pages_of_a_tiff_are_bands():
     array, file = values(5), io.BytesIO()
     tifffile.imwrite(file, np.moveaxis(array, -1, 0), photometric="minisblack")
-    np.testing.assert_array_equal(transforms.decode(file.getvalue(), 5, dtype=np.float32), array)
+    np.testing.assert_array_equal(decode(file.getvalue(), 5, dtype=np.float32), array)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, ">u2", ">f4", "float16", "float64", "bool"])
 def test_npy_gives_the_numbers_of_its_file(dtype):
     array = (values(3) % 2).astype(dtype) if dtype == "bool" else values(3, "uint8").astype(dtype)
     for stored in (array, np.asfortranarray(array)):
-        got = transforms.decode(npy(stored), 3, dtype=np.float32)
+        got = decode(npy(stored), 3, dtype=np.float32)
         np.testing.assert_array_equal(got, array.astype(np.float32))
-    flat = transforms.decode(npy(array[..., 0]), 1, dtype=np.float32)
+    flat = decode(npy(array[..., 0]), 1, dtype=np.float32)
     np.testing.assert_array_equal(flat[..., 0], array[..., 0].astype(np.float32))
 
 
@@ -87,8 +89,8 @@ def test_damaged_files_are_bad_images_and_nothing_else():
             damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
             for place in rng.integers(0, min(len(damaged), 400), 3):
                 damaged[place] = rng.integers(256)
-            with contextlib.suppress(transforms.BadImage):
-                transforms.decode(bytes(damaged), 12, dtype=np.float32)
+            with contextlib.suppress(BadImage):
+                decode(bytes(damaged), 12, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -109,38 +111,38 @@ def test_damaged_files_are_bad_images_and_nothing_else():
     ids=range(11),
 )
 def test_what_is_no_image_of_bands_is_refused_with_the_reason(data, reason, capsys):
-    with pytest.raises(transforms.BadImage, match=reason):
-        transforms.decode(data, 3, dtype=np.float32)
+    with pytest.raises(BadImage, match=reason):
+        decode(data, 3, dtype=np.float32)
     assert "a program" not in capsys.readouterr().out
 
 
 def test_a_bomb_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(bands, "MAX_VALUES", 100)
     for data in (npy(values(12)), tiff(values(12), compression="zlib")):
-        with pytest.raises(transforms.BadImage, match="more than 100 numbers"):
-            transforms.decode(data, 12, dtype=np.float32)
+        with pytest.raises(BadImage, match="more than 100 numbers"):
+            decode(data, 12, dtype=np.float32)
 
 
 def test_without_a_value_range_bands_of_8_bits_are_read_and_others_named():
     array = values(12, "uint8")
     for data in (tiff(array), tiff(array, planar=True), npy(array)):
-        got = transforms.decode(data, 12)
+        got = decode(data, 12)
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, array)
     for array in (values(12), values(2), values(3, "float32"), values(3, "int16")):
         for data in (tiff(array), npy(array)):
-            with pytest.raises(transforms.BadImage, match="value_range"):
-                transforms.decode(data, array.shape[-1])
+            with pytest.raises(BadImage, match="value_range"):
+                decode(data, array.shape[-1])
 
 
 @pytest.mark.parametrize("planar", [False, True])
 def test_without_a_value_range_rgb_of_16_bits_keeps_its_upper_8(planar):
     array = values(3)
     data = tiff(array, planar, photometric="rgb")
-    np.testing.assert_array_equal(transforms.decode(data, 3), array >> 8)
+    np.testing.assert_array_equal(decode(data, 3), array >> 8)
     eight = values(3, "uint8")
     data = tiff(eight, planar, photometric="rgb")
-    np.testing.assert_array_equal(transforms.decode(data, 3), eight)
+    np.testing.assert_array_equal(decode(data, 3), eight)
 
 
 @pytest.mark.parametrize("crop", [crops.random_resized, crops.center, crops.fixed, crops.full])

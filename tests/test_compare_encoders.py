@@ -13,7 +13,8 @@ from tiny import assert_trees_equal, load_encoder_into, run
 import mae_jax
 from mae_jax.commands import convert, embed, sweep
 from mae_jax.configs import encoders, finetune, segment
-from mae_jax.data import crops, transforms
+from mae_jax.data import crops
+from mae_jax.data.decode import decode
 from mae_jax.interop.open import open_weights
 from mae_jax.models import resize
 
@@ -44,7 +45,7 @@ def test_embed_reads_the_folder_itself(tmp_path):
     files = [str(tmp_path / f"{i}.png") for i in range(len(images))]
     arguments = [str(FOLDER / "pixio"), *files, f"--out={out}", "--feature=tokens"]
     assert embed.main(arguments) == 0
-    pictures = [transforms.decode((tmp_path / f"{i}.png").read_bytes()) for i in range(2)]
+    pictures = [decode((tmp_path / f"{i}.png").read_bytes()) for i in range(2)]
     images = np.stack([crops.center(picture, (16, 16)) for picture in pictures])
     model, params = mae_jax.load(FOLDER / "pixio")
     np.testing.assert_allclose(np.load(out), model.encode(params, images), atol=1e-4)

@@ -17,7 +17,8 @@ from pyarrow import parquet
 
 import mae_jax
 from mae_jax.commands import embed, feature_file
-from mae_jax.data import crops, sources, transforms
+from mae_jax.data import crops, sources
+from mae_jax.data.decode import decode
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights/cifar10-s"
@@ -62,7 +63,7 @@ def assert_same(a: dict, b: dict, atol: float = 0) -> None:
 
 
 def pictures(folder: Path, names: list[str]) -> np.ndarray:
-    read = (transforms.decode((folder / name).read_bytes()) for name in names)
+    read = (decode((folder / name).read_bytes()) for name in names)
     return np.stack([crops.center(picture, SIZE) for picture in read])
 
 

@@ -169,7 +169,7 @@ def test_a_missing_checkpoint_interval_or_mask_is_refused_before_anything_is_wri
         ({"data.mean": (0.5, 0.5)}, "mean has 2 numbers for images of 1 channel"),
         ({"data.source": "folder:/nowhere"}, "nowhere"),
         ({"data.crop": "centre"}, "nearest: center"),
-        ({"data.crop": "mae_jax.data.transforms.decode"}, "is no function .picture"),
+        ({"data.crop": "mae_jax.data.decode.decode"}, "is no function .picture"),
         ({"target.name": "test_fit.whole_images"}, r"returned shape \(2, 32, 32, 1\) for 2 images"),
         ({"target.name": "jax.numpy.cos"}, "is no function .images_BHWC, patch_size"),
         ({"masking.name": "keep_lowest"}, "is no function .rng, batch, grid, ratio"),

@@ -17,7 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from mae_jax.config import choices
-from mae_jax.data import crops, eval_pipeline, pipeline, settings, transforms, workers
+from mae_jax.data import crops, eval_pipeline, pipeline, settings, workers
+from mae_jax.data.decode import decode
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -91,7 +92,7 @@ def test_a_batch_holds_images_with_their_labels_and_indices():
         assert {key: (x.shape, str(x.dtype)) for key, x in batch.items()} == types
         columns = (batch[key] for key in ("image", "label", "index", "bad"))
         for image, label, index, bad in zip(*columns, strict=True):
-            picture = transforms.decode(Noise(20)[index]["image"])
+            picture = decode(Noise(20)[index]["image"])
             np.testing.assert_array_equal(image, crops.center(picture, SIZE))
             assert (label, bad) == (10 * index, -1)
 
@@ -330,7 +331,7 @@ def test_evaluation_sees_every_image_once_in_order_at_its_centre():
     assert indices(batches)[valid].tolist() == list(range(21))
     images = np.concatenate([batch["image"] for batch in batches])
     for index in range(21):
-        picture = transforms.decode(source[index]["image"])
+        picture = decode(source[index]["image"])
         np.testing.assert_array_equal(images[index], crops.center(picture, SIZE))
     assert (images[21:] == 0).all()
     assert np.concatenate([b["label"] for b in batches])[valid].tolist() == [*range(0, 210, 10)]

@@ -22,7 +22,8 @@ from mae_jax import checkpoint, train
 from mae_jax.commands import prepare
 from mae_jax.commands import train as command
 from mae_jax.configs.robustness import get_config
-from mae_jax.data import crops, robustness, sources, transforms
+from mae_jax.data import crops, robustness, sources
+from mae_jax.data.decode import decode
 from mae_jax.evals import robustness as evaluation
 from mae_jax.metrics.writer import read
 
@@ -276,7 +277,7 @@ def test_a_copy_that_tfds_prepared_is_read_too(tmp_path):
     assert complete == ["fog"] and len(missing) == 14 * 5 and "snow/3" in missing
     part = robustness.open_corruption(source, "fog", 4, data_dir)
     assert len(part) == 1 and part.class_names == WORDNET_IDS and part[0]["label"] == 42
-    decoded = transforms.decode(part[0]["image"])
+    decoded = decode(part[0]["image"])
     np.testing.assert_allclose(crops.full(decoded, (224, 224)), 4, atol=1)
 
 
@@ -318,7 +319,7 @@ def test_one_command_measures_a_finetuned_run_on_what_is_there(
     # Directly, in one process's order: the averaged weights, head and all
     source = sources.open_source("imagenet_r", "test", data_dir)
     records = [source[i] for i in range(len(source))]
-    images = np.stack([np.asarray(transforms.decode(record["image"])) for record in records])
+    images = np.stack([np.asarray(decode(record["image"])) for record in records])
     logits_BY = np.asarray(jax.jit(task.predict()["logits"])(averaged, {}, {"image": images}))
     classes = SUBSETS["imagenet_r"]
     best = [classes[np.argmax([logits_Y[y] for y in classes])] for logits_Y in logits_BY]

@@ -20,6 +20,12 @@ GREY = dict(mean=(0.5,), std=(0.5,))
 SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor
 
 
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Return a random uint8 image; [H, W] with 0 channels."""
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
 def tiny_config(**changes) -> ConfigDict:
     """Return a pre-training of ten steps on digits."""
     config = pretrain.get_config("batch_size=16,image_size=32")

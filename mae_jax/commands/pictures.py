@@ -13,7 +13,8 @@ from PIL import Image
 
 from mae_jax import files
 from mae_jax.config import resolve
-from mae_jax.data import transforms
+from mae_jax.data.bands import BadImage
+from mae_jax.data.decode import decode
 from mae_jax.errors import UserError
 from mae_jax.evals import figures, pixels
 from mae_jax.models import masking, masks
@@ -36,8 +37,8 @@ def drawn_mask(file: str, grid: tuple[int, int]) -> np.ndarray:
       UserError: `file` is no picture, or hides no patch or all of them.
     """
     try:
-        grey = Image.fromarray(transforms.decode(files.read_bytes(file), 1)[..., 0])
-    except (UserError, transforms.BadImage) as error:
+        grey = Image.fromarray(decode(files.read_bytes(file), 1)[..., 0])
+    except (UserError, BadImage) as error:
         raise UserError(
             f"--mask={file}: neither {', '.join(MASKS)} nor a picture: {error}"
         ) from None

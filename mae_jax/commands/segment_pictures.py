@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from mae_jax import checkpoint, train
 from mae_jax.commands import cli
 from mae_jax.data import bad_images, bands, segmentation
+from mae_jax.data.bands import BadImage
 from mae_jax.data.label_maps import IGNORED, Legend
 from mae_jax.data.segmentation import Pair
-from mae_jax.data.transforms import BadImage
 from mae_jax.errors import UserError
 from mae_jax.evals import segment, segment_figures
 from mae_jax.mesh import make_mesh

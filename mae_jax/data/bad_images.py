@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.data import transforms
+from mae_jax.data.bands import BadImage, WrongBands
+from mae_jax.data.decode import Picture, decode
 from mae_jax.data.folder import FolderSource
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.errors import UserError
 
 SEARCHED = 2000  # records; a source with no more is searched for every unreadable one
@@ -27,7 +27,7 @@ def read(
     record = source[index]
     if "unreadable" in record:
         raise BadImage(record["unreadable"])
-    return record, transforms.decode(record["image"], channels, dtype=dtype)
+    return record, decode(record["image"], channels, dtype=dtype)
 
 
 def describe(
@@ -50,7 +50,7 @@ def require_bands(source: Source, channels: int, dtype: type[np.number], way_out
     if isinstance(source, FolderSource):
         try:
             read(source, 0, channels, dtype)
-        except transforms.WrongBands as error:
+        except WrongBands as error:
             text = f"{error}".partition(":")[0] + f": {way_out}" if way_out else f"{error}"
             raise UserError(f"{source[0]['name']}: {text}") from None
         except BadImage:  # one bad image is no reason to stop

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.random import Generator
 
 from mae_jax.data import transforms
-from mae_jax.data.transforms import Picture, Range
+from mae_jax.data.decode import Picture
+from mae_jax.data.transforms import Range
 
 Size = tuple[int, int]
 

@@ -9,9 +9,10 @@ import grain
 import numpy as np
 
 from mae_jax.data import bad_images, crops
+from mae_jax.data.bands import BadImage
+from mae_jax.data.decode import Picture
 from mae_jax.data.pipeline import Batch, Example, numbered
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.data.workers import read_ahead
 
 

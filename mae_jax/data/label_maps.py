@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.data.bands import BadImage
-from mae_jax.data.transforms import MAX_PIXELS, Box
+from mae_jax.data.decode import MAX_PIXELS
+from mae_jax.data.transforms import Box
 from mae_jax.errors import UserError
 
 IGNORED = 255  # in every map that `decode` returns: the pixel has no class

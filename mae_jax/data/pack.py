@@ -21,9 +21,10 @@ from PIL import Image
 
 from mae_jax import files
 from mae_jax.data import arrayrecord, bad_images
+from mae_jax.data.bands import BadImage
+from mae_jax.data.decode import ORIENTATION
 from mae_jax.data.folder import FolderSource, choose, list_images
 from mae_jax.data.process import follow_parent
-from mae_jax.data.transforms import ORIENTATION, BadImage
 from mae_jax.errors import UserError
 
 IMAGES_PER_SHARD = 256  # what an interruption may cost; more beyond 1024 shards

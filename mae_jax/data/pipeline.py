@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import bad_images, bands, settings, transforms
+from mae_jax.data.bands import BadImage
 from mae_jax.data.sources import Source, Unreadable
-from mae_jax.data.transforms import BadImage
 from mae_jax.data.workers import read_ahead
 from mae_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def train_batches(
       data: config.data, after `settings.check`.
       batch_size: images in the global batch.
       image_size: (height, width).
-      channels: of the images; see `transforms.decode`.
+      channels: of the images; see `decode.decode`.
       seed: of the order and of the augmentation.
       start_step: how many batches are passed over, at no cost.
       rows: which rows of the global batch to load, sorted; None = all.

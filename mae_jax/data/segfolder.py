@@ -9,9 +9,9 @@ import numpy as np
 
 from mae_jax import files as disk
 from mae_jax.data import arrayrecord, splits
+from mae_jax.data.bands import BadImage
 from mae_jax.data.folder import SPLITS, FolderSource, list_images, printable
 from mae_jax.data.label_maps import IGNORED, Legend
-from mae_jax.data.transforms import BadImage
 from mae_jax.errors import UserError
 
 IMAGES, MAPS = "images", "labels"  # folders of a split

@@ -22,9 +22,10 @@ from mae_jax.data import (
     sources,
     transforms,
 )
+from mae_jax.data.bands import BadImage
+from mae_jax.data.decode import Picture
 from mae_jax.data.label_maps import IGNORED, Legend
 from mae_jax.data.segfolder import PairSource
-from mae_jax.data.transforms import BadImage, Picture
 from mae_jax.errors import UserError
 
 PREFIX = "segfolder:"

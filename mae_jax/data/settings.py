@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import resolve
 from mae_jax.data import augment, crops, jitter, transforms
-from mae_jax.data.transforms import Picture
+from mae_jax.data.decode import Picture
 from mae_jax.errors import UserError
 
 Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]

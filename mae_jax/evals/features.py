@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from mae_jax import distributed, sharding
 from mae_jax.data import bad_images, bands, crops, eval_pipeline, pipeline, segmentation
+from mae_jax.data.decode import Picture
 from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.segfolder import PairSource
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import Picture
 from mae_jax.errors import UserError, nearest
 
 Compute = Callable[[Any, Any, dict], Any]  # (params, extra, batch) -> (B, ...), or a tree of such

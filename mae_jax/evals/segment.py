@@ -234,7 +234,7 @@ class Evaluator:
                 return None
             try:
                 return segmentation.read(self._source, index, self._channels, self._dtype)
-            except transforms.BadImage:
+            except bands.BadImage:
                 return None
 
         with ThreadPoolExecutor(usable_cores()) as pool:
