@@ -83,7 +83,6 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             length=spec.depth,
             unroll=unroll,
-            check_constancy_invariants=False,  # it would trace the block once more
         )(spec.heads, spec.mlp_width, compute, name="blocks")
         return blocks(x_BQE.astype(compute.residual_dtype), tokens_GBND)[0]
 

@@ -71,7 +71,6 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=spec.depth,
             unroll=unroll,
-            check_constancy_invariants=False,  # it would trace the block once more
         )(spec.heads, spec.mlp_width, compute, tokens, *options, name="blocks")
         rates = jnp.linspace(self.first_drop_path, spec.drop_path, spec.depth)
         x_BND = x_BND.astype(compute.residual_dtype)
