@@ -100,7 +100,6 @@ def compute():
 def reading():
     """Return the part of config.data that says where and how images are read."""
     return dict(
-        value_range=(),  # values that become 0 and 1, such as (0, 10000), of bands; () = of 8 bits
         data_dir="",  # folder of the tfds datasets; '' = where tfds keeps them
         resizer="pillow",  # the reference; or fast: a quarter of its time, nearly equal pixels
         workers=-1,  # processes that read; -1 = as the cores allow, 0 = threads

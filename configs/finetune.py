@@ -90,7 +90,6 @@ def get_config(arg=None):
             blr=1e-4 if scratch else size["blr"],
             b1=0.9,
             b2=0.95 if scratch else 0.999,
-            eps=1e-8,
             weight_decay=0.3 if scratch else 0.05,
             layer_decay=1.0 if scratch else size["layer_decay"],
             warmup="20 epochs" if scratch else "5 epochs",

@@ -51,7 +51,6 @@ def get_config(arg=None):
     config.init_from = args["init"]
     config.features = "pretrained"  # or random, pixels: baselines that have learned nothing
     without_decoder(config)
-    del config.online_probe
 
     config.probe = ConfigDict(
         dict(

@@ -33,13 +33,8 @@ def get_config(arg=None):
     config.grad_accum = 1  # passes of an update; each takes its share of the batch
 
     config.mask_ratio = 0.75
-    config.masking = dict(
-        name="random",  # or block, grid, or a dotted path
-        tokens_in_encoder=False,  # True: the encoder sees mask tokens too, as in Table 1c
-    )
+    config.masking = dict(name="random")  # or block, grid, or a dotted path
     config.target = dict(name="norm_pixels")  # or pixels, or a dotted path
-
-    config.online_probe = False  # True: train a linear classifier of the cls token beside the model
 
     config.model = dict(
         image_size=(args["image_size"],) * 2,  # (height, width)
@@ -53,7 +48,7 @@ def get_config(arg=None):
     )
 
     config.optim = dict(
-        blr=1.5e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, warmup="40 epochs", min_lr=0.0
+        blr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05, warmup="40 epochs", min_lr=0.0
     )
 
     config.data = dict(

@@ -54,7 +54,6 @@ def get_config(arg=None):
     config.features = "pretrained"  # or random, pixels: baselines that have learned nothing
     config.frozen = not args["finetune"]
     without_decoder(config)
-    del config.online_probe
     adopt(config, pretraining(args["init"]), args["variant"])
     if args["image_size"] or long:
         config.model.image_size = (args["image_size"] or 512,) * 2
@@ -70,7 +69,6 @@ def get_config(arg=None):
             blr=1.6e-3 if args["finetune"] else 1.6e-2,
             b1=0.9,
             b2=0.999,
-            eps=1e-8,
             weight_decay=0.05 if args["finetune"] else 1e-4,
             layer_decay=0.65,  # of the rate, from block to block, when the encoder is trained
             warmup="1500 steps" if long else "3 epochs",

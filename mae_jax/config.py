@@ -25,10 +25,12 @@ REMOVED_KEYS = {
 OPTIONAL_KEYS: dict[str, Any] = {
     "data.augment": "",  # or jitter-b0.4-c0.4-s0.4-h0.1, rand-m9-mstd0.5-inc1, a dotted path
     "data.repeat": 1,  # masks of each image that is read; an epoch has as many masks as images
+    "data.value_range": (),  # that become 0 and 1, such as (0, 10000), of bands; () = of 8 bits
     "masking.cell": 2,  # of models/masks.py
     "masking.roll": True,
     "masking.sigma_coarse": 2.0,
     "masking.sigma_fine": 0.5,
+    "masking.tokens_in_encoder": False,  # True: the encoder sees mask tokens too (Table 1c)
     "model.block.eps": 1e-6,  # of models/block_options.py
     "model.block.layer_scale": 0.0,
     "model.block.norm": "layer",
@@ -41,8 +43,10 @@ OPTIONAL_KEYS: dict[str, Any] = {
     "model.decoder_maps": 0,  # of the task crossmae: encoder blocks that it reads; 0 = all
     "model.decoder_share": 0.25,  # of the task crossmae: of all patches, that are predicted
     "model.float32_sums": False,  # True: gradients are summed over devices in float32
+    "online_probe": False,  # True: train a linear classifier of the cls token beside the model
     "optim.clip_norm": 0.0,  # of the whole gradient; 0 = not clipped
     "optim.cooldown": 0.2,  # of the schedule wsd: the share of the run that falls
+    "optim.eps": 1e-8,  # of AdamW
     "optim.name": "adamw",  # or lion, muon
     "optim.schedule": "cosine",  # or wsd: warm-up, stable, decay
     "target.components": 96,  # of the target pca

@@ -39,14 +39,11 @@ FREE_KEYS = (
     "model.scan_unroll",
 )
 # Old workdirs must resume with newer code. Whoever adds a key to a recipe adds it here, with the
-# value that does what the code did before: a config.json without the key counts as having that
-# value. A key that is renamed or removed is added to mae_jax/config.py.
+# value that does what the code did before: a config without the key counts as having that value.
+# A key that is renamed or removed is added to mae_jax/config.py.
 ADDED_KEYS: dict[str, Any] = OPTIONAL_KEYS | {
     "data.resizer": "pillow",
     "data.synthetic": False,
-    "data.value_range": [],
-    "masking.tokens_in_encoder": False,
-    "online_probe": False,
 }
 UNFINISHED = "unfinished.json"  # of a run that was asked to stop during an evaluation
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
@@ -128,9 +125,11 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if not old:
         return []
     after = flatten_dict(new, sep=".")
-    before = {key: value for key, value in ADDED_KEYS.items() if key in after}
-    for key, value in flatten_dict(old, sep=".").items():
-        before[RENAMED_KEYS.get(key, key)] = value
+    before = flatten_dict(old, sep=".")
+    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
+    absent = json.loads(json.dumps(ADDED_KEYS))  # with lists for tuples, as config.json has them
+    absent = {key: value for key, value in absent.items() if key in before or key in after}
+    before, after = absent | before, absent | after
     return [
         text
         for key, text in _changes(before, after).items()

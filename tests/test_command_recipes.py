@@ -90,8 +90,10 @@ def test_recipes_take_arguments_overrides_and_lie_anywhere(tmp_path, package):
 
 def test_a_key_that_no_recipe_names_can_be_given_all_the_same():
     block = ("--config.model.block.registers=4", "--config.model.block.rope=1e2")
-    config, *_ = parse(PATH, "--config.masking.roll=false", "--config.data.repeat=2", *block)
+    bands = "--config.data.value_range=(0, 10000)"
+    config, *_ = parse(PATH, "--config.masking.roll=false", "--config.data.repeat=2", bands, *block)
     assert config.masking.roll is False
+    assert config.data.value_range == (0, 10000)
     assert config.data.repeat == 2
     assert config.model.block.to_dict() == dict(registers=4, rope=100.0)
     assert not set(OPTIONAL_KEYS) & {key for key, _ in leaves(parse(PATH)[0])}

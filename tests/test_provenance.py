@@ -107,6 +107,21 @@ def test_an_old_run_is_refused_another_value_than_the_behaviour_of_then(tmp_path
     ]
 
 
+@pytest.mark.parametrize("key", provenance.ADDED_KEYS)
+def test_a_key_may_be_left_out_or_named_with_the_value_that_it_has_without(key):
+    default = provenance.ADDED_KEYS[key]
+    without, named, other = ({"seed": 0, "model": {"width": 8}} for _ in range(3))
+    for config, value in ((named, default), (other, "another")):
+        *parents, last = key.split(".")
+        for parent in parents:
+            config = config.setdefault(parent, {})
+        config[last] = json.loads(json.dumps(value))
+    assert provenance.config_differences(without, named) == []
+    assert provenance.config_differences(named, without) == []
+    assert len(provenance.config_differences(without, other)) == 1
+    assert len(provenance.config_differences(other, without)) == 1
+
+
 def test_a_new_key_outside_the_table_is_refused(tmp_path):
     old_workdir(tmp_path)
     changed = today()
