@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ class Reconstruction(NamedTuple):
 class Model:
     """Functions of (params, images): pure, and thus ready for jax.jit, vmap and grad.
 
+    Each is compiled at its first call for a shape of images; models alike share the programs.
+
     `images` are values as in the files, (B, H, W, C), of the model's `spec.image_size` and of any
     type: levels 0..255, or those that `spec.value_range` is for.
     """
@@ -41,6 +44,7 @@ class Model:
     spec: ModelSpec
     compute: ComputeConfig = ComputeConfig()
 
+    @partial(jax.jit, static_argnames=("self", "layer"))
     def encode(self, params: Mapping, images: Array, layer: int | None = None) -> Array:
         """Return (B, 1 + L, D), float32: the cls token, then all patches row-major, none hidden.
 
@@ -55,6 +59,7 @@ class Model:
         tokens: Any = network.apply({"params": weights}, self.patches(images))
         return tokens.astype(jnp.float32)
 
+    @partial(jax.jit, static_argnames="self")
     def blocks(self, params: Mapping, images: Array) -> tuple[Array, Array]:
         """Return the tokens before the first block and after each, and the cls token's attention.
 
@@ -78,14 +83,16 @@ class Model:
         attention = jax.vmap(_cls_attention)(weights["stack"]["blocks"], tokens_MBND[:-1])
         return tokens_MBND, attention
 
+    @partial(jax.jit, static_argnames=("self", "mask_ratio"))
     def reconstruct(
         self, params: Mapping, images: Array, rng: Array, mask_ratio: float = 0.75
     ) -> Reconstruction:
-        """Hide random patches and predict all; under jax.jit `mask_ratio` is a static argument."""
+        """Hide random patches and predict all; inside jax.jit `mask_ratio` must be static."""
         score_BL = masking.random(rng, len(images), self.spec.grid, mask_ratio)
         kept = masking.num_kept(score_BL.shape[1], mask_ratio)
         return self.predict(params, images, masking.keep_lowest(score_BL, kept))
 
+    @partial(jax.jit, static_argnames=("self", "statistics"))
     def predict(
         self, params: Mapping, images: Array, mask: masking.Mask, statistics: str = "visible"
     ) -> Reconstruction:
@@ -124,6 +131,7 @@ class Model:
         images_BHWC = unpatchify(levels_BLP, spec.patch_size, spec.grid)
         return Reconstruction(images_BHWC, mask.mask_BL, pred_BLT)
 
+    @partial(jax.jit, static_argnames="self")
     def classify(self, params: Mapping, images: Array) -> Output:
         """Return features and logits of fine-tuned weights."""
         if not self.spec.classes:
@@ -161,7 +169,7 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
 
         model, params = mae_jax.load("mae_pretrain_vit_base_full.pth")
         images = np.zeros((1, 224, 224, 3), np.uint8)
-        tokens = jax.jit(model.encode)(params, images)  # (1, 1 + 196, 768)
+        tokens = model.encode(params, images)  # (1, 1 + 196, 768)
         out = model.reconstruct(params, images, jax.random.key(0), mask_ratio=0.75)
         out.images_BHWC  # levels 0..255
 

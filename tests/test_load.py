@@ -76,6 +76,24 @@ def test_encode_and_reconstruct_are_jittable_and_take_levels(tmp_path):
         edges.reconstruct(params, images, jax.random.key(0))
 
 
+def test_functions_of_a_model_are_one_program_also_for_a_model_alike(tmp_path, caplog):
+    path = write_pth(tmp_path / "a.pth")
+    images = np.zeros((2, META["img"], META["img"], 3), np.uint8)
+    key = jax.random.key(0)
+
+    def programs(model, params):
+        caplog.clear()
+        with jax.log_compiles():
+            model.encode(params, images)
+            model.reconstruct(params, images, key, mask_ratio=0.5)
+        return sum("Finished XLA compilation" in message for message in caplog.messages)
+
+    model, params = mae_jax.load(path, **HEADS)
+    assert programs(model, params) == 2
+    assert programs(model, params) == 0
+    assert programs(*mae_jax.load(path, **HEADS)) == 0
+
+
 def test_the_encoder_becomes_a_module_of_nnx_by_the_lines_of_the_readme(tmp_path):
     """It computes the same, and its parameters are what `nnx.grad` differentiates."""
     blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -78,8 +78,8 @@ def reconstruct(
     model: Any, params: dict, images_BHWC: np.ndarray, mask: Any, statistics: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return which patches are hidden, and the predicted images, uint8."""
-    predict = jax.jit(partial(model.predict, statistics=statistics))
-    out = in_batches(partial(predict, params), images_BHWC, mask)
+    predict = partial(model.predict, params, statistics=statistics)
+    out = in_batches(predict, images_BHWC, mask)
     return out.mask_BL, np.round(out.images_BHWC).astype(np.uint8)
 
 
@@ -90,7 +90,7 @@ def displayed(images_BHWC: np.ndarray, spec: Any, bands: Sequence[int]) -> np.nd
 
 def encode(model: Any, params: dict, images_BHWC: np.ndarray) -> np.ndarray:
     """Return the tokens of images, (B, 1 + L, D)."""
-    return in_batches(partial(jax.jit(model.encode), params), images_BHWC)
+    return in_batches(partial(model.encode, params), images_BHWC)
 
 
 def draw_reconstructions(
