@@ -188,4 +188,4 @@ def load(path: str | os.PathLike, **options: Any) -> tuple[Model, dict]:
     for line in weights.report:
         if "taken as" in line:
             print(f"{path}: {line}", file=sys.stderr)
-    return Model(weights.spec), jax.tree.map(jnp.asarray, weights.params)
+    return Model(weights.spec), jax.device_put(weights.params, may_alias=False)
