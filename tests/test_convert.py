@@ -191,6 +191,26 @@ def test_what_a_hugging_face_config_says_is_checked(file, change, words, tmp_pat
             open_weights(out)
 
 
+@pytest.mark.parametrize("values", [(-255, 0), (1000, 2000), (0, 10_000)])
+def test_a_range_of_values_comes_back_from_hugging_face_and_is_named_elsewhere(
+    values, tmp_path, capsys
+):
+    colours = ["--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.2", f"--value_range={values[0]},{values[1]}"]
+    source = run(write_pth(tmp_path / "a.pth"), tmp_path / "ours", "ours", *FLAGS, *colours)
+    wanted, params = mae_jax.load(source)
+    model, back = mae_jax.load(run(source, tmp_path / "hf", "hf"))
+    assert model.spec.value_range == pytest.approx(values)
+    assert model.spec.mean == pytest.approx(wanted.spec.mean)
+    rng, shape = np.random.default_rng(0), (2, META["img"], META["img"], 3)
+    images, key = rng.uniform(*values, shape).astype(np.float32), jax.random.key(0)
+    ours, theirs = wanted.reconstruct(params, images, key), model.reconstruct(back, images, key)
+    np.testing.assert_allclose(ours.images_BHWC, theirs.images_BHWC, atol=0.05)
+    capsys.readouterr()
+    named = run(source, tmp_path / "b.safetensors", "official")
+    said = re.search("to read it, give (.*)", capsys.readouterr().out)[1].split()
+    assert open_weights(run(named, tmp_path / "again", "ours", *FLAGS, *said)).spec == wanted.spec
+
+
 def test_a_trained_table_is_resized_to_another_image_size(tmp_path, capsys):
     table = {"pos_embed": np.ones_like(STATE["pos_embed"])}
     source = write_pth(tmp_path / "a.pth", ENCODER | table)

@@ -157,6 +157,17 @@ def interrupt(out: Path, *arguments) -> None:
     assert not out.exists() and len(np.load(f"{out}.part")) == 10
 
 
+def test_names_may_hold_anything_also_after_an_interruption(folder, tmp_path):
+    for old, new in (("cat/0", "cat/a\r"), ("cat/1", 'cat/b",\n'), ("cat/2", "cat/\r\nc")):
+        (folder / f"{old}.png").rename(folder / f"{new}.png")
+    out = tmp_path / "a.npy"
+    interrupt(out, folder, "--batch_size=4")
+    found, whole = (run(out, folder, "--batch_size=4"), run(tmp_path / "b.npy", folder))
+    assert {"cat/a\r.png", 'cat/b",\n.png', "cat/\r\nc.png"} < set(found["name"])
+    assert_same(found, whole, atol=1e-6)
+    assert feature_file.read(out)["name"].tolist() == whole["name"].tolist()
+
+
 @pytest.mark.parametrize("cut", [8, 1, 0])
 def test_rows_cut_short_by_a_crash_are_written_again(cut, folder, tmp_path, capsys):
     out = tmp_path / "a.npy"

@@ -70,6 +70,7 @@ def test_votes_are_weighted_by_similarity():
 def test_features_that_are_not_finite_have_no_vote_and_as_queries_are_wrong(shape):
     """A model that sees nothing but an image's mean, and no number in those that are bright."""
     config = config_of(ks=(1,), batch_size=16)
+    few = config.evals.fewshot.to_dict() | {"shots": (3,), "draws": 1}
     del config.evals.fewshot
 
     def features_of(bound):
@@ -81,10 +82,10 @@ def test_features_that_are_not_finite_have_no_vote_and_as_queries_are_wrong(shap
 
         return compute
 
-    def run(bound):
+    def run(bound, name="eval/knn1_cls"):
         predict = {"features": features_of(bound)}
         (evaluator,) = evals.build(config, predict, mesh_of(*shape)).values()
-        return evaluator.run(SimpleNamespace(params={}, extra={})).scalars["eval/knn1_cls"]
+        return evaluator.run(SimpleNamespace(params={}, extra={})).scalars[name]
 
     state = SimpleNamespace(params={}, extra={})
     x, label = table(config, {"features": features_of(85)}, state, "test[:50]")
@@ -95,6 +96,19 @@ def test_features_that_are_not_finite_have_no_vote_and_as_queries_are_wrong(shap
     assert run(85) == 100 * (near[:, 0] == label[finite]).sum() / 50
     with pytest.raises(ValueError, match="has 0 images .*features of 70 more are not finite"):
         run(-1)
+
+    config.evals = ConfigDict({"fewshot": few})
+    drawn = fewshot.draw_per_class(open_source("bundled:digits", "train[:70]"), 3, 1, seed=0)
+    x, label = table(config, {"features": features_of(100)}, state, "test[:50]")
+    bank_x, bank_label = table(config, {"features": features_of(100)}, state, "train[:70]")
+    few_x, few_label = bank_x[drawn.indices], bank_label[drawn.indices]
+    finite, few_finite = np.isfinite(x).all(1), np.isfinite(few_x).all(1)
+    assert not few_finite.all() and len(set(few_label[few_finite])) == 10
+    ridge = fewshot.fit_ridge(few_x[few_finite], few_label[few_finite], 10)
+    right = (ridge.predict(x) == label)[finite].sum()
+    assert run(100, "eval/fewshot3_cls") == pytest.approx(100 * right / 50)
+    with pytest.raises(ValueError, match="no features of the images that were drawn .*are finite"):
+        run(-1, "eval/fewshot3_cls")
 
 
 # --- few-shot ---

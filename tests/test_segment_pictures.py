@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from segments import small, write_folder
-from tiny import mesh_of, run
+from tiny import fresh_state, mesh_of, run, save_workdir
 
 from mae_jax import evals, tasks
-from mae_jax.commands import visualize
+from mae_jax.commands import convert, visualize
 from mae_jax.configs import segment as recipe
 from mae_jax.errors import UserError
 from mae_jax.evals import segment_figures
+from mae_jax.interop.open import open_weights
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,22 @@ def test_an_image_that_cannot_be_read_is_refused_and_leaves_nothing(trained):
     with pytest.raises(UserError, match=r"broken.png cannot be read"):
         draw(place, "new", str(place / "broken.png"))
     assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize("layers", ["last", "1,2"])
+def test_of_a_fine_tuned_run_the_encoder_is_loaded_and_its_head_of_patches_left_out(
+    layers, trained, tmp_path
+):
+    arg = "test=test,variant=B/16,recipe=short,batch_size=8,finetune=true"
+    config = small(recipe.get_config(arg), trained[1] / "data")
+    config.head.layers = layers
+    _, state = fresh_state(config, mesh_of(1, 1, 1))
+    weights = open_weights(save_workdir(config, tmp_path / "run", state))
+    assert "left out: the head of the segmentation" in weights.report
+    assert weights.spec.classes == 0 and weights.params.keys() == {"encoder"}
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to=hf"]) == 0
+    saved = json.loads((tmp_path / "hf/config.json").read_text())
+    assert saved["architectures"] == ["ViTModel"]
 
 
 def test_each_class_has_a_colour_of_its_own_and_a_legend_names_those_that_occur():

@@ -51,5 +51,8 @@ def main(argv: list[str]) -> int:
         else:
             writers = {"official": write.official, "timm": write.timm, "hf": write.hf}
             writers[values.to](part, weights.spec, weights.params)
+    said = write.not_in_file(weights.spec) if values.to in ("official", "timm") else ""
+    if said:
+        print(f"such a file does not say how images are normalised; to read it, give {said}")
     print(f"written: {output}{'/' * output.is_dir()}")
     return 0

@@ -19,6 +19,8 @@ from mae_jax.commands import cli
 from mae_jax.errors import UserError
 
 COLUMNS = ["name", "label", "error"]  # of OUT.csv
+# A reader ends a row at a carriage return too, which a writer of such lines does not quote alone.
+LINES: dict[str, Any] = dict(lineterminator="\n", quoting=csv.QUOTE_ALL)
 GROUP_BYTES = 2**26  # features of a row group of Parquet
 
 
@@ -53,7 +55,7 @@ def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -
     if not rows:
         part.unlink(missing_ok=True)  # first, since OUT.part says that the other files are valid
     with files.replacing(table) as whole, open(whole, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        csv.writer(file, **LINES).writerows([COLUMNS, *rows])
     if not rows:
         files.write_json(state, made_from)
         np.lib.format.open_memmap(part, "w+", np.float32, shape=shape)
@@ -70,7 +72,7 @@ def append(out: Path, rows: list[list[str]], batches: Iterator) -> Iterator[int]
     # Written, not mapped: on a full disk, a write raises an error and a mapped page kills.
     with part.open("r+b") as features, table.open("a", encoding="utf-8", newline="") as file:
         features.seek(whole.offset + len(rows) * whole.strides[0])
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, **LINES)
         # In pairs, so that the device computes a batch while the next one is read.
         for (batch, computed), _ in itertools.pairwise(itertools.chain(batches, [None])):
             block = np.array(computed)[: len(batch)]

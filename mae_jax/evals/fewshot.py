@@ -27,8 +27,9 @@ class Ridge(NamedTuple):
     penalty: float
 
     def predict(self, x_ND: np.ndarray) -> np.ndarray:
+        """Return the class (N,) with the largest score; -1 for a row that is not finite."""
         scores_NY = (x_ND.astype(np.float64) - self.mean) / self.std @ self.weight + self.bias
-        return scores_NY.argmax(1)
+        return np.where(np.isfinite(x_ND).all(1), scores_NY.argmax(1), -1)
 
 
 def fit_ridge(x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
@@ -116,6 +117,7 @@ class Evaluator:
         self, cfg: ConfigDict, config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh
     ):
         self._queries, bank = open_bank(cfg, config)
+        self._bank_split = cfg.bank_split
         if not cfg.shots or min(cfg.draws, *cfg.shots) < 1:
             raise UserError(
                 f"few-shot with shots={tuple(cfg.shots)} and draws={cfg.draws}: give at least one"
@@ -139,10 +141,25 @@ class Evaluator:
         x_ND, label_N = self._extractor.table(state, self._queries)
         classes, scalars = self._queries.num_classes or 0, {}
         for shots, draws in self._few.items():
-            fits = [fit_ridge(*self._extractor.table(state, few), classes) for few in draws]
+            fits = [self._fit(*self._extractor.table(state, few), classes) for few in draws]
             accuracies = [100 * float((fit.predict(x_ND) == label_N).mean()) for fit in fits]
             name = self._name.format(shots)
             scalars[name] = float(np.mean(accuracies))
             if len(draws) > 1:
                 scalars[f"{name}_std"] = float(np.std(accuracies, ddof=1))
         return Report(scalars)
+
+    def _fit(self, x_ND: np.ndarray, label_N: np.ndarray, classes: int) -> Ridge:
+        """Return `fit_ridge` of the rows that are finite.
+
+        Raises:
+          UserError: a class has none.
+        """
+        finite = np.isfinite(x_ND).all(1)
+        if missing := set(label_N) - set(label_N[finite]):
+            name = (self._queries.class_names or range(classes))[min(missing)]
+            raise UserError(
+                f"few-shot: of class {name!r} no features of the images that were drawn from"
+                f" {self._bank_split} are finite"
+            )
+        return fit_ridge(x_ND[finite], label_N[finite], classes)

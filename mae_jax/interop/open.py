@@ -172,15 +172,19 @@ def _open_ours(path: epath.Path, averaged: bool) -> Weights:
         raise UserError(f"{step} holds no encoder; its parameters: {', '.join(flat)[:200]}")
     try:
         config = json.loads(configs[0].read_text())
-        spec = described.spec_of(flat, config)
+        segments = config.get("task") == "segment"  # its head is of patches, and no classifier's
+        known = {x: shape for x, shape in flat.items() if not (segments and x.startswith("head/"))}
+        spec = described.spec_of(known, config)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{configs[0]} is not the config of a run: {error!r}") from None
-    report = [f"{step}: a checkpoint of this project", f"matched: {len(flat)} arrays"]
+    report = [f"{step}: a checkpoint of this project", f"matched: {len(known)} arrays"]
     if config.get("ema") and not averaged:
         report.append("weights are taken as the last update left them: averaged=True for the mean")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: x.update(sharding=here), shapes)
     params = jax.tree.map(np.asarray, checkpoint.restore(step, target, part))
+    if segments and params.pop("head", None):
+        report.append("left out: the head of the segmentation")
     if "decoder" in params and not spec.decoder:
         del params["decoder"]
         report.append("left out: the decoder, which is not the paper's")

@@ -1,5 +1,6 @@
 """Read any PyTorch file or directory: its state dict, its family, and what it says beside it."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -142,9 +143,13 @@ def _open_hf(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = _plain(config)
     config |= {name: image.get(f"image_{name}") for name in ("mean", "std")}
     scale: Any = image.get("rescale_factor")
+    low: Any = image.get("value_low", 0)  # of `write.hf`, which has added it to the mean
     known = isinstance(scale, int | float) and 1e-12 < scale < 1e12
-    if known and not math.isclose(scale, 1 / 255, rel_tol=1e-6):
-        config["value_range"] = (0.0, 1 / scale)
+    if known and isinstance(low, int | float) and abs(low) <= 1e9:
+        if low or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+            config["value_range"] = (low, low + 1 / scale)
+        with contextlib.suppress(TypeError):  # a mean that is none is refused later
+            config["mean"] = [mean - low * scale for mean in config["mean"]]
     return _weights(directory), config
 
 

@@ -41,6 +41,19 @@ def refuse_pth(path: Path) -> None:
         )
 
 
+def not_in_file(spec: ModelSpec) -> str:
+    """Return the flags that say of a file without a config how its images are normalised.
+
+    '' where that is what readers take for granted: mean and std of ImageNet, of 8 bits.
+    """
+    flags = [
+        f"--{name}={','.join(map(str, getattr(spec, name)))}"
+        for name in ("mean", "std", "value_range")
+        if getattr(spec, name) != getattr(ModelSpec, name)
+    ]
+    return " ".join(flags)
+
+
 def official(path: Path, spec: ModelSpec, params: Mapping) -> None:
     """Write a .safetensors file with the official names."""
     _write(path, to_theirs(params, spec, "official"))
@@ -90,6 +103,8 @@ def hf(path: Path, spec: ModelSpec, params: Mapping) -> None:
         "image_mean": [mean + low / (high - low) for mean in spec.mean],
         "image_std": spec.std,
     }
+    if low:
+        preprocessor["value_low"] = low  # read by read.py, which takes it from the mean again
     path.mkdir()
     _write(path / "model.safetensors", state)
     files.write_json(path / "config.json", _config(spec))
