@@ -68,13 +68,14 @@ class Model:
 
         Raises:
           UserError: the blocks have options (`spec.encoder.block`), or there are several class
-            tokens.
+            tokens or channel groups.
         """
-        options, cls = self.spec.encoder.block, self.spec.cls_tokens
-        if options or cls > 1:
+        options, cls, groups = self.spec.encoder.block, self.spec.cls_tokens, self.spec.num_groups
+        if options or cls > 1 or groups > 1:
+            tokens = f"{cls} class tokens" if cls > 1 else f"{groups} tokens for each patch"
             raise UserError(
-                "attention is drawn of plain blocks with one class token only, and these have"
-                f" {options or f'{cls} class tokens'}"
+                "attention is drawn of plain blocks, with one class token and one token for each"
+                f" patch, only, and these have {options or tokens}"
             )
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)

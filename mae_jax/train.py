@@ -83,7 +83,8 @@ class Task(Protocol):
     def predict(self) -> Mapping[str, Callable]:
         """Return the functions (params, extra, batch) -> outputs that evaluators use, by name.
 
-        `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL. `features`: name -> (B, D).
+        `reconstruction`: latent_BND, pred_BLT, target_BLT, mask_BL; loss_BL, if the loss is not the
+        mean of the squared errors of a patch. `features`: name -> (B, D).
         `block_features`, if there are any: name -> (depth, B, D), after each block.
         `patch_features`, if there are any: (B, L, D), after the block given as fourth argument.
         `logits`: (B, Y). `segmentation`: logits of patches (B, rows, columns, Y).

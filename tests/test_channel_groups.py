@@ -24,14 +24,14 @@ from tiny import (
 
 import mae_jax
 from mae_jax import flops, tasks
-from mae_jax.commands import recipes
+from mae_jax.commands import recipes, visualize
 from mae_jax.configs import bands, finetune, segment_frozen
 from mae_jax.errors import UserError
 from mae_jax.interop import described, write
 from mae_jax.interop import open as weights
 from mae_jax.models import channel_groups, masking, posemb, resize
 from mae_jax.models.block_options import BlockOptions
-from mae_jax.models.mae import MAE
+from mae_jax.models.mae import MAE, masked_mean
 from mae_jax.models.patchify import patchify, to_patches
 from mae_jax.models.spec import ModelSpec, ViTSpec
 
@@ -146,6 +146,22 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_their_own_channels():
     assert got == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+def test_evaluations_report_the_training_loss_of_groups_that_differ_in_size():
+    task, state = fresh_state(grouped_config(), mesh_of(1, 1, 1))
+    params, rng = jax.device_get(state.params), np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, *task.spec.image_size, 5), np.uint8)
+    images[..., list(GROUPS[1])] //= 4
+    batch = {"image": images, "score": rng.random((2, task.spec.num_patches // 2))}
+    shown = jax.jit(task.predict()["reconstruction"])(params, {}, batch)
+    places = masking.keep_lowest(jnp.asarray(batch["score"]), task.num_kept // 2)
+    score_BL = channel_groups.shared(places, GROUPS).restore_BL
+    trained = jax.jit(task.reconstruct)(params, {}, batch | {"score": score_BL})
+    loss = float(masked_mean(shown["loss_BL"], shown["mask_BL"]))
+    assert loss == pytest.approx(float(task.objective(trained)), rel=1e-5)
+    plain_BL = jnp.square(shown["pred_BLT"] - shown["target_BLT"]).mean(-1)
+    assert loss != pytest.approx(float(masked_mean(plain_BL, shown["mask_BL"])), rel=1e-3)
+
+
 def test_one_group_is_the_plain_masked_autoencoder():
     """Bit by bit at the start; later as near as the compiler fuses one more product with 1."""
     config = grouped_config(groups=((0, 1, 2),))
@@ -246,6 +262,11 @@ def test_weights_are_loaded_shown_and_embedded_with_their_groups(workdir, folder
     larger, resized = mae_jax.load(workdir, image_size=32)
     image = np.zeros((1, 32, 32, 12), np.uint16)
     assert jax.eval_shape(larger.encode, resized, image).shape == (1, 65, 32)
+    arguments = [str(workdir), str(folder), f"--out={tmp_path / 'drawn'}", "--limit=2"]
+    assert visualize.main([*arguments, "--pca", "--errors"]) == 0
+    assert {"pca.png", "errors.png"} < {path.name for path in (tmp_path / "drawn").iterdir()}
+    with pytest.raises(UserError, match="one token for each patch, only, .* 4 tokens for each"):
+        visualize.main([*arguments[:2], f"--out={tmp_path / 'more'}", "--attention"])
     opened = weights.open_weights(workdir)
     weights.save(tmp_path / "ours", opened.spec, opened.params, "x")
     assert weights.open_weights(tmp_path / "ours").spec == opened.spec

@@ -192,6 +192,20 @@ def blurred(make_target):
     return {"reconstruction": predict}
 
 
+def test_the_loss_is_that_of_the_task_if_it_gives_one(folder):
+    config, make = config_of(folder), blurred(targets.norm_pixels)["reconstruction"]
+
+    def reconstruct(params, extra, batch):
+        out = make(params, extra, batch)
+        return out | {"loss_BL": jnp.full_like(out["mask_BL"], 7.0)}
+
+    evaluator = Evaluator(
+        config.evals.reconstruct, config, {"reconstruction": reconstruct}, mesh_of(1, 1, 1)
+    )
+    report = evaluator.run(SimpleNamespace(step=3, params=jnp.float32(0.5), extra={}))
+    assert report.scalars["eval/loss"] == pytest.approx(7.0)
+
+
 def evaluate(config: ConfigDict, shape=(1, 1, 1), params: float = 0.5):
     """Return the scalars and the images of a report."""
     predict = blurred(getattr(targets, config.target.name, brightness))

@@ -73,6 +73,8 @@ def test_an_image_that_cannot_be_read_is_refused_and_leaves_nothing(trained):
     (place / "broken.png").write_bytes(b"none")
     with pytest.raises(UserError, match=r"broken.png cannot be read"):
         draw(place, "new", str(place / "broken.png"))
+    with pytest.raises(UserError, match="run of segmentation.*leave out --pca, --neighbours"):
+        draw(place, "new", str(place / "broken.png"), pca=True, neighbours="nowhere.png")
     assert not (place / "new").exists()
 
 

@@ -174,6 +174,8 @@ def test_pdf(tmp_path):
     [
         (["a.png", "--mask=spiral"], "neither random, block, .* nor a picture"),
         (["a.png", "--mask_ratio=1"], "keeps 0 of 64 patches"),
+        (["a.png", "--mask=b.png", "--mask_ratio=0.5"], "leave out --mask_ratio and --ratios"),
+        (["a.png", "--mask=b.png", "--ratios=0.5"], "leave out --mask_ratio and --ratios"),
         (["a.png", "--ratios=half"], "--ratios=half: write numbers with commas"),
         (["a.dat"], "a.dat cannot be read"),
         (["nowhere"], "nowhere"),

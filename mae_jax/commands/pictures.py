@@ -57,6 +57,11 @@ def make_masks(values: flags.FlagValues, count: int, grid: tuple[int, int], rati
     The mask of an image depends on the seed, the ratio and the image's index, not on `count`.
     """
     if values.mask not in MASKS:
+        if values.mask_ratio is not None or values.ratios:
+            raise UserError(
+                f"--mask={values.mask} hides what is dark there, whatever the ratio: leave out"
+                " --mask_ratio and --ratios"
+            )
         hidden = drawn_mask(values.mask, grid)
         score_BL = jnp.tile(jnp.asarray(hidden, jnp.float32), (count, 1))
         return masking.keep_lowest(score_BL, int((~hidden).sum()))
@@ -177,7 +182,9 @@ def draw_components(
     model: Any, params: dict, images: np.ndarray, bands: Sequence[int]
 ) -> np.ndarray:
     """Draw the principal components of the patch features of all images, also those not shown."""
-    colours_BLC = figures.principal_colours(encode(model, params, images)[:, 1:])[SHEET]
+    tokens_BLD = encode(model, params, images)[:, 1:]
+    tokens_BGLD = tokens_BLD.reshape(len(images), model.spec.num_groups, -1, tokens_BLD.shape[-1])
+    colours_BLC = figures.principal_colours(tokens_BGLD.mean(1))[SHEET]
     colours_BHWC = figures.enlarge(colours_BLC, model.spec.image_size, model.spec.patch_size)
     return figures.sheet(
         [

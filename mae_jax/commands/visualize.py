@@ -23,6 +23,7 @@ inverse_block.
 --ratios, --errors, --attention, --pca and --neighbours each draw one more picture.
 Of a run of segmentation: image, truth, prediction and error, the truth of segfolder:PATH.
 """
+OF_SEGMENTATION = ("out", "format", "limit", "split", "data_dir")  # flags of such a run's pictures
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
@@ -115,6 +116,12 @@ def main(argv: list[str]) -> int:
         if run and run.get("task") == "segment":
             from mae_jax.commands import segment_pictures
 
+            others = [f"--{x}" for x in values if values[x].present and x not in OF_SEGMENTATION]
+            if others:
+                raise UserError(
+                    f"{weights} is a run of segmentation, whose pictures are image, truth and"
+                    f" prediction: leave out {', '.join(others)}"
+                )
             drawn = segment_pictures.draw(weights, run, paths, values)
         else:
             drawn = draw(weights, paths, values)

@@ -105,7 +105,8 @@ class Evaluator:
         score_BL = jax.vmap(lambda key: self._score(key)[0])(keys)
         out = self._predict(params, extra, {"image": arrays["image"], "score": score_BL})
         mask_BL = out["mask_BL"]
-        loss_BL = jnp.square(out["pred_BLT"] - out["target_BLT"]).mean(-1)
+        mean_BL = jnp.square(out["pred_BLT"] - out["target_BLT"]).mean(-1)
+        loss_BL = out.get("loss_BL", mean_BL)
         squared_BL, pictures = jnp.zeros_like(loss_BL), {}
         if self._in_levels:
             levels_BLP = patchify(to_levels(arrays["image"], self._value_range), self._patch_size)

@@ -79,13 +79,17 @@ class Task(pretrain.Task):
         """Predict whole patches, for evaluators; `score` (B, A) hides all channels of a patch.
 
         Returns:
-          As `pretrain.Task.reconstruct`, of the A places of patches.
+          As `pretrain.Task.reconstruct`, of the A places of patches, and their losses loss_BL.
         """
         places = masking.keep_lowest(batch["score"], self.num_kept // len(self.groups))
         mask = channel_groups.shared(places, self.groups)
         outputs = super().reconstruct(params, extra, batch | {"score": mask.restore_BL})
         pred_BAP = channel_groups.merge(outputs["pred_BLT"], self.groups)
-        return outputs | {"pred_BLT": pred_BAP, "mask_BL": places.mask_BL}
+        error_BAP = jnp.square(pred_BAP - outputs["target_BLT"])
+        error_BLP = jnp.tile(error_BAP, (1, len(self.groups), 1))
+        error_BL = channel_groups.channel_mean(error_BLP, self.groups)
+        loss_BA = rearrange(error_BL, "b (g a) -> b g a", g=len(self.groups)).mean(1)
+        return outputs | {"pred_BLT": pred_BAP, "mask_BL": places.mask_BL, "loss_BL": loss_BA}
 
     def patch_features(self, params: dict, extra: dict, batch: dict, block: int) -> Array:
         """Return one feature (B, A, D) for each place: the mean of its tokens."""
