@@ -118,3 +118,13 @@ def test_a_jitter_is_for_images_of_8_bits():
     config.data.update(augment="jitter-b0.4", value_range=(0, 100))
     with pytest.raises(UserError, match="is for 8-bit images"):
         settings.check(config.data)
+
+
+@pytest.mark.parametrize("name", ["jitter-b0.4", "rand-m9-mstd0.5-inc1"])
+def test_bands_that_cannot_be_augmented_are_refused_before_anything_is_written(name, tmp_path):
+    config = tiny_config()
+    config.model.channels = 4
+    config.data.update(augment=name, mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(UserError, match="1 or 3 channels, and config.model.channels=4: set augm"):
+        run(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())

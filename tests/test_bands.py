@@ -61,10 +61,13 @@ def test_tiff_gives_the_numbers_of_its_file(dtype, channels):
             np.testing.assert_array_equal(got, array, err_msg=f"{planar} {options}")
 
 
-def test_pages_of_a_tiff_are_bands():
-    array, file = values(5), io.BytesIO()
-    tifffile.imwrite(file, np.moveaxis(array, -1, 0), photometric="minisblack")
-    np.testing.assert_array_equal(decode(file.getvalue(), 5, dtype=np.float32), array)
+@pytest.mark.parametrize("dtype, read_as", [("uint16", np.float32), ("uint8", np.uint8)])
+@pytest.mark.parametrize("channels", [2, 4, 12])
+def test_pages_of_a_tiff_are_bands(channels, dtype, read_as):
+    array, file = values(channels, dtype), io.BytesIO()
+    pages = np.moveaxis(array, -1, 0)
+    tifffile.imwrite(file, pages, photometric="minisblack", metadata=None)
+    np.testing.assert_array_equal(decode(file.getvalue(), channels, dtype=read_as), array)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, ">u2", ">f4", "float16", "float64", "bool"])

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from tiny import noise
@@ -93,6 +94,15 @@ def test_16_bit_grey_is_scaled_not_clipped(kind):
     np.testing.assert_array_equal(decoded(file)[..., 2], np.arange(256).reshape(16, 16))
 
 
+def test_12_bit_grey_of_a_tiff_is_scaled_by_its_own_bits():
+    values = (0, 1000, 2000, 4095)
+    rows = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = b"II*\0" + struct.pack("<I", 14) + rows + struct.pack("<H", len(tags)) + entries
+    assert decoded(file + bytes(4), 1).tolist() == [[value >> 4 for value in values]]
+
+
 def test_16_bit_colour_is_scaled_as_16_bit_grey():
     values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
@@ -104,6 +114,14 @@ def test_32_bit_pixels_of_unknown_range_are_refused(mode):
     file = encoded(Image.fromarray(noise(4, 4, 0)).convert(mode), "TIFF")
     with pytest.raises(BadImage, match="32 bits"):
         decode(file)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_signed_pixels_of_16_bits_are_refused_as_what_they_are(order):
+    file = io.BytesIO()
+    tifffile.imwrite(file, noise(4, 4, 0).astype(f"{order}i2"), byteorder=order)
+    with pytest.raises(BadImage, match="signed pixels of 16 bits.*convert it to .* without sign"):
+        decode(file.getvalue(), 1)
 
 
 def test_transparent_parts_are_white():

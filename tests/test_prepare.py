@@ -16,10 +16,12 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
+from test_dense_archives import ade_files, voc_files
 
 from mae_jax.commands import prepare
 from mae_jax.data import imagenet, pack
 from mae_jax.data.sources import open_source
+from mae_jax.errors import UserError
 from mae_jax.files import locked
 
 RNG = np.random.default_rng(0)
@@ -162,6 +164,19 @@ def test_what_not_every_reader_shows_alike_is_stored_as_upright_rgb_jpeg(tmp_pat
         assert image.size == ((30, 40) if name == "rotated.jpg" else (40, 30))
 
 
+def test_what_is_read_and_pillow_cannot_open_is_stored_as_jpeg(tmp_path):
+    jpeg, array = encoded(), io.BytesIO()
+    np.save(array, np.full((30, 40, 3), 90, np.uint8))
+    damaged = jpeg[:2] + b"\xff\xe0\x00\x06JFIF" + jpeg[2:]  # a segment without a version
+    for name, data in {"a.npy": array.getvalue(), "a.jpg": damaged}.items():
+        folder = tmp_path / name[2:]
+        folder.mkdir()
+        (folder / name).write_bytes(data)
+        pack_folder(folder, tmp_path, f"from_{name[2:]}")
+        image = Image.open(io.BytesIO(by_name(f"from_{name[2:]}", tmp_path)[name]["image"]))
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (40, 30))
+
+
 def test_images_that_cannot_be_read_are_left_out_counted_and_named(
     images, tmp_path, small_shards, capsys
 ):
@@ -233,9 +248,10 @@ def test_an_interrupted_preparation_keeps_its_finished_shards(
     assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole" / "mine" / "1.0.0"))
 
 
-def test_other_options_after_an_interruption_start_again(
-    images, tmp_path, small_shards, monkeypatch
-):
+@pytest.fixture
+def interrupted(images, tmp_path, small_shards, monkeypatch):
+    """A preparation of `images` with resize=8 that was stopped after its first shard."""
+
     def stop(shard):
         raise KeyboardInterrupt
 
@@ -244,9 +260,48 @@ def test_other_options_after_an_interruption_start_again(
         patch.setattr(pack, "write_shard", lambda shard: write(shard) or stop(shard))
         options = dict(source=images, name="mine", data_dir=tmp_path, resize=8, workers=1)
         assert run("folder", **options) == 130
+
+
+def test_other_options_after_an_interruption_start_again(interrupted, images, tmp_path):
     pack_folder(images, tmp_path, resize=16)
     for record in by_name("mine", tmp_path).values():
         assert min(pixels(record["image"]).shape[:2]) == 16
+
+
+def test_images_that_were_repaired_after_an_interruption_are_read_again(
+    interrupted, images, tmp_path
+):
+    for path in images.rglob("*.jpg"):
+        path.write_bytes(encoded(size=(80, 20)))
+    pack_folder(images, tmp_path, resize=8)
+    shapes = {pixels(record["image"]).shape for record in by_name("mine", tmp_path).values()}
+    assert shapes == {(8, 32, 3)}
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_dataset_whose_images_were_repaired_is_not_taken_for_theirs(images, tmp_path, change):
+    pack_folder(images, tmp_path)
+    if change == "size":
+        (images / "a" / "0.jpg").write_bytes(encoded(size=(50, 50)))
+    else:
+        os.utime(images / "a" / "0.jpg", ns=(0, 0))
+    with pytest.raises(UserError, match="made before its images changed; .*delete that directory"):
+        pack_folder(images, tmp_path)
+
+
+def test_a_dataset_that_does_not_say_its_images_versions_stays_usable(images, tmp_path, capsys):
+    """As those that were made before sizes and times were compared."""
+    file = pack_folder(images, tmp_path) / "prepared.json"
+    summary = json.loads(file.read_text())
+    del summary["plan"]["versions"]
+    file.write_text(json.dumps(summary))
+    assert len(by_name("mine", tmp_path)) == 12
+    (images / "a" / "0.jpg").write_bytes(encoded(size=(50, 50)))
+    pack_folder(images, tmp_path)
+    out = capsys.readouterr().out
+    assert "if one was changed since, delete that directory and prepare it again" in out
+    with pytest.raises(UserError, match="from other images or options"):
+        pack_folder(images, tmp_path, resize=16)
 
 
 def test_a_second_run_changes_nothing_and_other_images_are_refused(images, tmp_path):
@@ -256,6 +311,14 @@ def test_a_second_run_changes_nothing_and_other_images_are_refused(images, tmp_p
     assert {path.name: path.stat().st_mtime_ns for path in final.iterdir()} == before
     with pytest.raises(ValueError, match="already exists"):
         pack_folder(images, tmp_path, resize=16)
+
+
+@pytest.mark.parametrize("data_dir, reason", [("file", "Not a directory"), ("/proc", "No such")])
+def test_a_data_dir_that_cannot_be_written_is_refused(images, tmp_path, data_dir, reason):
+    (tmp_path / "file").touch()
+    message = f"--data_dir=.*{data_dir}: .* cannot be made .{reason}.*give a directory"
+    with pytest.raises(UserError, match=message):
+        pack_folder(images, tmp_path / data_dir)
 
 
 def test_two_writers_of_one_dataset_are_refused(images, tmp_path):
@@ -481,6 +544,51 @@ def test_an_archive_that_is_not_the_one_is_refused(files, message, tmp_path):
         write_archive(tmp_path / "imagenet-r.tar", files)
     with pytest.raises(ValueError, match=message):
         run("imagenet_r", manual_dir=tmp_path, data_dir=tmp_path)
+
+
+# --- images with label maps ---
+
+
+def write_ade(path: Path, compression: int) -> bytes:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in ade_files().items():
+            archive.writestr(name, data)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["deflate", "lzma", "tar.xz"])
+def test_a_damaged_archive_of_pairs_is_refused_whatever_its_compression(kind, tmp_path):
+    path, out = tmp_path / "archive", tmp_path / "out"
+    if kind == "tar.xz":
+        with tarfile.open(path, "w:xz") as tar:
+            for name, data in voc_files().items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        content = path.read_bytes()
+    else:
+        content = write_ade(path, {"deflate": zipfile.ZIP_DEFLATED, "lzma": zipfile.ZIP_LZMA}[kind])
+    what = ("voc", "tar") if kind == "tar.xz" else ("ade20k", "zip")
+    refused = 0
+    for place in range(0, len(content), len(content) // 100):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            run(what[0], out=out, **{what[1]: path})
+            shutil.rmtree(out)
+        except UserError as error:
+            assert "archive" in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("out", ["file/pairs", "/proc/pairs"])
+def test_a_folder_that_cannot_be_written_is_not_called_a_bad_archive(out, tmp_path):
+    (tmp_path / "file").touch()
+    write_ade(tmp_path / "ade.zip", zipfile.ZIP_STORED)
+    with pytest.raises(UserError, match="--out=.*pairs cannot be written .*: choose a folder"):
+        run("ade20k", zip=tmp_path / "ade.zip", out=tmp_path / out)
 
 
 # --- other tfds datasets ---

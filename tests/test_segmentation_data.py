@@ -70,6 +70,16 @@ def test_slices_are_disjoint_shuffled_and_hold_everything_and_splits_have_other_
     assert len(open_pairs(root, "val")) == len(open_pairs(root, "validation")) == 5
 
 
+def test_folders_of_one_split_are_merged(root):
+    (root / "test").rename(root / "val")
+    write_pairs(root, "validation", 3)
+    assert len(open_pairs(root, "val")) == len(open_pairs(root, "validation")) == 5 + 3
+    source = open_pairs(root, "val")
+    assert {source[i]["name"].split("/")[0] for i in range(8)} == {"val", "validation"}
+    for i in range(8):
+        assert pair_of(source, i).map.shape == (24, 32)
+
+
 def test_the_images_alone_are_a_source_for_pre_training(root):
     source = sources.open_source(f"segfolder:{root}", "train[:75%]")
     pairs = open_pairs(root, "train[:75%]")
@@ -133,12 +143,24 @@ def test_colours_become_classes_by_a_palette(root, tmp_path):
         ),
         (lambda r: (r / "classes.txt").unlink(), "classes=0: how many"),
         (lambda r: (r / "classes.txt").write_text("a\n" * 300), "300 classes: at most 255"),
+        (
+            lambda r: (r / "classes.txt").write_bytes(b"stra\xdfe\n"),
+            "classes.txt is no text in UTF-8 .*: save it as UTF-8",
+        ),
     ],
 )
 def test_folders_that_are_not_pairs_are_refused_in_a_sentence(root, change, message):
     change(root)
     with pytest.raises(UserError, match=message):
         open_pairs(root)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(root, tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (root / "classes.txt").write_text("straße\nb\nc\n", encoding)
+        assert open_pairs(root).class_names == ["straße", "b", "c"]
+    (tmp_path / "palette.txt").write_text("1 2 3 straße\n", "utf-8-sig")
+    assert label_maps.read_palette(tmp_path / "palette.txt") == (("straße",), {(1, 2, 3): 0})
 
 
 def test_another_number_of_classes_than_names_is_refused(root):

@@ -20,7 +20,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mae_jax.data import arrayrecord, bundled, sources
+from mae_jax.data.bad_images import BadImageLog
 from mae_jax.data.sources import open_source
+from mae_jax.errors import UserError
 
 
 def save(path: Path, value: int = 0) -> Path:
@@ -202,6 +204,25 @@ def test_images_that_two_splits_share_are_counted(stored, name):
     assert sources.shared(open_source(name.format(stored), "train", str(stored)), other) == 0
 
 
+@pytest.mark.parametrize("split", ["train[1shard:]", "train[:50%]+train[:1shard]"])
+@pytest.mark.parametrize("name", ["folder:{}", "pets", "bundled:digits"])
+def test_slices_that_count_in_shards_are_refused(stored, name, split):
+    with pytest.raises(UserError, match=r"counts in shards: .* such as 'train\[:5000\]'"):
+        open_source(name.format(stored), split, str(stored))
+
+
+@pytest.mark.parametrize("bad, total", [(29, 100), (57, 100), (1, 3)])
+def test_the_share_of_unreadable_images_that_an_error_proposes_is_enough(bad, total):
+    records = [
+        {"image": b"" if i < bad else np.zeros((2, 2, 3), np.uint8), "label": -1, "name": f"{i}"}
+        for i in range(total)
+    ]
+    source = sources.MemorySource(records, None)
+    with pytest.raises(UserError, match=r"max_bad_fraction=[\d.]+$") as error:
+        BadImageLog(source, 0.0).add(np.arange(bad))
+    assert len(BadImageLog(source, float(str(error.value).rpartition("=")[2])).add(np.arange(bad)))
+
+
 def test_the_slices_of_a_folder_that_the_readme_gives_a_probe_are_disjoint(tmp_path):
     for value in range(30):
         save(tmp_path / f"{value}.png", value)
@@ -219,7 +240,10 @@ def test_a_damaged_shard_is_named(stored):
     content[200:260] = bytes(60)
     shard.write_bytes(content)
     source = open_source("pets", "train", str(stored))
-    with pytest.raises(sources.Unreadable, match="of 'train' in .*pets/1.0.0 cannot be read"):
+    with pytest.raises(
+        sources.Unreadable,
+        match="of 'train' in .*pets/1.0.0 cannot be read.*: copy it again, or delete that folder",
+    ):
         for index in range(len(source)):
             source[index]
 
@@ -303,7 +327,7 @@ def test_sources_survive_pickling_and_serve_several_threads(stored):
 def test_a_missing_shard_is_found_before_it_is_read(stored):
     arrayrecord.shard_path(stored / "pets" / "1.0.0", "pets", "train", 1, 2).unlink()
     assert len(open_source("pets", "train[:3]", str(stored))) == 3
-    with pytest.raises(ValueError, match="1 of 2 shards"):
+    with pytest.raises(ValueError, match="1 of 2 shards.*: copy it again, or delete that folder"):
         open_source("pets", "train", str(stored))
 
 

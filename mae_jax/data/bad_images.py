@@ -82,7 +82,8 @@ class BadImageLog:
             reason = describe(self.source, index, self.channels, self.dtype)
             name = self.source[index]["name"]
             self._reasons[index] = reason or f"{name}: was unreadable for a moment"
-        if new and self.count > self.max_bad_fraction * len(self.source):
+        # The product may round below a count that the fraction allows: 0.29 of 100 is below 29
+        if new and self.count / len(self.source) > self.max_bad_fraction:
             raise UserError(self._too_many())
         return [f"unreadable, replaced by another image: {self._reasons[index]}" for index in new]
 

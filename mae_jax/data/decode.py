@@ -85,11 +85,13 @@ def _from_file(data: bytes, channels: int) -> Image.Image | np.ndarray:
     picture.load()
     turn = _turn(picture)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        # Pillow scales 12 bits to 16 from a JPEG 2000, but not from a TIFF
+        picture = Image.fromarray((np.asarray(picture) >> _bits(picture, 16) - 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
+        bits = _bits(picture, 32)
         raise WrongBands(
-            "pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits, or give"
-            " config.data.value_range"
+            f"{'signed ' if bits == 16 else ''}pixels of {bits} bits, whose range is unknown:"
+            " convert it to 8 or 16 bits without sign, or give config.data.value_range"
         )
     return picture.transpose(turn) if turn is not None else picture
 
@@ -102,9 +104,19 @@ def _pillow_reads(data: bytes, channels: int) -> bool:
             samples = tags.get(SAMPLES, 1)
             if tags.get(PLANAR, 1) == 2 and max(tags.get(BITS, (1,))) > 8:
                 return False  # Pillow 13 gives noise
-            return samples <= 4 and (channels in (1, 3) or len(picture.getbands()) == samples)
+            if samples > 4 or channels in (1, 3):
+                return samples <= 4
+            if len(picture.getbands()) != samples:
+                return False
+            # Several pages without enough bands may be bands themselves
+            return samples == channels or getattr(picture, "n_frames", 1) == 1
     except UnidentifiedImageError:  # 16 bits of colour, many bands
         return False
+
+
+def _bits(picture: Image.Image, default: int) -> int:
+    """Return how many bits a pixel has by the tags of a TIFF, or the default without them."""
+    return max(getattr(picture, "tag_v2", {}).get(BITS, (default,)))
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

@@ -3,11 +3,13 @@
 Files are copied byte by byte: a label map stays the PNG that it was.
 """
 
+import lzma
 import os
 import re
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,14 @@ VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
     *("chair", "cow", "dining table", "dog", "horse", "motorbike", "person", "potted plant"),
     *("sheep", "sofa", "train", "tv monitor"),
+)
+
+
+# What reading a damaged archive raises: RuntimeError at flags and versions that zipfile does not
+# know, UnicodeDecodeError at a damaged list of names
+DAMAGE = (
+    *(OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(RuntimeError, UnicodeDecodeError),
 )
 
 
@@ -51,7 +61,7 @@ def open_archive(path: str) -> Iterator[Archive]:
                 return file
 
             yield Archive(list(members), read)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path} cannot be read ({error}): give the archive as it was downloaded, and compare"
             " its size with that on the download page"
@@ -109,6 +119,18 @@ def _one(archive: Archive, path: str, ending: str) -> str:
     return found[0]
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raise UserError if the body cannot write: `open_archive` would blame the archive."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written ({error.strerror or error}): choose a folder with room,"
+            " in which files can be written"
+        ) from error
+
+
 def _write(
     archive: Archive,
     path: str,
@@ -120,7 +142,7 @@ def _write(
     """Write the wanted files of an archive (name -> path below `out`), and classes.txt.
 
     Raises:
-      UserError: `out` already exists, or an image or a map has no counterpart.
+      UserError: `out` already exists or cannot be written, or an image or a map has no counterpart.
     """
     if out.exists():
         raise UserError(f"--out={out} already exists: choose another folder, or delete that one")
@@ -142,10 +164,13 @@ def _write(
     shutil.rmtree(part, ignore_errors=True)
     with progress("files", len(wanted)) as advance:
         for name, target in wanted.items():
-            (part / target).parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as source, (part / target).open("wb") as file:
-                shutil.copyfileobj(source, file)
+            with archive.open(name) as source:
+                content = source.read()
+            with _writing(out):
+                (part / target).parent.mkdir(parents=True, exist_ok=True)
+                (part / target).write_bytes(content)
             advance(1)
-    (part / "classes.txt").write_text("\n".join(classes) + "\n")
-    os.replace(part, out)
+    with _writing(out):
+        (part / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+        os.replace(part, out)
     return {split: len(stems[split, "images"]) for split in splits}

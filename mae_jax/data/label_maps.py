@@ -54,7 +54,8 @@ class Legend:
         each line; else as many as `classes` says, without names.
 
         Raises:
-          UserError: the classes are not known, are too many, or are given in two ways that differ.
+          UserError: the classes are not known, are too many, or are given in two ways that differ;
+            or their file cannot be read.
         """
         count, file = data.get("classes", 0), Path(data.get("palette", ""))
         names: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ class Legend:
         if data.get("palette", ""):
             names, colours = read_palette(file)
         elif root is not None and (file := Path(root) / "classes.txt").is_file():
-            names = tuple(filter(None, map(str.strip, file.read_text().splitlines())))
+            names = tuple(filter(None, map(str.strip, _read_lines(file, str(file)))))
         if not names and not count:
             raise UserError(
                 "config.data.classes=0: how many classes do the label maps have? Give the number,"
@@ -122,10 +123,8 @@ def read_palette(file: Path) -> tuple[tuple[str, ...], dict[Colour, int]]:
     Raises:
       UserError: the file cannot be read, or a line has another form.
     """
-    try:
-        lines = [line.split(maxsplit=3) for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config.data.palette={str(file)!r} cannot be read: {error}") from None
+    text = _read_lines(file, f"config.data.palette={str(file)!r}")
+    lines = [line.split(maxsplit=3) for line in text if line.strip()]
     names: list[str] = []
     colours: dict[Colour, int] = {}
     for line in lines:
@@ -141,6 +140,23 @@ def read_palette(file: Path) -> tuple[tuple[str, ...], dict[Colour, int]]:
             names.append(name)
         colours[colour] = IGNORED if name == "ignore" else names.index(name)
     return tuple(names), colours
+
+
+def _read_lines(file: Path, what: str) -> list[str]:
+    """Return the lines of a text in UTF-8, with or without a byte order mark.
+
+    Args:
+      what: the file or the key that names it, for the message.
+
+    Raises:
+      UserError: the file cannot be read, or is no such text.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is no text in UTF-8 ({error}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error}") from None
 
 
 def _pixels(file: bytes, name: str, convert: str = "") -> np.ndarray:

@@ -51,13 +51,15 @@ def prepare_folder(
     JPEGs, upright. With `resize`, the short side gets that many pixels, by Pillow's
     bicubic filter, and every image is encoded anew. Images that cannot be read are left out. The
     order is shuffled by the hashes of the names. A folder's splits are kept; see `folder.divide`.
+    Whether an image changed since an earlier run is told by its size and time, as in `embed`.
 
     Returns:
       The directory of the dataset, and what its prepared.json says: images, bytes, mean, std, and
       bad, {name: why it cannot be read}.
 
     Raises:
-      UserError: no images; a bad or taken name; another `prepare` is writing the same dataset.
+      UserError: no images; a bad or taken name; the images of a finished dataset changed; no
+        directory can be made; another `prepare` is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"--name={name}: use small letters, digits and _, such as my_images")
@@ -73,24 +75,18 @@ def prepare_folder(
         "such images are not packed, but read in place. `mae-jax prepare folder"
         f" --source={source} --value_range=LOW,HIGH` prints their means and how to train",
     )
-    plan = {
-        "source": images[names[0]].root,
-        "files": len(listed),
-        "listing": hashlib.sha256(b"\0".join(map(os.fsencode, listed))).hexdigest(),
-        "resize": resize,
-        "quality": QUALITY,
-    }
+    plan = _plan(images[names[0]].root, listed, resize)
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"
     if final.exists():
-        summary = files.read_json(final / "prepared.json")
-        if summary.get("plan") != plan:
-            raise UserError(
-                f"--name={name}: {final} already exists, made from other images or options; choose"
-                " another name, or delete that directory"
-            )
-        return final, summary
-    work.mkdir(parents=True, exist_ok=True)
+        return final, _read_finished(final, name, plan)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--data_dir={root.parent}: {work} cannot be made ({error.strerror or error}); give a"
+            " directory in which files can be written"
+        ) from None
     with files.locked(work) as is_free:
         if not is_free:
             raise UserError(f"another `mae-jax prepare` is writing {work}")
@@ -107,6 +103,47 @@ def prepare_folder(
             file.unlink()
         work.rename(final)
     return final, summary
+
+
+def _plan(root: str, listed: list[str], resize: int | None) -> dict[str, Any]:
+    """Return what a dataset is made from, to be compared with that of an earlier run."""
+    versions = hashlib.sha256()
+    for name in listed:
+        path = os.path.join(root, name)
+        status = os.stat(path) if os.path.exists(path) else None  # a broken link has none
+        versions.update(f"{status and (status.st_size, status.st_mtime_ns)}\0".encode())
+    return {
+        "source": root,
+        "files": len(listed),
+        "listing": hashlib.sha256(b"\0".join(map(os.fsencode, listed))).hexdigest(),
+        "versions": versions.hexdigest(),
+        "resize": resize,
+        "quality": QUALITY,
+    }
+
+
+def _read_finished(final: Path, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what prepared.json of a finished dataset says.
+
+    Raises:
+      UserError: the dataset was made from something else, or its images changed since.
+    """
+    summary = files.read_json(final / "prepared.json")
+    made = summary.get("plan") or {}
+    if made.keys() ^ plan.keys() == {"versions"}:  # written before that was compared
+        print(
+            f"{final} does not say which versions of the images it holds: if one was changed since,"
+            " delete that directory and prepare it again."
+        )
+        made = made | {"versions": plan["versions"]}
+    if made != plan:
+        same = made | {"versions": plan["versions"]} == plan
+        reason = "before its images changed" if same else "from other images or options"
+        raise UserError(
+            f"--name={name}: {final} already exists, made {reason}; choose another name, or delete"
+            " that directory"
+        )
+    return summary
 
 
 def _remove_leftovers(work: Path, plan: dict[str, Any]) -> None:
@@ -209,12 +246,8 @@ def write_shard(shard: Shard) -> None:
 
 def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
     """Return the bytes to store for an image file, and the stored image; `image` is the file's."""
-    if resize is None:
-        with Image.open(io.BytesIO(data)) as original:
-            plain = original.format in ("JPEG", "PNG") and original.mode in ("RGB", "L")
-            upright = original.getexif().get(ORIENTATION, 1) == 1
-            if plain and upright and "transparency" not in original.info:
-                return data, image
+    if resize is None and _looks_alike_everywhere(data):
+        return data, image
     scale = resize / min(image.size) if resize else 1
     if max(image.size) * scale > JPEG_SIDE:
         raise BadImage(
@@ -226,6 +259,17 @@ def _encode(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes,
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue(), image
+
+
+def _looks_alike_everywhere(data: bytes) -> bool:
+    """Return whether every reader shows a file alike: RGB or grey JPEG or PNG, upright, opaque."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            plain = picture.format in ("JPEG", "PNG") and picture.mode in ("RGB", "L")
+            upright = picture.getexif().get(ORIENTATION, 1) == 1
+            return plain and upright and "transparency" not in picture.info
+    except Exception:  # .npy; metadata that are damaged, at which Pillow raises many kinds
+        return False
 
 
 def _counts(shards: list[Shard]) -> tuple[list[int], int]:

@@ -117,7 +117,10 @@ def _list_splits(path: str, root: str) -> dict[str, list[tuple[str, str]]]:
             f"segfolder:{path} has no folder SPLIT/{IMAGES}, such as train/{IMAGES} with the label"
             f" maps in train/{MAPS}"
         )
-    return {SPLITS.get(name.lower(), name): _pair(path, root, name) for name in names}
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for name in names:  # val/ and validation/ are one split, as in `folder.divide`
+        parts.setdefault(SPLITS.get(name.lower(), name), []).extend(_pair(path, root, name))
+    return parts
 
 
 def _pair(path: str, root: str, split: str) -> list[tuple[str, str]]:

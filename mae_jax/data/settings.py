@@ -18,10 +18,16 @@ Crop = Callable[[Picture, tuple[int, int], np.random.Generator], np.ndarray]
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def check(data: ConfigDict) -> None:
-    """Check the names and ranges of config.data before anything is opened."""
+def check(data: ConfigDict, channels: int = 3) -> None:
+    """Check the names and ranges of config.data, for such images, before anything is opened."""
     make_crop(data)
     augmentation = make_augment(data)
+    for_photographs = isinstance(augmentation, augment.RandAugment | jitter.ColourJitter)
+    if for_photographs and channels not in (1, 3):
+        raise UserError(
+            f"config.data.augment={data.augment!r} is for images of 1 or 3 channels, and"
+            f" config.model.channels={channels}: set augment to ''"
+        )
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or data[name][0] > data[name][1]:
             raise UserError(f"config.data.{name}={data[name]!r}: give two numbers (low, high)")
@@ -31,7 +37,7 @@ def check(data: ConfigDict) -> None:
             f"config.data.value_range={value_range!r}: give the values that become 0 and 1, such as"
             " (0, 10000), or () for 8-bit images"
         )
-    if value_range and isinstance(augmentation, augment.RandAugment | jitter.ColourJitter):
+    if value_range and for_photographs:
         raise UserError(
             f"config.data.augment={data.augment!r} is for 8-bit images, and"
             f" config.data.value_range={value_range!r} is given: set augment to ''"

@@ -134,7 +134,7 @@ class TfdsSource:
         except Exception as error:  # ArrayRecord's reader raises several kinds
             raise Unreadable(
                 f"example {index} of {self.split!r} in {self.folder} cannot be read: its shard may"
-                f" be damaged, copy or prepare it again ({error})"
+                f" be damaged: copy it again, or delete that folder and prepare it ({error})"
             ) from error
         name = example[self.name_feature] if self.name_feature else f"{self.split} #{index}"
         if isinstance(name, bytes):
@@ -173,7 +173,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> TfdsSource:
     if missing := [shard for shard in needed if shard not in stored]:
         raise UserError(
             f"{name!r}: {len(missing)} of {len(needed)} shards of {split!r} are missing from"
-            f" {builder.data_dir}, such as {missing[0]}: copy or prepare it again"
+            f" {builder.data_dir}, such as {missing[0]}: copy it again, or delete that folder and"
+            " prepare it"
         )
     label = features.get("label")
     return TfdsSource(

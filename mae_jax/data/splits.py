@@ -24,10 +24,18 @@ def parse(split: str, lengths: dict[str, int], source: str) -> Ranges:
     """Return the ranges of a split: 'train[:50%]+test' -> (('train', 0, 50), ('test', 0, 20)).
 
     Args:
-      split: names and slices of splits by tfds's own rules.
+      split: names and slices of splits by tfds's own rules, in images or percents.
       lengths: how many images each split of the source has.
       source: the name of the source, for error messages.
+
+    Raises:
+      UserError: it names no split, is empty, or counts in shards, which not every source has.
     """
+    if re.search(r"\[[^\]]*shard", split):
+        raise UserError(
+            f"split {split!r} of {source!r} counts in shards: count images or percents, such as"
+            " 'train[:5000]' or 'train[:90%]'"
+        )
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
         for name, length in lengths.items()

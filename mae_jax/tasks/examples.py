@@ -38,7 +38,7 @@ class TrainImages:
           UserError: it cannot be opened or has no labels, or a value of config.data cannot work.
         """
         data = config.data
-        settings.check(data)
+        settings.check(data, spec.channels)
         if config.batch_size % data.get("repeat", 1):
             raise UserError(
                 f"batch_size={config.batch_size} is not divisible by config.data.repeat="
