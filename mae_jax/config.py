@@ -8,7 +8,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, nearest, refuse
 
 # Keys of older recipes and workdirs. Whoever renames or removes a key adds it here.
 RENAMED_KEYS = {
@@ -60,6 +60,19 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def refuse_unread(config: Mapping[str, Any], *keys: str) -> None:
+    """Check that optional keys which a task does not read are left at their defaults.
+
+    Raises:
+      UserError: one is not.
+    """
+    for key in keys:
+        group, name = key.split(".")
+        value = config[group].get(name, OPTIONAL_KEYS[key])
+        if value != OPTIONAL_KEYS[key]:
+            refuse(key, value, f"task {config['task']!r} does not read it: leave it out")
 
 
 def steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:

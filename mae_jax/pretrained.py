@@ -72,10 +72,10 @@ class Model:
         """
         options, cls, groups = self.spec.encoder.block, self.spec.cls_tokens, self.spec.num_groups
         if options or cls > 1 or groups > 1:
-            tokens = f"{cls} class tokens" if cls > 1 else f"{groups} tokens for each patch"
+            several = f"{cls} class tokens" if cls > 1 else f"{groups} tokens for each patch"
             raise UserError(
                 "attention is drawn of plain blocks, with one class token and one token for each"
-                f" patch, only, and these have {options or tokens}"
+                f" patch, only, and these have {options or several}"
             )
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny import assert_trees_equal, batch_of, mesh_of, run, save_workdir, tiny_config, updates
 
 import mae_jax
@@ -268,6 +269,17 @@ def test_mask_tokens_in_the_encoder_are_refused():
     made.masking.tokens_in_encoder = True
     with pytest.raises(UserError, match="its own decoder; leave config.masking.tokens_in_encoder"):
         tasks.build(made)
+
+
+def test_several_class_tokens_are_refused_and_options_of_blocks_are_the_encoders_alone():
+    with pytest.raises(UserError, match="model.cls_tokens=4: the decoder of task crossmae reads"):
+        made = config()
+        made.model.cls_tokens = 4
+        tasks.build(made)
+    made = config()
+    made.model.block = ConfigDict(dict(qk_norm=True))
+    spec = tasks.build(made).spec
+    assert spec.encoder.block.qk_norm and spec.decoder.block is None
 
 
 def test_the_recipe_scales_its_rate_with_the_share():

@@ -122,6 +122,32 @@ def test_the_decoder_of_convolutions_is_split_by_a_mesh_and_knows_its_roles():
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
 
 
+def test_the_decoder_of_convolutions_puts_patches_in_their_places_behind_all_class_tokens():
+    keys = {"model.patch_size": (8, 8), "model.cls_tokens": 3, "model.decoder_depth": 1}
+    task = tasks.build(config_of("decoder", **DIGITS, **keys))
+    decoder, count = task.network.make_decoder(task.spec), task.spec.num_patches
+    latent = np.random.default_rng(0).normal(size=(1, 3 + 4, task.spec.encoder.width))
+    latent, order = latent.astype(np.float32), np.arange(count)[None]
+    variables = jax.jit(decoder.init)(jax.random.key(0), latent, order)
+    # Its convolutions reach neighbours only: of 4 x 4 places the last has none in the first row.
+    apply = jax.jit(decoder.apply)
+    pred_BLT = apply(variables, latent, order)
+    for token, reaches in ((0, False), (2, False), (3, True), (6, False)):
+        changed = latent.copy()
+        changed[:, token] += 1
+        moved = np.abs(apply(variables, changed, order) - pred_BLT)[0].max(-1)
+        assert (moved[0] > 1e-4) == reaches, token
+        assert (moved[-1] > 1e-4) == 0, token
+
+
+def test_a_decoder_that_wants_an_order_is_refused_where_there_is_none():
+    config = config_of("decoder", **DIGITS, **{"model.patch_size": (8, 8)})
+    with config.unlocked():
+        config.masking.tokens_in_encoder = True
+    with pytest.raises(UserError, match="leave that out, or let restore_BL=None be the default"):
+        tasks.build(config)
+
+
 def test_of_a_run_with_another_decoder_the_encoder_is_read(tmp_path):
     config = config_of("decoder", **DIGITS, **{"model.patch_size": (8, 8)})
     params, _ = jax.jit(tasks.build(config).init)(jax.random.key(0))

@@ -267,6 +267,9 @@ def test_a_run_that_is_over_is_not_resumed_in_another_workdir(tmp_path, config):
     with pytest.raises(ValueError, match="is 5 steps: nothing is left to do; give a longer one"):
         run(config, tmp_path / "b", ONE)
     assert not (tmp_path / "b/config.json").exists()
+    config.train_for = "6 steps"
+    run(config, tmp_path / "b", ONE)
+    assert int(run(config, tmp_path / "b", ONE).step) == 6  # the same command once more
 
 
 def test_intervals_in_epochs_and_in_steps_are_compared_in_steps(tmp_path, config):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import (
+    assert_trees_equal,
     batch_of,
     compiled,
     mesh_of,
@@ -31,6 +32,7 @@ from mae_jax.evals.probe import Evaluator
 from mae_jax.metrics import summary, writer
 from mae_jax.models import probe
 from mae_jax.models.posemb import sincos_2d
+from mae_jax.tasks import pretrain
 
 
 def features(rows=24, width=8, seed=0):
@@ -501,6 +503,35 @@ def test_an_online_probe_learns_and_leaves_the_gradients_of_the_model_alone():
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(head))
     logits = jax.jit(task.predict()["logits"])(params, extra, batch)
     assert logits.shape == (config.batch_size, 10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_online_probe_does_not_shorten_the_gradient_of_a_model_that_is_clipped(name):
+    ends = []
+    for online in (False, True):
+        config = tiny_config(online_probe=online)
+        config.optim.update(name=name, clip_norm=0.1)
+        ends.append(all_updates(config, mesh_of(1, 1, 1), 2)[0][-1].params)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(ends[1].pop("online")))
+    assert_trees_equal(*ends, rtol=1e-5, atol=1e-7)
+
+
+class OfMore(pretrain.Task):
+    """A fork's task whose loss has a term of its own, and a metric."""
+
+    def loss(self, params, extra, batch, rng, train):
+        error, (extra, metrics) = super().loss(params, extra, batch, rng, train)
+        return error + 1000, (extra, metrics | {"mine": 7.0})
+
+
+def test_an_online_probe_keeps_the_loss_and_the_metrics_of_a_fork():
+    config = tiny_config(task="test_probe.OfMore", online_probe=True)
+    task = tasks.build(config)
+    params, extra = jax.jit(task.init)(jax.random.key(0))
+    batch = task.prepare(batch_of(config), lambda name: jax.random.key(3))
+    loss, (_, metrics) = jax.jit(lambda p: task.loss(p, extra, batch, None, True))(params)
+    assert metrics["mine"] == 7 and metrics["loss"] > 1000
+    assert float(loss) == pytest.approx(float(metrics["loss"] + metrics["online_loss"]), rel=1e-5)
 
 
 def test_an_online_probe_is_measured_beside_the_reconstruction_under_another_name(tmp_path):

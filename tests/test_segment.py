@@ -328,11 +328,29 @@ def test_it_starts_from_a_pre_trained_encoder_of_another_image_size(root, tmp_pa
         ({"data.value_range": (0, 10)}, "data.distort=True"),
         ({"optim.blr": 0.0}, "optim.blr=0.0"),
         ({"data.source": "bundled:digits"}, "has no label maps"),
+        ({"optim.schedule": "wsd"}, "optim.schedule='wsd': task 'segment' does not read it"),
+        ({"data.repeat": 4}, "data.repeat=4: task 'segment' does not read it"),
+        ({"data.augment": "jitter-b0.4"}, "data.augment='jitter-b0.4': task 'segment' does not"),
+        ({"optim.name": "adam"}, "optim.name='adam'; nearest: adamw"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_key(root, changes, message):
     with pytest.raises(UserError, match=message):
-        tasks.build(config_of(root, **changes))
+        tasks.build(config_of(root, **changes)).optimizer(10, 10)
+
+
+@pytest.mark.parametrize("changes", [{"clip_norm": 1e-6}, {"name": "muon"}], ids=str)
+def test_the_optimizer_of_fine_tuning_is_the_one_that_is_asked_for(root, changes):
+    moved = []
+    for change in ({}, changes):
+        config = config_of(root, "finetune=true", **{"optim.warmup": "0 steps"})
+        config.optim.update(change, blr=0.1)
+        task = task_on(config, mesh_of(1, 1, 1))
+        tx, _ = task.optimizer(10, 2)
+        state = jax.jit(partial(train.init_state, task, tx, 0))()
+        new, _ = jax.jit(partial(train.update, task=task, tx=tx, seed=0))(state, batch_of())
+        moved.append(np.asarray(new.params["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["kernel"]))
+    assert np.abs(moved[0] - moved[1]).max() > 1e-4
 
 
 def test_images_that_are_trained_on_are_not_measured_unless_it_is_meant(root):

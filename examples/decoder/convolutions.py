@@ -24,11 +24,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent_BND, restore_BL):
-        """Return a prediction for every patch, (B, L, T), from the cls token and kept patches."""
+        """Return a prediction for every patch, (B, L, T), from class tokens and kept patches."""
         vit, dtype, (rows, cols) = self.spec.decoder, self.compute.dtype, self.spec.grid
         x_BNE = nn.Dense(vit.width, dtype=dtype, name="embed")(latent_BND)
         token_11E = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, vit.width))
-        x_BLE = unshuffle(x_BNE, token_11E, restore_BL)[:, 1:]
+        n_cls = self.spec.cls_tokens
+        x_BLE = unshuffle(x_BNE, token_11E, restore_BL, n_cls)[:, n_cls:]
         x_BHWE = x_BLE.reshape(-1, rows, cols, vit.width).astype(jnp.float32)
         for i in range(vit.depth):
             conv = nn.Conv(

@@ -139,7 +139,8 @@ def _run(
         saver, shapes, init, task.load, resume=config.resume, init_from=config.init_from
     )
     start = int(state.step)
-    if start > schedule.total or (start == schedule.total > 0 and config.resume):
+    is_new = saver.latest_step() is None
+    if start > schedule.total or (start == schedule.total > 0 and config.resume and is_new):
         raise UserError(
             f"{started}, and config.train_for={config.train_for!r} is {schedule.total} steps:"
             " nothing is left to do; give a longer one"

@@ -5,7 +5,7 @@ models/crossmae.py. Shape suffixes as there.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,6 +44,10 @@ class Task(pretrain.Task):
         if spec.tokens_in_encoder or model.get("decoder", "mae") != "mae":
             key = "masking.tokens_in_encoder" if spec.tokens_in_encoder else "model.decoder"
             refuse("task", "crossmae", f"it has its own decoder; leave config.{key} out")
+        if spec.cls_tokens > 1:
+            refuse("model.cls_tokens", spec.cls_tokens, "the decoder of task crossmae reads one")
+        if spec.decoder:  # of blocks of its own, which have no options
+            spec = replace(spec, decoder=replace(spec.decoder, block=None))
         share = model.get("decoder_share", OPTIONAL_KEYS["model.decoder_share"])
         hidden = spec.num_patches - plain.num_kept
         num_predicted = round(share * spec.num_patches)

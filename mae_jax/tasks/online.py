@@ -50,13 +50,16 @@ class OnlineProbe(train.Task):
     def loss(
         self, params: dict, extra: dict, batch: dict, rng: train.Rng, train: bool
     ) -> tuple[Array, tuple[dict, dict]]:
-        outputs = self.task.reconstruct(params, extra, batch)
-        error = self.task.objective(outputs)
+        outputs, metrics = self.task.reconstruct(params, extra, batch), dict[str, Any]()
+        if type(self.task).loss is pretrain.Task.loss:
+            error = self.task.objective(outputs)
+        else:  # of a fork, which computes the outputs once more
+            error, (extra, metrics) = self.task.loss(params, extra, batch, rng, train)
         latent_BND = merge_cls(outputs["latent_BND"], self.task.spec.cls_tokens)
         cls_BD = jax.lax.stop_gradient(probe.pool(latent_BND)["cls"])
         logits_BY: Any = self.head.apply({"params": params["online"]}, cls_BD)
         own = optax.softmax_cross_entropy_with_integer_labels(logits_BY, batch["label"]).mean()
-        return error + own, (extra, {"loss": error, "online_loss": own})
+        return error + own, (extra, {"loss": error} | metrics | {"online_loss": own})
 
     def logits(self, params: dict, extra: dict, batch: dict) -> Array:
         """Return the probe's logits (B, Y) of whole images."""
@@ -70,7 +73,14 @@ class OnlineProbe(train.Task):
     def optimizer(
         self, total_steps: int, steps_per_epoch: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        return self.task.optimizer(total_steps, steps_per_epoch)
+        tx, schedule = self.task.optimizer(total_steps, steps_per_epoch)
+        if self.task.optim.get("clip_norm"):  # the probe's gradient must not shorten the model's
+
+            def label(params: dict) -> dict:
+                return {name: "probe" if name == "online" else "model" for name in params}
+
+            tx = optax.partition({"model": tx, "probe": tx}, label)
+        return tx, schedule
 
     def after_update(self, state: train.TrainState) -> train.TrainState:
         return self.task.after_update(state)

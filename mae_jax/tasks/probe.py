@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, optimizers, train
+from mae_jax.config import refuse_unread
 from mae_jax.errors import nearest, refuse
 from mae_jax.models import probe
 from mae_jax.models.patchify import normalize, to_patches
@@ -196,6 +197,7 @@ def check(config: ConfigDict) -> None:
     """
     p, o, m = config.probe, config.optim, config.model
     check_features(config)
+    refuse_unread(config, "optim.clip_norm")
     for key, value, choices in (
         ("probe.head", p.head, HEADS),
         ("probe.pool", p.pool, POOLS),

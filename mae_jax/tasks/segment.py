@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, layer_decay, optim, optimizers, train
-from mae_jax.config import steps
+from mae_jax.config import refuse_unread, steps
 from mae_jax.data import bad_images, bands, segmentation, settings
 from mae_jax.data.segfolder import PairSource
 from mae_jax.errors import refuse
@@ -231,7 +231,7 @@ class Task(train.Task):
             o.min_lr,
         )
         scales = None if self.config.frozen else self.scales
-        return common.adamw(o, schedule, decayed=("matrix",), scales=scales), schedule
+        return common.optimizer(o, schedule, decayed=("matrix",), scales=scales), schedule
 
     def scales(self, params: Any) -> Any:
         """Return learning-rate multipliers by layer."""
@@ -262,6 +262,7 @@ def check(config: ConfigDict) -> None:
     data = config.data
     settings.require_resizer(data.resizer)
     check_features(config)
+    refuse_unread(config, "optim.schedule", "data.augment", "data.repeat")
     if config.features == "pixels" and not config.frozen:
         refuse("frozen", False, "pixels have no encoder that could be trained: give True")
     if len(data.scales) != 2 or data.scales[0] > data.scales[1]:

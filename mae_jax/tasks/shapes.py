@@ -64,13 +64,21 @@ def check_predictions(network: mae.MAE) -> None:
     Raises:
       UserError: it takes other arguments, or its predictions have another shape.
     """
-    spec, decoder = network.spec, network.make_decoder
+    spec = network.spec
+    decoder: Any = network.make_decoder
     if decoder is mae.Decoder:
         return
     name = f"{decoder.__module__}.{decoder.__name__}"
     num_kept = masking.num_kept(spec.num_patches, spec.mask_ratio)
     mask = masking.keep_lowest(jnp.zeros((2, spec.num_patches)), num_kept)
     patches_BLP = jnp.zeros((2, spec.num_patches, spec.patch_dim))
+    arguments = inspect.signature(decoder.__call__).parameters.values()
+    order = [*arguments][2:3]  # after self and the latent
+    if spec.tokens_in_encoder and order and order[0].default is inspect.Parameter.empty:
+        raise UserError(
+            f"decoder {name!r} puts patches in order; masking.tokens_in_encoder=True leaves them"
+            f" there: leave that out, or let {order[0].name}=None be the default"
+        )
 
     def predict(patches_BLP: Array) -> Array:
         return network.init_with_output(jax.random.key(0), patches_BLP, mask)[0]
