@@ -1,8 +1,10 @@
 """Prepare: turn a folder, ImageNet's archives or a tfds dataset into ArrayRecord, once."""
 
+import math
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 from absl import flags
 
@@ -73,7 +75,8 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
         )
     if values.value_range:
         low, *high = values.value_range
-        if len(high) != 1 or low >= high[0] or not values.source or values.name or values.resize:
+        finite = len(high) == 1 and math.isfinite(high[0] - low)
+        if not finite or low >= high[0] or not values.source or values.name or values.resize:
             raise UserError(
                 "--value_range=LOW,HIGH goes with --source=PATH and nothing but --workers: such"
                 " images are measured and not packed"
@@ -87,11 +90,11 @@ def main(argv: list[str]) -> int:
     what, values = parse(argv)
     if what in ARCHIVES:
         return _unpack(what, values)
-    data_dir = f" --config.data.data_dir={values.data_dir}" if values.data_dir else ""
+    data_dir = f" --config.data.data_dir={quote(values.data_dir)}" if values.data_dir else ""
     try:
         recipe = _prepare_folder(values) if what == "folder" else _prepare_tfds(what, values)
     except KeyboardInterrupt:
-        if what != "folder":
+        if what != "folder" or values.value_range:  # nothing was kept
             raise
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         return 130
@@ -110,7 +113,8 @@ def _unpack(what: str, values: flags.FlagValues) -> int:
     }[what]
     counts = unpack(path, out, cli.progress)
     print(f"{out}: " + ", ".join(f"{split} {count:,} pairs" for split, count in counts.items()))
-    print(f"Next: mae-jax train --config=segment:init=WORKDIR,source=segfolder:{out}{meaning}")
+    recipe = quote(f"segment:init=WORKDIR,source=segfolder:{out}{meaning}")
+    print(f"Next: mae-jax train --config={recipe}")
     return 0
 
 
@@ -139,11 +143,22 @@ def _prepare_folder(values: flags.FlagValues) -> str:
         print(f"(all of them are listed in {folder / 'prepared.json'})")
     statistics = f"--config.data.mean='{mean}' --config.data.std='{std}'"
     splits = tfds.builder(values.name, data_dir=values.data_dir or None).info.splits
-    if "validation" in splits or "test" in splits:
-        print("splits: " + ", ".join(f"{s.name} {s.num_examples:,}" for s in splits.values()))
-        held_out = "validation" if "validation" in splits else "test"
-        statistics += f" --config.data.split=train --config.evals.reconstruct.split={held_out}"
-    return f"configs/folder.py {statistics} --config.data.source={values.name}"
+    counts = {name: split.num_examples for name, split in splits.items()}
+    if len(counts) > 1:
+        print("splits: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    return f"configs/folder.py {statistics} --config.data.source={values.name}{_splits(counts)}"
+
+
+def _splits(counts: dict[str, int]) -> str:
+    """Return flags for what is trained on and what is measured; '' = those of the recipe."""
+    filled = [name for name, count in counts.items() if count]
+    if filled == ["train"]:
+        return ""
+    trained = "train" if "train" in filled else filled[0]
+    held_out = next((x for x in ("validation", "test") if x in filled and x != trained), "")
+    if not held_out:
+        trained, held_out = f"'{trained}[:95%]'", f"'{trained}[95%:]'"
+    return f" --config.data.split={trained} --config.evals.reconstruct.split={held_out}"
 
 
 def _measure_folder(values: flags.FlagValues) -> str:
@@ -158,14 +173,19 @@ def _measure_folder(values: flags.FlagValues) -> str:
     print("band  smallest   largest      mean       std   (mean and std of scaled values)")
     rows = zip(*(summary[key] for key in ("low", "high", "mean", "std")), strict=True)
     for band, (low, high, mean, std) in enumerate(rows, 1):
-        print(f"{band:4}{low:10.6g}{high:10.6g}{mean:10.4f}{std:10.4f}")
+        print(f"{band:4}{low:10.6g}{high:10.6g}{mean:10.4g}{std:10.4g}")
     if bad := list(summary["bad"].items()):
         print(f"{len(bad):,} cannot be read: {cli.first_ten(bad)}")
-    numbers = {key: tuple(round(x, 4) for x in summary[key]) for key in ("mean", "std")}
+    numbers = {key: tuple(float(f"{x:.4g}") for x in summary[key]) for key in ("mean", "std")}
+    ends = zip(summary["low"], summary["high"], strict=True)
+    constant = [low == high for low, high in ends]
+    numbers["std"] = tuple(
+        1.0 if flat else x for flat, x in zip(constant, numbers["std"], strict=True)
+    )
     numbers["value_range"] = tuple(int(x) if x == int(x) else x for x in value_range)
     settings = " ".join(f"--config.data.{key}='{value}'" for key, value in numbers.items())
     return (
-        f"configs/folder.py --config.data.source=folder:{path}"
+        f"configs/folder.py --config.data.source={quote(f'folder:{path}')}"
         f" --config.model.channels={summary['channels']} {settings}"
     )
 
