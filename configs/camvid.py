@@ -16,7 +16,7 @@ Arguments:
               tuned (the encoder too)
     init      workdir of the pre-training, of these images or others; '' = from scratch, or an
               encoder without training
-    features  frozen: pixels = the pixels of a patch themselves
+    features  frozen, linear: pixels = the pixels of a patch themselves
     epochs    0 = pretrain 40, linear 8, tuned 12
     seed
 """
@@ -80,6 +80,6 @@ def heads(args):
 
 
 def features(args):
-    if args["features"] == "pixels" or args["init"]:
-        return args["features"]
-    return "random"
+    known = {name: name for name in ("pretrained", "random", "pixels")}
+    chosen = choose(args, "features", known)
+    return chosen if chosen == "pixels" or args["init"] else "random"

@@ -78,7 +78,7 @@ def finetune(args):
     steps *= 2 if scratch else 1
     config.train_for = f"{steps} steps"
     # Each seed sees other labelled images, unless it sees all of them.
-    first = args["seed"] * images if images < 1437 else 0
+    first = args["seed"] % (1437 // images) * images
     config.data.split = f"train[{first}:{first + images}]"
     config.data.augment = ""
     config.model.drop_path = 0.0

@@ -43,6 +43,8 @@ def get_config(arg=None):
     )  # fmt: skip
     linear, small = args["head"] == "linear", args["small"]
     batch_size = args["batch_size"] or (64 if small else 16384)
+    if not -1 <= args["select"] < 100:
+        raise ValueError(f"config argument select={args['select']}: give a percentage below 100")
     select = args["select"] if args["select"] >= 0 else (20 if small else 1)
 
     config = recipe(f"batch_size={batch_size}")

@@ -10,14 +10,17 @@ Hardware and time: a few minutes on 2 CPU cores; nothing is downloaded but the p
 Expected: pictures of the images that it fills in. The target is plain pixels, which give better
 pictures; normalised pixels, as in configs/pretrain.py, give better features.
 
-Arguments: as in configs/pretrain.py.
+Arguments:
+    batch_size  images of one update
+    image_size  height and width in pixels
 """
 
+from mae_jax.configs.common import parse_arg, to_arg
 from mae_jax.configs.pretrain import get_config as recipe
 
 
 def get_config(arg=None):
-    config = recipe(f"batch_size=64,image_size=96{',' if arg else ''}{arg or ''}")
+    config = recipe(to_arg(parse_arg(arg, batch_size=64, image_size=96)))
     config.train_for = "200 steps"
     config.target.name = "pixels"
     config.model.update(

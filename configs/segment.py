@@ -14,7 +14,7 @@ Expected: mIoU on ADE20K in percent, frozen, one layer, as others report; we hav
     H/14     33.3            35.1 (38.4 at block 20)
 
 Arguments:
-    init        workdir of a pre-training run
+    init        workdir of a pre-training run; patches of 14 want an image_size such as 518
     variant     '' = as in that run's config, or B/16
     source      pairs of images and label maps
     test        the split to measure on

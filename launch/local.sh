@@ -8,7 +8,7 @@
 set -uo pipefail
 
 case ${1:-} in
-  '' | *[!0-9]* | 0)
+  '' | *[!0-9]* | 0*)
     echo "launch/local.sh: the first argument is the number of hosts, not '${1:-}'" >&2
     exit 2
     ;;

@@ -24,6 +24,6 @@ name=${1:-}
 [[ $name != cifar10 && $name != camvid ]] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
 workdir=${WORKDIR:-$root/workdir/study-$name}
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
-data=${2:+$(cd -- "$2" && pwd)}
+data=${2:+$(CDPATH='' cd -- "$2" && pwd)}
 cd "$root"
 exec "$python" "launch/study_$name.py" "$workdir" ${data:+"$data"}

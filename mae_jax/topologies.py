@@ -59,6 +59,11 @@ class Topology(NamedTuple):
         return self.kind in SHAPES
 
     @property
+    def devices(self) -> int:
+        """How many devices JAX sees: a v3 chip is two of them."""
+        return self.chips * self.slices * (2 if self.kind == "v3" else 1)
+
+    @property
     def platform(self) -> str:
         """JAX's name of the backend: tpu, gpu or cpu."""
         return "tpu" if self.is_tpu else "cpu" if self.kind == "cpu" else "gpu"

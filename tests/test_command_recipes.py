@@ -112,6 +112,13 @@ def test_a_recipe_that_sets_an_old_key_or_misses_a_module_is_refused(tmp_path, c
         parse(f"--config={fork(tmp_path, change)}")
 
 
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the file before this one
+    (tmp_path / "mine.py").write_text("config = 1\n")
+    with pytest.raises(ValueError, match=r"mine.py: the file has no function get_config\(arg\)"):
+        parse(f"--config={tmp_path / 'mine.py'}")
+
+
 def test_a_file_comes_before_the_installed_recipe_and_a_name_is_always_installed(
     tmp_path, monkeypatch
 ):

@@ -15,11 +15,11 @@ from mae_jax import distributed
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 
-def refused(script: str, cwd: Path, status: int, **environment: object) -> str:
+def refused(script: str, cwd: Path, status: int, *arguments: str, **environment: object) -> str:
     """Run a script, which must end with this status, and return its error stream."""
     env = os.environ | {name: str(value) for name, value in environment.items()}
     run = subprocess.run(
-        ["bash", LAUNCH / script], cwd=cwd, env=env, capture_output=True, text=True
+        ["bash", LAUNCH / script, *arguments], cwd=cwd, env=env, capture_output=True, text=True
     )
     assert run.returncode == status, run.stderr
     return run.stderr
@@ -64,6 +64,12 @@ def test_folder_of_somebody_else_is_never_emptied(tmp_path):
 )
 def test_what_is_to_be_corrected_ends_with_status_2(tmp_path, script, environment, words):
     assert words in refused(script, tmp_path, 2, VENV=sys.prefix, **environment)
+
+
+@pytest.mark.parametrize("count", ["08", "00", "0", "two"])
+def test_a_number_of_hosts_that_is_none_is_refused(tmp_path, count):
+    error = refused("local.sh", tmp_path, 2, count, "--config=x", VENV=sys.prefix)
+    assert f"is the number of hosts, not '{count}'" in error
 
 
 def test_host_whose_whole_process_group_is_told_to_end_is_heard_to_its_last_word(tmp_path):

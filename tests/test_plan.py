@@ -530,3 +530,18 @@ def test_a_dataset_that_is_not_there_needs_its_number_of_examples(tmp_path):
     config.data.update(missing, source="imagenet2012")
     assert recipes.without_data(config, None, 21841) == 1281167
     assert config.data.source == "counted:1281167:21841"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--topology=h100:8", "--search_batch"), "--search_batch on h100:8: .* TPUs only"),
+        (("--topology=cpu:2", "--search_batch"), "--search_batch on cpu:2"),
+        (("--topology=cpu:2", "--json=."), "--json=. is a folder: name a file"),
+        (("--topology=cpu:2", "--num_examples=0"), "num_examples"),
+        (("--topology=cpu:2", "--config=folder"), "--config is given twice"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(flags, words):
+    with pytest.raises(UserError, match=words):
+        command.main(["--config=pretrain", *flags])

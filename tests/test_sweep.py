@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tiny import batch_of, compiled, mesh_of
 
-from mae_jax import sharding, tasks
+from mae_jax import sharding, tasks, topologies
 from mae_jax.commands import recipes, sweep
 from mae_jax.config import steps
 from mae_jax.configs.cifar10 import get_config as cifar10
 from mae_jax.errors import UserError
 from mae_jax.metrics import table
+from mae_jax.models.spec import ModelSpec
 
 ABLATIONS = recipes.names("ablations")
 DIGITS = "--config=configs/ablations/masks.py:base=digits"
@@ -154,3 +155,34 @@ def test_a_row_takes_its_share_of_the_rate_that_is_given_and_no_flag_is_overrule
     with pytest.raises(UserError, match=r"--config.optim.blr: row 'lion' sets it.*blr=RATE"):
         sweep.main([recipe, "--config.optim.blr=3e-3", f"--workdir={tmp_path}/x"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("optimizers", "--config.optim.clip_norm=0.5"), "optim.clip_norm: row 'clipped' sets it"),
+        (("optimizers", "--config.optim.name=muon"), "optim.name: row 'muon' sets it"),
+        (("masks:base=digits,data=x",), "data='x' is for base=cifar10 only"),
+        (("masks:base=digits", "--mfu=0"), "--mfu=0.0 is a fraction"),
+        (("masks:base=digits", "--mfu=-3"), "--mfu=-3.0 is a fraction"),
+        (("masks:base=digits", "--profile=1:2"), "--profile is for one run"),
+    ],
+)
+def test_what_a_sweep_would_ignore_or_cannot_count_is_refused(arguments, words):
+    recipe, *flags = arguments
+    with pytest.raises(UserError, match=words):
+        sweep.main([f"--config=ablations/{recipe}", *flags, "--dry_run"])
+
+
+@pytest.mark.parametrize("base", ["imagenet", "cifar10", "cifar10,small=false", "digits"])
+def test_every_row_of_the_decoder_has_heads_that_divide_its_width(base):
+    config = importlib.import_module("mae_jax.configs.ablations.decoder").get_config(f"base={base}")
+    for runs in sweep.expand(config).values():
+        for run in runs.values():
+            ModelSpec.from_config(run.to_dict())
+
+
+def test_a_chip_of_v3_is_two_devices():
+    counts = {name: topologies.parse(name).devices for name in ("v3:8x8", "v5e:4x4", "h100:8")}
+    assert counts == {"v3:8x8": 128, "v5e:4x4": 16, "h100:8": 8}
+    assert topologies.parse("v3:2x2", 2).devices == 16

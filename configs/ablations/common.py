@@ -3,7 +3,7 @@
 Arguments of every file here:
     base    imagenet: L/16 for 800 epochs on plain pixels, as in the paper's Table 1; or cifar10,
             configs/cifar10.py; or digits, configs/digits.py, in minutes on a CPU
-    data    folder of CIFAR-10's images
+    data    cifar10: folder of its images
     small   cifar10: the model for CPUs
     epochs  0 = those of the base; digits: hundreds of steps
     seeds   runs of each row
@@ -29,6 +29,8 @@ def sweep(arg, rows, paper=()):
     args = parse_arg(arg, base="imagenet", data="", small=True, epochs=0, seeds=1, blr=0.0)
     bases = {"imagenet": imagenet, "cifar10": cifar10, "digits": digits}
     config, splits = choose(args, "base", bases)(args)
+    if args["data"] and args["base"] != "cifar10":
+        raise ValueError(f"config argument data={args['data']!r} is for base=cifar10 only")
     config.optim.blr = args["blr"] or config.optim.blr
     measure = dict(every="", source="", feature="cls", layers="all", batch_size=500, **splits)
     config.evals.knn = dict(measure, type="knn", ks=(20,), temperature=0.07)

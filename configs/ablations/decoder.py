@@ -15,8 +15,14 @@ WIDTHS = {
 
 
 def get_config(arg=None):
-    rows = {f"depth_{n}": dict(model=dict(decoder_depth=n)) for n in DEPTHS}
-    rows |= {f"width_{n}": dict(model=dict(decoder_width=n)) for n in WIDTHS}
     paper = {f"depth_{n}": x for n, x in DEPTHS.items()}
     paper |= {f"width_{n}": x for n, x in WIDTHS.items()}
     return sweep(arg, rows, paper)
+
+
+def rows(config):
+    widths = [n for n in WIDTHS if n % config.model.decoder_heads == 0]
+    return {
+        **{f"depth_{n}": dict(model=dict(decoder_depth=n)) for n in DEPTHS},
+        **{f"width_{n}": dict(model=dict(decoder_width=n)) for n in widths},
+    }

@@ -94,6 +94,12 @@ def weight_options(values: flags.FlagValues) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def check_mfu(mfu: float) -> None:
+    """Raise UserError if --mfu is no fraction."""
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
+
+
 def define_image_flags(values: flags.FlagValues) -> None:
     """Define the flags that say which images of a data source are read."""
     text = "split of a data source, or slices such as train[:90%]"

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_jax.commands import recipes
+from mae_jax.commands import cli, recipes
 from mae_jax.errors import UserError
 
 # Images/s that one core reads: JPEGs of 103 kB to 224 px, Pillow (benchmarks/RESULTS.md, input).
@@ -28,8 +28,9 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     integer("num_slices", 1, "TPU slices, joined by the data-center network")
-    integer("num_examples", None, "examples of a dataset that is not here (but ImageNet-1k's)")
-    integer("num_classes", None, "classes of a dataset that is not here (but ImageNet-1k's)")
+    for what in ("examples", "classes"):
+        text = f"{what} of a dataset that is not here (but ImageNet-1k's)"
+        integer(f"num_{what}", None, text, lower_bound=1)
     flags.DEFINE_bool(
         "search_batch", False, "find the largest batch per chip that fits", flag_values=values
     )
@@ -43,8 +44,9 @@ def check(values: flags.FlagValues) -> None:
     """Raise UserError if a flag has a value that cannot work."""
     if not values.topology:
         raise UserError("--topology=NAME is missing, such as --topology=v5e:16x16 or cpu:8")
-    if not 0 < values.mfu <= 1:
-        raise UserError(f"--mfu={values.mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
+    cli.check_mfu(values.mfu)
+    if values.json and Path(values.json).is_dir():
+        raise UserError(f"--json={values.json} is a folder: name a file")
     if values.json and not Path(values.json).absolute().parent.is_dir():
         raise UserError(f"--json={values.json}: there is no such folder")
 
@@ -108,10 +110,10 @@ def largest_batch(
         with trial.unlocked():
             trial.batch_size = share * ways
             trial.mesh = ConfigDict(mesh)
-        return plan_for(trial)["fits"] is not False
+        return bool(plan_for(trial)["fits"])
 
     share = config.batch_size // ways
-    low, high = (share, None) if start["fits"] is not False else (0, share)
+    low, high = (share, None) if start["fits"] else (0, share)
     while high is None or high - low > max(low // 4, 1):
         trial = 2 * low if high is None else max((low + high) // 2, 1)
         if trial > most:
@@ -256,6 +258,12 @@ def main(argv: list[str]) -> int:
     from mae_jax import files, plan, topologies
 
     asked = [topologies.parse(name, values.num_slices) for name in values.topology]
+    for topology in asked:
+        if values.search_batch and not topology.is_tpu:
+            raise UserError(
+                f"--search_batch on {topology.name}: the memory of a batch is known for TPUs only,"
+                " such as v5e:2x2"
+            )
     topologies.simulate(asked)
     mesh_given = any(arg.lstrip("-").startswith("config.mesh") for arg in argv)
     mesh_given |= dict(config.mesh) != {"data": -1, "fsdp": 0, "tensor": 1}

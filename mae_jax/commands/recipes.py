@@ -72,6 +72,8 @@ def parse(
         text = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "give true or false", text)
         raise UserError(re.sub(r"^(ValueError|mae_jax.errors.UserError): ", "", text)) from None
     except (AttributeError, KeyError) as error:
+        if "has no attribute 'get_config'" in str(error):
+            raise UserError(f"--config={file}: the file has no function get_config(arg)") from None
         key = " ".join(str(error.args[0]).split())
         raise UserError(f"{given}: no such key in the config: {key}") from None
     except ModuleNotFoundError as error:
@@ -135,6 +137,8 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
     Also let the file import modules of the current folder, and of the folder above its own, as in
     `from configs.pretrain import get_config`.
     """
+    if sum(arg.partition("=")[0] == "--config" for arg in argv) > 1:
+        raise UserError("--config is given twice: give one recipe")
     for i, arg in enumerate(argv):
         flag, equals, value = arg.partition("=")
         if flag == "--config":

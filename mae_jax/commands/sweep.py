@@ -1,15 +1,16 @@
 """Sweep: make the runs of an ablation in turn, and one table of what they measured."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mae_jax import files
-from mae_jax.commands import recipes, running
+from mae_jax.commands import cli, recipes, running
 from mae_jax.config import OPTIONAL_KEYS, leaves
 from mae_jax.errors import UserError, nearest
 
@@ -28,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
     text = "fraction of the chips' peak that --dry_run assumes"
     flags.DEFINE_float("mfu", 0.4, text, flag_values=values)
     text = "examples of the dataset, for --dry_run, if it is not here"
-    flags.DEFINE_integer("num_examples", None, text, flag_values=values)
+    flags.DEFINE_integer("num_examples", None, text, lower_bound=1, flag_values=values)
 
 
 def expand(config: ConfigDict) -> dict[str, dict[str, ConfigDict]]:
@@ -40,7 +41,7 @@ def expand(config: ConfigDict) -> dict[str, dict[str, ConfigDict]]:
     if "sweep" not in config:
         raise UserError(
             "this recipe has no config.sweep: give one of"
-            f" {', '.join(f'configs/{name}.py' for name in recipes.names('ablations'))}"
+            f" {', '.join(f'configs/{x}.py' for x in ('encoders', *recipes.names('ablations')))}"
         )
     known = {key for key, _ in leaves(config)} | set(OPTIONAL_KEYS)
     expanded: dict[str, dict[str, ConfigDict]] = {}
@@ -103,10 +104,10 @@ def cost(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
     per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    gflops = plan.count_gflops(task, config, topology.chips)
+    gflops = plan.count_gflops(task, config, topology.devices)
     result = dict(
         device_kind=topology.device_kind or "",
-        devices=topology.chips,
+        devices=topology.devices,
         batch_size=config.batch_size,
         gflops=gflops,
         steps=total,
@@ -162,9 +163,12 @@ def main(argv: list[str]) -> int:
     argv = [arg.replace("--dry-run", "--dry_run") for arg in argv]  # as other tools spell it
     config, values, recipe = recipes.parse(argv, define, "sweep")
     rows = expand(config)
-    require_no_row_sets(config, config_flags.get_override_values(values["config"]))
+    require_no_row_sets(config, re.findall(r"--config\.([\w.]+)", " ".join(argv)))
     runs = chosen(rows, values.only)
+    if values.profile:
+        raise UserError("--profile is for one run: give it to `mae-jax train`")
     if values.dry_run:
+        cli.check_mfu(values.mfu)
         show_costs(runs, values)
         return 0
     workdir = values.workdir or str(Path("workdir") / recipe)
