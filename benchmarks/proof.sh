@@ -15,6 +15,11 @@
 # GPU_PYTHON  see gpu.sh
 set -euo pipefail
 
+# Paths are those of the folder that the user is in.
+absolute() { case $1 in /* | -*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+[ $# = 0 ] || set -- "$(absolute "$1")" "${@:2}"
+[ -z "${WORKDIR:-}" ] || WORKDIR=$(absolute "$WORKDIR")
+
 TORCH_PYTHON=''
 # shellcheck source=benchmarks/gpu_python.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/gpu_python.sh"

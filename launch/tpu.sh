@@ -302,7 +302,8 @@ for arg in "$@"; do
 done
 set -- "${args[@]+"${args[@]}"}"
 case $command in
-  create | setup | run | status | logs | stop | delete) ;;
+  status | logs) dry=no ;; # they change nothing
+  create | setup | run | stop | delete) ;;
   *) fail "write create, setup, run, status, logs, stop or delete, not '$command'." ;;
 esac
 [ -n "${TPU:-}" ] || fail "set TPU to the name of the slice, such as TPU=my-run."

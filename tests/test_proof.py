@@ -1,6 +1,8 @@
 """The published protocol: what its table says of runs that were stopped or not made."""
 
 import json
+import os
+import subprocess
 import sys
 
 import hosts
@@ -32,6 +34,19 @@ def test_a_folder_without_the_images_is_refused(tmp_path, monkeypatch, capsys):
         proof.main()
     assert "holds no train/CLASS/*.jpg" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_paths_are_those_of_the_folder_that_the_user_is_in(tmp_path):
+    (tmp_path / "images").mkdir()
+    script = hosts.ROOT / "benchmarks/proof.sh"
+    run = subprocess.run(
+        ["bash", script, "images"],
+        cwd=tmp_path,
+        env=os.environ | {"GPU_PYTHON": sys.executable, "WORKDIR": "runs"},
+        capture_output=True,
+        text=True,
+    )
+    assert f"{tmp_path / 'images'} holds no train/CLASS/*.jpg" in run.stderr
 
 
 def test_an_error_of_a_run_ends_the_proof(tmp_path, capfd):

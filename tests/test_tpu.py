@@ -152,6 +152,11 @@ def test_dry_run_prints_the_very_call_that_create_makes_and_makes_none(world):
     assert "--accelerator-type=v5litepod-16" in words
 
 
+def test_a_state_is_asked_for_in_a_dry_run_too(pod):
+    asked = pod.tpu("status", "--dry-run").stdout
+    assert "ACTIVE" in asked and asked == pod.tpu("status").stdout
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
