@@ -23,7 +23,7 @@ inverse_block.
 --ratios, --errors, --attention, --pca and --neighbours each draw one more picture.
 Of a run of segmentation: image, truth, prediction and error, the truth of segfolder:PATH.
 """
-OF_SEGMENTATION = ("out", "format", "limit", "split", "data_dir")  # flags of such a run's pictures
+OF_SEGMENTATION = ("out", "format", "limit", "split")  # flags of such a run's pictures
 
 
 def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
