@@ -74,8 +74,8 @@ class Model:
         if options or cls > 1 or groups > 1:
             several = f"{cls} class tokens" if cls > 1 else f"{groups} tokens for each patch"
             raise UserError(
-                "attention is drawn only of plain blocks with one class token and one token for each"
-                f" patch, and these have {options or several}"
+                "attention is drawn only of plain blocks with one class token and one token for"
+                f" each patch, and these have {options or several}"
             )
         weights = params["encoder"]
         network = Encoder(self.spec, self.compute, final_norm=False)
