@@ -12,6 +12,7 @@ from absl import flags
 
 from mae_jax.commands import recipes
 from mae_jax.config import OPTIONAL_KEYS, leaves
+from mae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PRETRAIN = ROOT / "configs/pretrain.py"
@@ -97,6 +98,19 @@ def test_a_key_that_no_recipe_names_can_be_given_all_the_same():
     assert config.data.repeat == 2
     assert config.model.block.to_dict() == dict(registers=4, rope=100.0)
     assert not set(OPTIONAL_KEYS) & {key for key, _ in leaves(parse(PATH)[0])}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "home"),
+    [
+        ("finetune", "masking.cell=4", "masking"),
+        ("linprobe", "target.components=3", "target"),
+        ("knn", "model.decoder_share=0.5", "model.decoder_width"),
+    ],
+)
+def test_an_optional_key_of_a_part_that_the_recipe_lacks_is_refused(recipe, key, home):
+    with pytest.raises(UserError, match=f"recipe {recipe} has no config.{home}: leave the key out"):
+        parse(f"--config={recipe}", f"--config.{key}")
 
 
 @pytest.mark.parametrize(

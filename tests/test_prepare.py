@@ -72,8 +72,8 @@ def images(tmp_path):
 
 def folder_of(tmp_path: Path, files: dict[str, bytes]) -> Path:
     folder = tmp_path / "images"
-    folder.mkdir()
     for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
 
@@ -211,6 +211,16 @@ def test_a_shard_of_bad_images_alone_does_no_harm(tmp_path, monkeypatch):
     files = {f"{i}.jpg": encoded() if i % 2 else b"text" for i in range(6)}
     pack_folder(folder_of(tmp_path, files), tmp_path)
     assert sorted(by_name("mine", tmp_path)) == ["1.jpg", "3.jpg", "5.jpg"]
+
+
+def test_statistics_are_of_all_images_where_none_to_train_on_can_be_read(tmp_path):
+    files = {"train/0.jpg": b"text", "val/1.jpg": encoded()}
+    summary = json.loads(
+        (pack_folder(folder_of(tmp_path, files), tmp_path) / "prepared.json").read_text()
+    )
+    np.testing.assert_allclose(
+        summary["std"], (pixels(files["val/1.jpg"]) / 255).std((0, 1)), rtol=1e-9
+    )
 
 
 def test_several_processes_write_what_one_writes(images, tmp_path, small_shards):

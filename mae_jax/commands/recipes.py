@@ -61,6 +61,7 @@ def parse(
         config = values.config
         _ = config.task  # an error inside the recipe surfaces here
         for key, value in optional.items():
+            _require_home(key, config, file.stem)
             for name in reversed(key.split(".")):
                 value = {name: value}
             with config.unlocked():
@@ -168,6 +169,14 @@ def _take_optional(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         except (ValueError, KeyError):
             raise UserError(f"{arg}: write --config.{key}=VALUE, with a {kind.__name__}") from None
     return rest, taken
+
+
+def _require_home(key: str, config: ConfigDict, recipe: str) -> None:
+    """Raise a UserError for an optional key beside which the recipe has nothing, such as masks."""
+    home = "model.decoder_width" if key.startswith("model.decoder") else key.rpartition(".")[0]
+    home = home.removesuffix(".block")
+    if home and home not in {*config, *(name for name, _ in leaves(config))}:
+        raise UserError(f"config.{key}: recipe {recipe} has no config.{home}: leave the key out")
 
 
 def _refuse_old(keys: Iterable[str]) -> None:

@@ -279,7 +279,10 @@ def _counts(shards: list[Shard]) -> tuple[list[int], int]:
 
 
 def _summary(shards: list[Shard], trained: list[Shard]) -> dict[str, Any]:
-    """Return what prepared.json says of all shards; mean and std are of the first split."""
+    """Return what prepared.json says of all shards; mean and std are of the split trained on.
+
+    If no image of that can be read, they are of all.
+    """
     reports = [files.read_json(shard.report) for shard in shards]
     bad = dict(sorted(item for report in reports for item in report["bad"].items()))
     images = sum(report["images"] for report in reports)
@@ -287,9 +290,10 @@ def _summary(shards: list[Shard], trained: list[Shard]) -> dict[str, Any]:
         name, reason = next(iter(bad.items()))
         raise UserError(f"none of the {len(bad)} files can be read, such as {name} ({reason})")
     # Mean and standard deviation per channel, of pixels from 0 to 1
-    histograms = [files.read_json(shard.report)["histogram"] for shard in trained]
-    histogram, levels = np.sum(histograms, 0), np.arange(256) / 255
-    weights = histogram / np.maximum(histogram.sum(1, keepdims=True), 1)
+    histogram = np.sum([files.read_json(shard.report)["histogram"] for shard in trained], 0)
+    if not histogram.any():
+        histogram = np.sum([report["histogram"] for report in reports], 0)
+    weights, levels = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
     mean = weights @ levels
     std = np.sqrt(weights @ levels**2 - mean**2)
     size = sum(report["bytes"] for report in reports)
