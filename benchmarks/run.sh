@@ -10,7 +10,6 @@ set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch/setup.sh"
-cd "$root"
 
 # peer NAME PACKAGE ...: an environment with these packages; prints its Python, or nothing.
 peer() {
@@ -27,7 +26,7 @@ peer() {
 }
 
 name=${1:-}
-[ -f "benchmarks/$name.py" ] || fail "Which benchmark? bash benchmarks/run.sh step|input|masking|start|growth|learning"
+[ -f "$root/benchmarks/$name.py" ] || fail "Which benchmark? bash benchmarks/run.sh step|input|masking|start|growth|learning"
 shift
 torch='' tensorflow=''
 case $name in
@@ -43,4 +42,4 @@ case $name in
     ;;
 esac
 export TORCH_PYTHON=$torch TENSORFLOW_PYTHON=$tensorflow PYTHONPATH=$root
-exec "$python" "benchmarks/$name.py" "$@"
+exec "$python" "$root/benchmarks/$name.py" "$@"

@@ -86,6 +86,8 @@ def finetune(args):
     epochs, batch_size = choose(args, "labels", LABELS)
     if not small:
         epochs, batch_size = 50, 128
+    if args["longer"] < 1:
+        raise ValueError(f"longer={args['longer']}: give 1 or more")
     epochs = (args["epochs"] or epochs) * args["longer"]
     config = finetune_recipe(
         f"init={args['init']},test=test,epochs={epochs},batch_size={batch_size},small=true,"
