@@ -16,7 +16,8 @@ a decoder no better than MAE's, and partial prediction worse for frozen features
 
 Arguments:
     variant, epochs, batch_size, image_size  as in configs/pretrain.py
-    share  of all patches, that are predicted; up to 0.75, which is all hidden ones
+    share  of all patches, that are predicted; up to 0.75, which is all hidden ones. It sets the
+           rate too: with another mask_ratio or model.decoder_share, give optim.blr as well
     maps   before and after encoder blocks, that the decoder reads; 0 = all. Of 1, 3, 6 and 12
            after the 12 blocks of B/16, 6 were the best (82.9, 83.3, 83.5, 83.3)
 """

@@ -8,6 +8,7 @@
 #   0      the run is finished
 #   75     start all hosts again, to continue from the last checkpoint: the run was asked to stop and has
 #          saved, or a host was lost or never came
+#   130    Ctrl-C: the run has saved, unless it was pressed twice
 #   other  an error that a restart does not cure
 #
 # VENV        the environment (default: .venv in the checkout; python3 if there is none)
@@ -18,6 +19,10 @@ set -uo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${VENV:-$root/.venv}/bin/python
+if [ -n "${VENV:-}" ] && [ ! -x "$python" ]; then
+  echo "VENV=$VENV: there is no $python; bash launch/setup.sh makes it" >&2
+  exit 2
+fi
 [ -x "$python" ] || python=python3
 name=${NAME:-$(hostname)${SLURM_PROCID:+, process $SLURM_PROCID}}
 errors=$(mktemp)
@@ -62,7 +67,7 @@ case $status in
     log "killed (SIGKILL), by the kernel if its memory ran out: see 'dmesg'. $again"
     status=75
     ;;
-  143 | 130 | 129)
+  143 | 129)
     log "ended by a signal before it could save. $again"
     status=75
     ;;

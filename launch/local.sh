@@ -3,8 +3,8 @@
 #
 #   bash launch/local.sh N --config=FILE --workdir=DIR [FLAG ...]
 #
-# Exit status, once all hosts have ended: 0, 75 (start again; see launch/host.sh), or that of the first
-# host with an error. PORT: the coordinator's (default: 8476).
+# Exit status, once all hosts have ended: 0, 75 (start again; see launch/host.sh), 130 (Ctrl-C), or that
+# of the first host with an error. PORT: the coordinator's (default: 8476).
 set -uo pipefail
 
 case ${1:-} in
@@ -42,12 +42,12 @@ for host in "${hosts[@]}"; do
 done
 
 read -r first status < "$ended"
-if error=$(grep -v -m1 -E ' (0|75)$' "$ended"); then
+if error=$(grep -v -m1 -E ' (0|75|130)$' "$ended"); then
   echo "launch/local.sh: host ${error% *} failed with status ${error#* }; its message is above." >&2
   exit "${error#* }"
 fi
-if grep -q ' 75$' "$ended"; then
+if status=$(grep -o -m1 -E ' (75|130)$' "$ended"); then
   echo "launch/local.sh: stopped (host $first ended first). Run the same command again to continue" \
     "from the last checkpoint." >&2
-  exit 75
+  exit "${status# }"
 fi

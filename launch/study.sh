@@ -15,13 +15,18 @@
 # PYTHON and VENV  see launch/setup.sh
 set -euo pipefail
 
-# shellcheck source=launch/setup.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+refuse() {
+  echo "$*" >&2
+  exit 1
+}
 usage="Which study? bash launch/study.sh cifar10 DATA, bash launch/study.sh camvid DATA, bash launch/study.sh digits, or bash launch/study.sh short"
 name=${1:-}
-[ -f "$root/launch/study_$name.py" ] || fail "$usage"
-[[ $name != cifar10 && $name != camvid ]] || [ -d "${2:-}" ] || fail "There is no folder '${2:-}'. $usage"
+[ -f "$here/study_$name.py" ] || refuse "$usage"
+[[ $name != cifar10 && $name != camvid ]] || [ -d "${2:-}" ] || refuse "There is no folder '${2:-}'. $usage"
+
+# shellcheck source=launch/setup.sh
+source "$here/setup.sh"
 workdir=${WORKDIR:-$root/workdir/study-$name}
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 data=${2:+$(CDPATH='' cd -- "$2" && pwd)}

@@ -139,13 +139,14 @@ def tables(root: Path) -> list[str]:
         starts = ("tuned1", "scratch1", "scratch2")
         lines.append(row(f"{labels} %", *(values(root, f"{x}-{labels}", TUNED) for x in starts)))
     lines += head(
-        f"{SHORT} epochs", "logistic, best block", "20 neighbours, best block", "RMSE of 255"
+        f"{SHORT} epochs", "logistic, chosen block", "20 neighbours, best block", "RMSE of 255"
     )
     names = [f"ratio-{ratio}" for ratio in RATIOS] + [f"mask-{kind}" for kind in KINDS]
     for name in (*names, "tokens-in-encoder"):
-        best = [[*blocks(root, f"knn-{name}", key).values()] for key in (LOGISTIC, KNN)]
-        rmse = values(root, name, "eval/rmse")
-        lines.append(row(name, *([max(x)] if x else [] for x in best), rmse))
+        chosen = values(root, f"knn-{name}", f"{LOGISTIC}_best")
+        nearest = blocks(root, f"knn-{name}", KNN).values()
+        best = [max(nearest)] if nearest else []
+        lines.append(row(name, chosen, best, values(root, name, "eval/rmse")))
     lines += head("rate", "fine-tuned", "from scratch")
     for rate in sorted({*RATES["tuned"], *RATES["scratch"]}):
         starts = (values(root, f"rate-{start}-{rate}", TUNED) for start in RATES)
@@ -170,8 +171,12 @@ def draw(root: Path) -> None:
         for key, name, style in ((LOGISTIC, "logistic", "o-"), (KNN, "20 neighbours", "o--")):
             found = blocks(root, f"knn-{kind}", key)
             middle.plot(found.keys(), found.values(), style, label=f"{words}, {name}")
-    for key, name in ((LOGISTIC, "logistic, best block"), (KNN, "20 neighbours, best block")):
-        found = {x: blocks(root, f"knn-ratio-{x}", key).values() for x in RATIOS}
+    panels = (
+        ("logistic, chosen block", lambda run: values(root, run, f"{LOGISTIC}_best")),
+        ("20 neighbours, best block", lambda run: blocks(root, run, KNN).values()),
+    )
+    for name, measured in panels:
+        found = {x: measured(f"knn-ratio-{x}") for x in RATIOS}
         best = {ratio: max(numbers) for ratio, numbers in found.items() if numbers}
         right.plot(best.keys(), best.values(), "o-", label=name)
     middle.margins(y=0.5)  # room for the legend

@@ -253,6 +253,11 @@ run() {
     *" --workdir=gs://"*) ;;
     *) fail "--workdir=gs://BUCKET/RUN is needed: a worker's disk is deleted with the slice." ;;
   esac
+  if [ -n "${XLA_PRESET:-}" ]; then
+    # shellcheck source=launch/xla_flags.sh
+    source "$root/launch/xla_flags.sh"
+    (xla_preset "$XLA_PRESET") || exit 2
+  fi
   read_settings # also needed to ask for the slice again after a preemption
   local restarts=0 start now
   start="cd mae_jax && ${XLA_PRESET:+XLA_PRESET=$XLA_PRESET }$(printf '%q ' bash launch/worker.sh start "$@" --distributed)"
@@ -309,6 +314,11 @@ esac
 [ -n "${TPU:-}" ] || fail "set TPU to the name of the slice, such as TPU=my-run."
 [ -n "${ZONE:-}" ] || fail "set ZONE to a zone that has TYPE, such as ZONE=us-west4-a."
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$slices: write a number, from 1."
+case $command in
+  run) ;;
+  logs) [ "$#" -le 1 ] || fail "logs takes the number of one worker, not also '$2'." ;;
+  *) [ "$#" -eq 0 ] || fail "$command takes nothing but --dry-run, not '$1'." ;;
+esac
 command -v gcloud > /dev/null || [ "$dry" = yes ] ||
   fail "there is no gcloud: install the Google Cloud CLI, and log in with 'gcloud auth login'."
 

@@ -4,8 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mae_jax.commands import embed as embed_command
 from mae_jax.commands import feature_file, recipes, running
+from mae_jax.errors import UserError
 from mae_jax.pretrained import load
 
 
@@ -32,8 +35,17 @@ def pretrain(
       UserError: something cannot work here.
     """
     source = f"folder:{data}" if os.path.isdir(data) else data
-    changes = {"data.source": source} | ({"train_for": f"{steps} steps"} if steps else {})
-    flags = [f"--config.{key}={value}" for key, value in {**changes, **(config or {})}.items()]
+    changes = {"data.source": source}
+    if steps is not None:
+        if not isinstance(steps, int) or steps < 1:
+            raise UserError(f"steps={steps!r}: give a whole number from 1, or None")
+        changes["train_for"] = f"{steps} steps"
+    if twice := changes.keys() & (config or {}):
+        raise UserError(f"config has {sorted(twice)}, which other arguments say: give each once")
+    for key, value in (config or {}).items():
+        if not key or isinstance(value, Mapping):
+            raise UserError(f"config has {key!r}: {value!r}: write it as 'data.workers': 0")
+    flags = [f"--config.{key}={_value(x)}" for key, x in {**changes, **(config or {})}.items()]
     recipe, *_ = recipes.parse(
         [f"--config=folder:variant={variant}", *flags], running.define, "train"
     )
@@ -73,8 +85,18 @@ def embed(
     return feature_file.read(out)
 
 
+def _value(value: Any) -> Any:
+    """Return a value without NumPy's types, whose text no flag reads."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_value, value))
+    if isinstance(value, np.generic | np.ndarray):
+        return _value(value.tolist())
+    return value
+
+
 def _flag(name: str, value: Any) -> str:
     """Return a value as a flag has it: (0.5, 0.25) as '0.5,0.25', an image size as '224x224'."""
-    if isinstance(value, tuple | list):
+    value = _value(value)
+    if isinstance(value, tuple):
         return ("x" if name == "image_size" else ",").join(map(str, value))
     return str(value)

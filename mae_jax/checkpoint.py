@@ -211,20 +211,33 @@ def find(path: str | os.PathLike, key: str) -> epath.Path:
 
     Args:
       key: the config key that holds `path`, for the error message.
+
+    Raises:
+      UserError: there is none, or none is intact.
+    """
+    found = candidates(path, key)
+    return found[integrity.newest_intact(found)]
+
+
+def candidates(path: str | os.PathLike, key: str) -> list[epath.Path]:
+    """Return the checkpoints of a workdir, newest first, or the checkpoint that `path` names.
+
+    Raises:
+      UserError: there is none.
     """
     base = _absolute(path)
     if (base / "state").is_dir():
-        candidates = [base]
+        found = [base]
     else:
-        candidates = numbered(base / "checkpoints") or numbered(base)
-    if not candidates:
+        found = numbered(base / "checkpoints") or numbered(base)
+    if not found:
         foreign = base.is_file() or (base / "config.json").exists()
         hint = f". Weights of PyTorch are converted first: mae-jax convert {path} DIR --to=ours"
         raise UserError(
             f"config.{key}={str(path)!r} holds no checkpoint: looked for {base}/checkpoints/STEP,"
             f" {base}/STEP and {base}/state" + hint * foreign
         )
-    return candidates[integrity.newest_intact(candidates)]
+    return found
 
 
 def shapes(checkpoint: str | os.PathLike, part: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def resolve(name: str, *homes: ModuleType, member: str = "") -> Any:
     if module:
         resolved = getattr(module, member, None)
     elif parents[0] is None:
-        raise UserError(f"{name!r}: cannot import {path!r}: there is no such module")
+        raise UserError(
+            f"{name!r}: cannot import {path!r}: there is no such module; run"
+            " from the folder that holds it, or set PYTHONPATH"
+        )
     else:
         holders = [home for home in parents if path or attribute in choices(home)]
         resolved = getattr(holders[0], attribute, None) if holders else None

@@ -178,6 +178,9 @@ def listening() -> Iterator[Callable[[], bool]]:
       now, equal on all hosts. Once True, it stays True.
     """
     global _stop_requested
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # Python hears signals in its main thread only
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     requested = _listen_for_sigterm()
     _interrupts.clear()

@@ -151,6 +151,18 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Return what a JSON file holds; {} if there is no such file."""
+    """Return what a JSON file of ours holds; {} if there is no such file.
+
+    Raises:
+      UserError: it is damaged.
+    """
     file = epath.Path(path)
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: restore it from a copy, or delete it")
+    return content

@@ -30,7 +30,12 @@ CHIPS = {
     "NVIDIA H100": Chip(989, 80, 3350, 450, source="NVIDIA H100 SXM data sheet"),
     "NVIDIA H200": Chip(989, 140, 4800, 450, source="NVIDIA H200 SXM data sheet"),
 }
-ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+ALIASES = {
+    "TPU v5e": "TPU v5 lite",
+    "TPU v5p": "TPU v5",
+    "TPU v6e": "TPU v6 lite",
+    "Tesla V100": "NVIDIA V100",
+}
 
 
 def chip(device_kind: str) -> Chip | None:

@@ -50,6 +50,8 @@ def damage(checkpoint: epath.Path) -> str | None:
     except FileNotFoundError:
         return f"it has no {DIGESTS}"
     except ValueError:
+        expected = None
+    if not isinstance(expected, dict) or not expected:
         return f"{DIGESTS} cannot be read"
     actual = digests(checkpoint)
     for name, entry in expected.items():

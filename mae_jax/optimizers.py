@@ -63,6 +63,8 @@ def muon(o: Mapping[str, Any]) -> optax.GradientTransformation:
 
 def lion(o: Mapping[str, Any]) -> optax.GradientTransformation:
     """Return Lion's directions (arXiv 2302.06675), which wants 3 to 10 times smaller rates."""
+    if o.get("eps", 1e-8) != 1e-8:
+        raise UserError(f"config.optim.eps={o['eps']} is not for Lion: leave it out")
     return optax.scale_by_lion(o["b1"], o["b2"])
 
 

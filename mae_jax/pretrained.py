@@ -1,5 +1,6 @@
 """Pre-trained weights of any format, as a model to call."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -100,6 +101,7 @@ class Model:
         """Predict all patches from those that a mask leaves visible.
 
         Args:
+          mask: of each image; see `masking.keep_lowest`.
           statistics: of patches, which undo normalised targets; see `pixels.patch_statistics`.
         """
         spec = self.spec
@@ -113,6 +115,9 @@ class Model:
                 f"these weights predict {spec.target}, and no pixels; if it is pixels after all,"
                 " load(path, target='pixels')"
             )
+        images = jnp.asarray(images)
+        if mask.mask_BL.shape != (wanted := (len(images), math.prod(spec.grid))):
+            raise UserError(f"a mask of {mask.mask_BL.shape} for {wanted}, images and patches")
         network, seen, groups = mae.MAE(spec, self.compute), mask, spec.channel_groups
         if groups:
             seen = channel_groups.shared(mask, groups)

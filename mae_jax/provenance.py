@@ -45,6 +45,7 @@ ADDED_KEYS: dict[str, Any] = OPTIONAL_KEYS | {
     "data.resizer": "pillow",
     "data.synthetic": False,
 }
+FOLDERS = ("checkpoints", "logs", "images", "tensorboard", "profile")  # of a workdir
 UNFINISHED = "unfinished.json"  # of a run that was asked to stop during an evaluation
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -143,10 +144,13 @@ def _require_shared(root: epath.Path) -> None:
     probe, reason = root / f".seen_by_all_hosts-{number}", ""
     if jax.process_index() == 0:
         try:
+            for path in (root, *(root / name for name in FOLDERS)):
+                if path.exists() and not path.is_dir():
+                    raise OSError(f"{path} is a file where a folder is needed: move it away")
             root.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
         except OSError as error:
-            reason = f": {error}"
+            reason = f": {error.strerror or error}"
             if "://" in os.fspath(root):
                 reason = f": is there such a bucket, and may you write to it? ({error})"
     if multihost_utils.broadcast_one_to_all(np.int32(len(reason))):

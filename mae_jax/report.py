@@ -27,6 +27,7 @@ class Reporter:
       learning_rate: by 0-based step.
       check: called with (step, scalars) of every update before anything else happens with them.
       heartbeat: called when an update or an evaluation has ended.
+      keep_metrics: go on with the metrics that are there, although `start` is 0.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Reporter:
         learning_rate: Callable[[Any], Any],
         check: Callable[[int, Mapping[str, float]], None],
         heartbeat: Callable[[], None],
+        keep_metrics: bool = False,
     ):
         self._schedule, self._started = schedule, started
         self._task, self._mesh, self._batch_size = task, mesh, batch_size
@@ -51,7 +53,7 @@ class Reporter:
         self._learning_rate = jax.jit(learning_rate)
         self._check, self._heartbeat = check, heartbeat
         self._unread: tuple[int, Mapping[str, Any]] | None = None  # metrics of the last update
-        self._writer = writer.Writer(workdir, start)
+        self._writer = writer.Writer(workdir, start, keep_metrics)
         self._progress = Progress(schedule.total, start)
         self._restart_clock(start)
 

@@ -320,20 +320,27 @@ def evaluate(
     state: TrainState,
     *,
     evaluators: Mapping[str, Any],
+    unfinished: Sequence[str] = (),
+    saver: checkpoint.Checkpointer,
     report: Reporter,
     stop_requested: Callable[[], bool],
 ) -> TrainState:
-    """Run every evaluator once: all that a run of zero steps does.
+    """Run every evaluator once, or those that a stop kept from it: all that a run of 0 steps does.
 
     Raises:
       distributed.Preempted: a stop was requested.
     """
+    due = [name for name in evaluators if name in unfinished] or list(evaluators)
     try:
-        for evaluator in evaluators.values():
+        while due:
             if stop_requested():
                 raise distributed.Preempted
-            report.evaluation(0, evaluator, state, None)
+            report.evaluation(0, evaluators[due[0]], state, None)
+            del due[0]
     except distributed.Preempted:
+        provenance.note_unfinished(saver.root.parent, 0, due)
         report.log(reason := "asked to stop: start again to measure what is missing")
         raise distributed.stopped(reason) from None
+    if unfinished:
+        provenance.note_unfinished(saver.root.parent, 0, [])
     return state

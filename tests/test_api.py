@@ -1,5 +1,7 @@
 """The commands as functions: the same defaults, the same errors, and a model in return."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from PIL import Image
 
 import mae_jax
+from mae_jax import api
+from mae_jax.commands import running
 from mae_jax.data import crops
 from mae_jax.errors import UserError
 
@@ -79,4 +83,35 @@ def test_a_mistake_is_refused_and_leaves_nothing(tmp_path):
         mae_jax.pretrain("bundled:photos", str(tmp_path / "run"), config={"mask_ratoi": 0.5})
     with pytest.raises(UserError, match="variant 'Q/16'"):
         mae_jax.pretrain("bundled:photos", str(tmp_path / "run"), variant="Q/16")
+    with pytest.raises(UserError, match="steps=0: give a whole number from 1"):
+        mae_jax.pretrain("bundled:photos", str(tmp_path / "run"), steps=0)
+    with pytest.raises(UserError, match="write it as 'data.workers': 0"):
+        mae_jax.pretrain("bundled:photos", str(tmp_path / "run"), config={"data": {"workers": 0}})
+    twice = {"train_for": "3 steps", "data.source": "x"}
+    with pytest.raises(UserError, match=r"\['data.source', 'train_for'\], which other arguments"):
+        mae_jax.pretrain("bundled:photos", str(tmp_path / "run"), steps=3, config=twice)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_may_be_numbers_of_numpy(monkeypatch):
+    recipes = []
+    monkeypatch.setattr(running, "run", lambda config, out: recipes.append(config))
+    monkeypatch.setattr(api, "load", lambda out: None)
+    mean = tuple(np.array([0.4, 0.5, 0.6]))
+    mae_jax.pretrain("bundled:photos", "x", config={"data.mean": mean, "data.std": np.ones(3)})
+    assert (recipes[0].data.mean, recipes[0].data.std) == ((0.4, 0.5, 0.6), (1.0, 1.0, 1.0))
+
+
+def test_a_script_is_not_run_again_by_the_processes_that_read(tmp_path):
+    for i in range(9):
+        Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import mae_jax\nprint('begun')\n"
+        f"mae_jax.embed({str(WEIGHTS)!r}, {str(tmp_path)!r}, 'x.npy', workers=2, batch_size=4)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("begun") == 1 and (tmp_path / "x.npy").exists()

@@ -70,6 +70,10 @@ def test_the_loss_on_all_patches_is_their_mean():
     outputs = jax.jit(task.reconstruct)(params, {}, batch)
     error_BL = jnp.square(outputs["pred_BLT"] - outputs["target_BLT"]).mean(-1)
     assert task.objective(outputs) == pytest.approx(float(error_BL.mean()), rel=1e-6)
+    hidden = outputs["mask_BL"] > 0
+    assert float(outputs["loss_BL"][hidden].mean()) == pytest.approx(
+        float(error_BL.mean()), rel=1e-6
+    )
     hidden_only = tasks.build(tiny_config()).objective(outputs)
     assert abs(float(hidden_only) - float(error_BL.mean())) > 1e-3
 
@@ -105,7 +109,9 @@ def test_each_kind_of_jitter_changes_what_it_is_named_for():
     np.testing.assert_allclose(changed("hue", 1.0), old, atol=8)
 
 
-@pytest.mark.parametrize("name", ["jitter", "jitter-x0.4", "jitter-b2", "jitter-h0.6", "jitter-b"])
+@pytest.mark.parametrize(
+    "name", ["jitter", "jitter-x0.4", "jitter-b2", "jitter-h0.6", "jitter-b", "jitter-b0.4-b0.1"]
+)
 def test_a_jitter_that_is_none_is_refused(name):
     config = tiny_config()
     config.data.augment = name

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import hosts
@@ -320,3 +321,12 @@ def test_preempted_ends_a_process_with_its_own_exit_status():
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=300)
     assert done.returncode == distributed.PREEMPTED == 75
     assert str(distributed.Preempted("saved step 3")) == "saved step 3"
+
+
+def test_a_run_in_a_thread_listens_to_no_signal():
+    def body():
+        with distributed.listening() as stop_requested:
+            return stop_requested()
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(body).result() is False

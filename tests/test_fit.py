@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny import run, tiny_config
+from tiny import finetune_config, probe_config, run, tiny_config
 
 from mae_jax import checkpoint, distributed, optim, report, tasks, train
 from mae_jax.commands import train as command
@@ -185,6 +185,29 @@ def test_an_impossible_value_is_refused_in_words(changes, words):
         tasks.build(config)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        (tiny_config, {"optim.cooldown": 0.5}, "optim.cooldown=0.5 is for schedule=wsd"),
+        (tiny_config, {"optim.name": "lion", "optim.eps": 1e-3}, "optim.eps=0.001 is not for Lion"),
+        (
+            tiny_config,
+            {"model.decoder_share": 0.5},
+            "model.decoder_share=0.5: task 'pretrain' does",
+        ),
+        (finetune_config, {"data.repeat": 4}, "data.repeat=4: task 'classify' does not read it"),
+        (probe_config, {"data.repeat": 4}, "data.repeat=4: task 'probe' does not read it"),
+        (probe_config, {"optim.eps": 1e-3}, "optim.eps=0.001: task 'probe' does not read it"),
+    ],
+)
+def test_an_optional_key_that_would_do_nothing_or_harm_is_refused(recipe, changes, words):
+    config = recipe()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=f"config.{words}"):
+        tasks.build(config).optimizer(10, 10)
+
+
 def test_sizes_given_as_one_number_and_unknown_tasks_are_refused(tmp_path):
     config = tiny_config()
     config.unlock()
@@ -228,6 +251,28 @@ def test_asked_to_stop_before_the_first_update_again_and_again(tmp_path, config,
     for _ in range(2):
         with pytest.raises(distributed.Preempted, match="asked to stop at step 0 of 5"):
             run(config, tmp_path, ONE)
+
+
+def test_a_stop_between_evaluators_leaves_the_others_to_the_next_start(
+    tmp_path, config, monkeypatch
+):
+    config.train_for = "0 steps"
+    first = dict(config.evals.reconstruct, every="", images=8, batch_size=8)
+    config.evals = dict(first=first, second=dict(first, prefix="eval_second"))
+    asked = itertools.count()
+    once = contextlib.nullcontext(lambda: next(asked) == 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "listening", lambda: once)
+        with pytest.raises(distributed.Preempted, match="start again to measure what is missing"):
+            run(config, tmp_path, ONE)
+    assert [*writer.read(tmp_path / "metrics.jsonl")[0]][1] == "eval/loss"
+    run(config, tmp_path, ONE)
+    lines = writer.read(tmp_path / "metrics.jsonl")
+    assert [[*line][1] for line in lines] == ["eval/loss", "eval_second/loss"]
+    run(config, tmp_path, ONE)  # finished: everything is measured again
+    assert [[*line][1] for line in writer.read(tmp_path / "metrics.jsonl")] == [
+        "eval/loss", "eval_second/loss"
+    ]  # fmt: skip
 
 
 def test_a_stop_during_an_evaluation_saves_first_and_evaluates_after_the_resume(

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import fresh_state, mesh_of, task_on, tiny_config
 
 from mae_jax import evals
+from mae_jax.data import labels
 from mae_jax.data.sources import open_source
 from mae_jax.evals import features, fewshot, knn
 
@@ -55,6 +56,11 @@ def test_neighbours_are_those_of_brute_force(shape, k):
     similarity, label = brute_force(query, bank, k)
     np.testing.assert_allclose(found[0], similarity, atol=2e-6)
     np.testing.assert_array_equal(found[1], label)
+
+
+def test_classes_without_names_are_numbers():
+    assert labels.names(SimpleNamespace(class_names=None, num_classes=3)) == ["0", "1", "2"]
+    assert labels.names(SimpleNamespace(class_names=["a"], num_classes=1)) == ["a"]
 
 
 def test_votes_are_weighted_by_similarity():

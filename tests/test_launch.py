@@ -60,10 +60,46 @@ def test_folder_of_somebody_else_is_never_emptied(tmp_path):
     [
         ("local.sh", {}, "the first argument is the number of hosts"),
         ("host.sh", {"XLA_PRESET": "fast"}, "XLA_PRESET=fast: there are gpu-overlap, gpu-fsdp"),
+        ("host.sh", {"VENV": "/nowhere"}, "VENV=/nowhere: there is no /nowhere/bin/python"),
     ],
 )
 def test_what_is_to_be_corrected_ends_with_status_2(tmp_path, script, environment, words):
-    assert words in refused(script, tmp_path, 2, VENV=sys.prefix, **environment)
+    assert words in refused(script, tmp_path, 2, **{"VENV": sys.prefix} | environment)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("cifar10",), ("camvid", "nowhere")])
+def test_a_study_asks_what_is_missing_before_it_installs(tmp_path, arguments):
+    error = refused("study.sh", tmp_path, 1, *arguments, VENV=tmp_path / "venv")
+    assert "Which study?" in error and not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_help_installs_nothing(tmp_path, script):
+    refused(script, tmp_path, 0, "--help", VENV=tmp_path / "venv")
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_hosts_that_saved_after_ctrl_c_say_so_by_their_status(tmp_path, number, status):
+    (tmp_path / "bin").mkdir()
+    saves = f"""#!{sys.executable}
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)  # Ctrl-C comes with it
+signal.signal({number.value}, lambda *_: (time.sleep(0.5), os._exit({status})))
+print("ready", file=sys.stderr, flush=True)
+while True:
+    time.sleep(0.1)
+"""
+    (tmp_path / "bin/python").write_text(saves)
+    (tmp_path / "bin/python").chmod(0o755)
+    command = ["env", f"VENV={tmp_path}", "bash", LAUNCH / "local.sh", "1"]
+    hosts = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert hosts.stderr.readline() == "ready\n"
+    os.killpg(hosts.pid, number)
+    error = hosts.communicate(timeout=30)[1]
+    assert hosts.returncode == status, error
+    assert "before it could save" not in error
+    assert "Run the same command again to continue" in error
 
 
 @pytest.mark.parametrize("count", ["08", "00", "0", "two"])

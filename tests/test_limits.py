@@ -208,6 +208,13 @@ def test_a_run_that_starts_from_nothing_leaves_nothing(key, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_start_is_named_before_data_that_are_missing_too(tmp_path):
+    config = recipe("finetune")
+    config.init_from, config.data.source = str(tmp_path / "missing"), "folder:nowhere"
+    with pytest.raises(UserError, match="config.init_from=.*holds no checkpoint"):
+        running.run(config, tmp_path / "new")
+
+
 @pytest.mark.parametrize("duration", ["1.5 steps", "1e30 epochs", "-1 steps", "5 weeks", "many"])
 def test_a_duration_that_cannot_be_is_refused_by_its_key(duration):
     config = changed(recipe("pretrain"), "train_for", duration)

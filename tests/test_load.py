@@ -18,6 +18,7 @@ from tiny import assert_trees_equal, save_workdir
 import mae_jax
 from configs import quickstart
 from mae_jax.commands import convert
+from mae_jax.errors import UserError
 from mae_jax.models import masking, resize
 from mae_jax.models.compute import ComputeConfig
 from mae_jax.models.posemb import sincos_2d
@@ -214,6 +215,30 @@ def test_a_bucket_is_not_taken_for_a_local_path(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: (x != "gcsfs" and found(x)) or None)
     with pytest.raises(ValueError, match="gs://nowhere/a.pth: buckets need gcsfs"):
         mae_jax.load("gs://nowhere/a.pth")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"std": (0, 0, 0)}, "std=.*give numbers, each above 0"),
+        ({"std": (float("nan"), 1, 1)}, "std=.*give numbers"),
+        ({"mean": ("a", "b", "c")}, "mean=.*give numbers"),
+        ({"mean": 0.5}, "mean has 1 numbers for images of 3 channels"),
+        ({"value_range": (5, 5)}, "value_range=.*give .LOW, HIGH."),
+        ({"image_size": "64x48"}, "image_size='64x48': give a whole number"),
+        ({"image_size": (64, 64, 3)}, "image_size=.*give a whole number"),
+    ],
+)
+def test_numbers_that_no_image_has_are_refused(given, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        mae_jax.load(write_pth(tmp_path / "a.pth"), **HEADS, **given)
+
+
+def test_a_mask_of_other_images_is_refused(tmp_path):
+    model, params = mae_jax.load(write_pth(tmp_path / "a.pth"), **HEADS, **LEVELS)
+    mask = masking.keep_lowest(jnp.asarray(GOLDEN["noise"])[:1], 4)
+    with pytest.raises(UserError, match=r"a mask of \(1, \d+\) for \(2, \d+\), images and patches"):
+        model.predict(params, GOLDEN["images"][:2], mask)
 
 
 def test_what_the_weights_have_not_is_said(tmp_path):

@@ -12,6 +12,7 @@ from tiny import fresh_state, mesh_of, probe_config, task_on, tiny_config
 from mae_jax import evals
 from mae_jax.configs import knn as recipe
 from mae_jax.data.sources import open_source
+from mae_jax.errors import UserError
 from mae_jax.evals import features, logistic
 from mae_jax.metrics import summary
 from mae_jax.models.patchify import normalize, patchify
@@ -247,6 +248,16 @@ def test_features_that_are_not_finite_are_wrong_as_queries_and_refused_as_a_bank
     assert 0 < some < finite
     with pytest.raises(ValueError, match="features of all images of train.:150. are not finite"):
         evaluate(config, STATELESS, predict=predict(-1))
+
+
+def test_a_held_out_part_without_an_image_that_counts_is_refused():
+    bank = random_bank(images=12)
+    held = logistic.hold_out(12, bank.label.shape)
+    fitter = logistic.Fitter(mesh_of(1, 1, 1))
+    fitter(bank, 3, held, "train")
+    for part, words in ((held, "a held-out tenth"), (~held, "the other nine tenths")):
+        with pytest.raises(UserError, match=f"no image of {words} of train can be used"):
+            fitter(bank._replace(counted=bank.counted & ~part), 3, held, "train")
 
 
 def test_the_recipe_measures_it_and_its_names_are_told_as_percentages():

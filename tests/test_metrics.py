@@ -54,6 +54,14 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     )
 
 
+def test_lines_of_something_else_are_dropped(tmp_path):
+    run(tmp_path, 0, [0, 10])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"a": 5}\n[1]\n\xff\xfe\x00\n')
+    run(tmp_path, 10, [20])
+    assert steps(tmp_path) == [0, 10, 20]
+
+
 def test_a_run_that_starts_again_before_its_first_checkpoint_reports_step_0_once(tmp_path):
     run(tmp_path, 0, [0, 10])
     run(tmp_path, 0, [0, 10])

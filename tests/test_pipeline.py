@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import choices
 from mae_jax.data import crops, eval_pipeline, pipeline, settings, workers
 from mae_jax.data.decode import decode
+from mae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, (6, 6)
@@ -140,6 +141,33 @@ def with_settings(picture, size_HW, rng, ratio=None, *, scale):
 
 def lighter(image, rng):
     return image // 2 + 128
+
+
+def unit(image, rng):
+    return image / 255
+
+
+def forgetful(image, rng):
+    image // 2
+
+
+def narrow(picture, size_HW, rng):
+    return np.zeros((*size_HW, 1), np.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("key", "name", "words"),
+    [
+        ("augment", "unit", "float64"),
+        ("augment", "forgetful", "NoneType"),
+        ("crop", "narrow", r"uint8\[\d+, \d+, 1\]"),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused_not_converted(workers, key, name, words):
+    changed = config(workers=workers, **{key: f"test_pipeline.{name}"})
+    with pytest.raises(UserError, match=f"data.{key}=.*returned {words}.*must return uint8"):
+        train(Noise(8), 1, changed)
 
 
 def test_crop_and_augmentation_of_ones_own_are_named_by_their_dotted_paths():

@@ -34,13 +34,40 @@ def test_a_trace_of_these_steps_is_written_for_tensorboard_and_perfetto(config, 
         ("0:2", "write FIRST:LAST"),
         ("5:4", "write FIRST:LAST"),
         ("-1:4", "write FIRST:LAST"),
-        ("8:11", "this run makes steps 5 to 10"),
-        ("4:6", "this run makes steps 5 to 10"),
+        ("8:11", "this run makes steps 1 to 10"),
     ],
 )
 def test_steps_that_a_run_does_not_make_are_refused(text, words):
     with pytest.raises(ValueError, match=f"--profile={text}: {words}"):
         profiling.window(text, 4, 10)
+
+
+@pytest.mark.parametrize(("text", "left"), [("4:6", [5, 6]), ("2:4", []), ("9:9", [9]), ("", [])])
+def test_a_run_that_goes_on_traces_what_is_left(text, left):
+    assert list(profiling.window(text, 4, 10)) == left
+
+
+def test_the_same_command_goes_on_after_its_profile(config, tmp_path):
+    running.run(config, tmp_path / "run", profile="2:3")
+    assert int(running.run(config, tmp_path / "run", profile="2:3").step) == 5
+
+
+def test_a_trace_that_an_error_cuts_short_is_written(tmp_path):
+    def fails_at_three(state, batch):
+        if state == 2:
+            raise FloatingPointError("step 3")
+        return state + 1, {}
+
+    lines = []
+    with (
+        pytest.raises(FloatingPointError),
+        profiling.traced(fails_at_three, range(2, 6), 0, tmp_path, lines.append) as step,
+    ):
+        state = 0
+        while True:
+            state, _ = step(state, {})
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "trace of steps 2 to 3" in lines[0]
 
 
 def test_a_refused_profile_leaves_nothing_behind(config, tmp_path):

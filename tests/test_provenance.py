@@ -68,6 +68,25 @@ def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
         provenance.check_workdir(tmp_path, config())
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints", "logs"])
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(UserError, match=f"cannot be written to: {path} is a file where a folder"):
+        provenance.check_workdir(tmp_path / "run", config())
+    assert path.is_file() and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_file_of_a_workdir_is_named(tmp_path, name, content):
+    provenance.prepare_workdir(tmp_path, config())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is damaged: restore it from a copy, or delete it"):
+        provenance.prepare_workdir(tmp_path, config())
+
+
 def test_keys_that_cannot_change_the_result_may_change(tmp_path):
     provenance.prepare_workdir(tmp_path, config())
     changed = config(**{"model.remat": True, "log_every": "9 steps"})

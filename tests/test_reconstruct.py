@@ -18,7 +18,7 @@ from mae_jax.evals import figures, pixels
 from mae_jax.evals.reconstruct import Evaluator
 from mae_jax.metrics import summary
 from mae_jax.models import masking, targets
-from mae_jax.models.patchify import patchify, unpatchify
+from mae_jax.models.patchify import normalize, patchify, unpatchify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PATCH, GRID = (4, 4), (4, 4)
@@ -204,6 +204,26 @@ def test_the_loss_is_that_of_the_task_if_it_gives_one(folder):
     )
     report = evaluator.run(SimpleNamespace(step=3, params=jnp.float32(0.5), extra={}))
     assert report.scalars["eval/loss"] == pytest.approx(7.0)
+
+
+def test_levels_outside_the_value_range_are_no_error_of_an_exact_prediction(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", natural(16, 16, 3, i).astype(np.float32))
+    config = config_of(tmp_path, "pixels", prefix="eval_outside")
+    config.data.value_range = (50, 150)
+    spec = SimpleNamespace(mean=MEAN, std=STD, value_range=(50, 150))
+
+    def reconstruct(params, extra, batch):
+        target_BLT = patchify(normalize(batch["image"], spec), PATCH)
+        mask = masking.keep_lowest(batch["score"], masking.num_kept(16, 0.75))
+        return {"pred_BLT": target_BLT, "target_BLT": target_BLT, "mask_BL": mask.mask_BL}
+
+    evaluator = Evaluator(
+        config.evals.reconstruct, config, {"reconstruction": reconstruct}, mesh_of(1, 1, 1)
+    )
+    report = evaluator.run(SimpleNamespace(step=3, params={}, extra={}))
+    assert report.scalars["eval_outside/rmse"] == pytest.approx(0, abs=1e-3)
+    assert report.images.keys() == {"reconstruction_eval_outside"}
 
 
 def evaluate(config: ConfigDict, shape=(1, 1, 1), params: float = 0.5):

@@ -81,7 +81,7 @@ def test_a_sweep_runs_rows_resumes_and_writes_one_table(tmp_path, capsys):
     assert set(numbers) == {"grid_75"}
     measured = table.measured(root / "grid_75")
     assert float(numbers["grid_75"]["logistic_cls"]) == measured["logistic_cls"]
-    assert 0 < measured["knn20_cls"] <= measured["knn20_cls, best block"] <= 100
+    assert 0 < measured["knn20_cls"] <= measured["knn20_cls, best block of these images"] <= 100
     assert (root / "table.png").read_bytes().startswith(b"\x89PNG")
 
     # The same again makes only what is missing, and its table has all.

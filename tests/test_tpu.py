@@ -174,6 +174,24 @@ def test_nothing_is_created_with_settings_that_cannot_work(world, environment, w
     assert world.kinds() == []
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("delete", "other", "--dry_run"), "delete takes nothing but --dry-run, not 'other'"),
+        (("create", "--dryrun"), "create takes nothing but --dry-run, not '--dryrun'"),
+        (("logs", "1", "2"), "logs takes the number of one worker, not also '2'"),
+    ],
+)
+def test_an_argument_that_means_nothing_is_refused_before_any_call(pod, command, words):
+    assert words in pod.tpu(*command, status=1).stderr
+    assert pod.calls() == []
+
+
+def test_an_unknown_preset_is_refused_before_a_slice_is_asked_for(pod):
+    assert "XLA_PRESET=fast: there are" in pod.tpu(*RUN, status=2, XLA_PRESET="fast").stderr
+    assert pod.calls() == []
+
+
 def test_create_and_delete_are_idempotent(world):
     world.tpu("create", TIER="on-demand", SLICES="2")
     assert "is there already" in world.tpu("create").stderr

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ def numbers(text: str, kind: type = float) -> tuple[Any, ...]:
         raise ValueError(f"write {whole}numbers with commas between them") from None
 
 
+SHOWN = ("test", "validation", "train")  # splits in the order in which pictures ask for them
 COUNT = flags.IntegerParser(lower_bound=1)
 WEIGHT_FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {  # arguments of `mae_jax.load`
     "part": (flags.EnumParser(["all", "encoder"]), "weights to read; none = all"),
@@ -100,18 +102,19 @@ def check_mfu(mfu: float) -> None:
         raise UserError(f"--mfu={mfu} is a fraction of the chips' peak: choose 0.3 to 0.6")
 
 
-def define_image_flags(values: flags.FlagValues) -> None:
+def define_image_flags(values: flags.FlagValues, default: str) -> None:
     """Define the flags that say which images of a data source are read."""
-    text = "split of a data source, or slices such as train[:90%]"
+    text = f"split of a data source, or slices such as train[:90%]; none = {default}"
     flags.DEFINE_string("split", None, text, flag_values=values)
     flags.DEFINE_string("data_dir", "", "where tfds datasets live", flag_values=values)
 
 
-def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> list[Any]:
+def open_images(paths: Sequence[str], values: flags.FlagValues, *splits: str) -> list[Any]:
     """Return data sources: one for files that follow each other, one for any other path.
 
     A path is an image file, a text file (.txt) with the path of an image in every line, a folder,
-    or a data source such as bundled:photos, of which `split` is read unless --split is given.
+    or a data source such as bundled:photos, of which --split is read, or the first of `splits` that
+    it has.
     """
     from mae_jax.data import sources
     from mae_jax.data.folder import FolderSource
@@ -124,11 +127,21 @@ def open_images(paths: Sequence[str], values: flags.FlagValues, split: str) -> l
             opened.append(FolderSource("", names, unlabelled, None))
             continue
         for path in group:
-            name, part = (f"folder:{path}", "train") if os.path.isdir(path) else (path, split)
-            opened.append(sources.open_source(name, values.split or part, values.data_dir))
+            name, known = (f"folder:{path}", ("train",)) if os.path.isdir(path) else (path, splits)
+            known = (values.split,) if values.split else known
+            open_split = partial(sources.open_source, name, data_dir=values.data_dir)
+            opened.append(open_first(open_split, *known))
     if not any(map(len, opened)):
         raise UserError(f"{', '.join(paths)}: no image is listed there")
     return opened
+
+
+def open_first(open_split: Callable[[str], Any], *splits: str) -> Any:
+    """Return what a function opens of the first of some splits that is there."""
+    for split in splits[:-1]:
+        with contextlib.suppress(UserError):
+            return open_split(split)
+    return open_split(splits[-1])
 
 
 def plain_names(names: Sequence[str]) -> list[str]:

@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_integer("batch_size", 64, text, lower_bound=1, flag_values=values)
     text = "processes that read; -1 = as the cores allow, 0 = threads"
     flags.DEFINE_integer("workers", -1, text, lower_bound=-1, flag_values=values)
-    cli.define_image_flags(values)
+    cli.define_image_flags(values, "train")
     cli.define_weight_flags(values)
     rest = cli.parse("embed", USAGE, argv, values)
     if len(rest) < 2 or not values.out:
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
     way_out = "run embed alone; see `mae-jax embed --help` for several machines"
     distributed.refuse_to_run_alone(os.environ, way_out)
     out = Path(values.out)
-    source, *others = cli.open_images(paths, values, split="train")
+    source, *others = cli.open_images(paths, values, "train")
     if others:
         raise UserError(
             f"{', '.join(paths)}: give files, a folder or a data source, not several of these"

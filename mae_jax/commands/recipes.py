@@ -44,14 +44,15 @@ def parse(
     define(values)
     if {"-h", "--help"} & set(argv):
         indent = " " * 13
+        known = ["encoders", *names("ablations")] if command == "sweep" else names()
         recipes = textwrap.fill(
-            f"{', '.join(names())},", 98, initial_indent=indent, subsequent_indent=indent
+            f"{', '.join(known)},", 98, initial_indent=indent, subsequent_indent=indent
         )
         print(USAGE.format(command=command, recipes=recipes.lstrip()))
         print(values.get_help(include_special_flags=False))
         raise SystemExit(0)
     given = " ".join(arg for arg in argv if re.match(r"--config\b", arg))
-    argv, optional = _take_optional(argv)
+    argv, optional = _take_optional(_last_of_each(argv))
     argv, file = _with_path(argv)
     _refuse_old(re.findall(r"--config\.([\w.]+)", given))
     whole = [f"mae-jax {command}", *argv]
@@ -75,8 +76,12 @@ def parse(
     except (AttributeError, KeyError) as error:
         if "has no attribute 'get_config'" in str(error):
             raise UserError(f"--config={file}: the file has no function get_config(arg)") from None
+        _refuse_unknown(re.findall(r"--config\.([\w.]+)", given), file, whole)
         key = " ".join(str(error.args[0]).split())
         raise UserError(f"{given}: no such key in the config: {key}") from None
+    except TypeError:  # of a key inside a value that has none
+        _refuse_unknown(re.findall(r"--config\.([\w.]+)", given), file, whole)
+        raise
     except ModuleNotFoundError as error:
         raise UserError(f"--config={file}: {error}") from error
     if rest:
@@ -150,6 +155,28 @@ def _with_path(argv: list[str]) -> tuple[list[str], Path]:
             sys.path[:0] = [path for path in [os.getcwd(), *above] if path not in sys.path]
             return [*argv[:i], f"--config={file}{colon}{arguments}", *argv[after:]], file
     raise UserError("--config=RECIPE is missing, such as --config=configs/pretrain.py")
+
+
+def _last_of_each(argv: list[str]) -> list[str]:
+    """Return a command line without the values of keys that are given again; absl joins tuples."""
+    last = {arg.partition("=")[0]: i for i, arg in enumerate(argv)}
+    return [
+        arg
+        for i, arg in enumerate(argv)
+        if not re.match(r"--config\.[\w.]+=", arg) or last[arg.partition("=")[0]] == i
+    ]
+
+
+def _refuse_unknown(keys: Iterable[str], file: Path, whole: list[str]) -> None:
+    """Raise a UserError for the first key that a recipe does not have."""
+    whole = [whole[0], *(arg for arg in whole if arg.startswith("--config="))]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=whole)
+    values(whole)
+    known = {key for key, _ in leaves(values.config)} | set(OPTIONAL_KEYS)
+    for key in keys:
+        if key not in known:
+            raise UserError(f"config.{key}: {file.stem} has no such key{nearest(key, known)}")
 
 
 def _take_optional(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Make the run that a config asks for: what `mae-jax train` and `mae-jax sweep` share."""
 
+import contextlib
 import errno
 import json
 import math
@@ -110,9 +111,15 @@ def run(
       train.NonFiniteError: the loss or the gradient norm is not finite.
       distributed.Preempted: a stop was requested; the state was saved.
     """
-    from mae_jax import distributed, provenance
+    from etils import epath
+
+    from mae_jax import checkpoint, distributed, provenance
 
     with distributed.listening() as stop_requested:
+        with distributed.agreement("weights to start from"):
+            key = "resume" if config.get("resume") else "init_from"
+            if config.get(key) and not checkpoint.numbered(epath.Path(workdir) / "checkpoints"):
+                checkpoint.candidates(config[key], key)
         parts = build(config, devices)
         with provenance.nothing_left_if_refused(workdir):
             provenance.check_workdir(workdir, config, parts.num_examples)
@@ -151,6 +158,7 @@ def _run(
         sizes = {name: config[name] for name in ("batch_size", "seed", "grad_accum")}
         step = train.compile_step(task, tx, mesh, shapes, **sizes)
     provenance.prepare_workdir(workdir, config, num_examples)
+    unfinished = provenance.unfinished(workdir, start)
 
     with (
         saver,
@@ -165,24 +173,31 @@ def _run(
             learning_rate=learning_rate,
             check=partial(train.require_finite, saver=saver),
             heartbeat=heartbeat,
+            keep_metrics=bool(unfinished) and not schedule.total,
         ) as reporter,
     ):
         common: dict[str, Any] = dict(
-            evaluators=evaluators, report=reporter, stop_requested=stop_requested
+            evaluators=evaluators,
+            unfinished=unfinished,
+            saver=saver,
+            report=reporter,
+            stop_requested=stop_requested,
         )
         if schedule.total == 0:
             return train.evaluate(state, **common)
-        unfinished = provenance.unfinished(workdir, start)
-        common |= dict(saver=saver, unfinished=unfinished)
         if step is None and not unfinished:
             reporter.log(f"finished: {start} of {start} steps were done before; nothing to do")
             return state
         if step is not None:
             reporter.start_up(step, state.params, config.grad_accum)
+        tracing: Any = contextlib.nullcontext(step)
         if profiled and jax.process_index() == 0:
-            step = profiling.traced(step, profiled, start, workdir, reporter.log)
+            tracing = profiling.traced(step, profiled, start, workdir, reporter.log)
+        elif profile and not profiled:
+            reporter.log(f"--profile={profile}: these steps were made before; none is traced")
         batches = train.global_batches(task, mesh, start, config.batch_size)
-        return train.fit(state, step, batches, schedule, **common)
+        with tracing as step:
+            return train.fit(state, step, batches, schedule, **common)
 
 
 def disk_failure(error: OSError, workdir: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from mae_jax.models.vit import Encoder
 from mae_jax.tasks import common
 from mae_jax.tasks.segment import Task, head_layers
 
-STRIDE = 2 / 3  # of the windows
+STRIDE = 2 / 3  # of the windows, where the run measured none
 
 
 def draw(
@@ -47,7 +48,8 @@ def draw(
     classes = _class_names(config, task.head.classes)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     compute = task.predict()["segmentation"]
-    windows = segment.Windows(config, compute, mesh, 1, STRIDE)
+    strides = [cfg.stride for cfg in config.evals.values() if cfg.type == "segment"]
+    windows = segment.Windows(config, compute, mesh, 1, strides[0] if strides else STRIDE)
     rows = []
     for pair in pairs:
         predicted_HW = windows(state, [pair])[0]
@@ -94,12 +96,13 @@ def _read(
     names: list[str] = []
     pairs: list[Pair] = []
     dtype = bands.pixel_type(config.data.get("value_range", ()))
+    splits = (values.split,) if values.split else cli.SHOWN
     for path in paths:
         with_truth = path.startswith(segmentation.PREFIX)
         sources = (
-            [segmentation.open_pairs(config.data, path, values.split or "test")]
+            [cli.open_first(partial(segmentation.open_pairs, config.data, path), *splits)]
             if with_truth
-            else cli.open_images([path], values, split="test")
+            else cli.open_images([path], values, *cli.SHOWN)
         )
         for source in sources:
             for index in range(min(len(source), values.limit - len(pairs))):

@@ -85,7 +85,9 @@ def chosen(rows: Mapping[str, Mapping[str, ConfigDict]], only: list[str]) -> dic
     runs = {name: run for row in rows.values() for name, run in row.items()}
     for name in only:
         if name not in rows and name not in runs:
-            raise UserError(f"--only={name}: there is no such row{nearest(name, [*rows, *runs])}")
+            raise UserError(
+                f"--only={name}: there is no such row{nearest(name, dict.fromkeys([*rows, *runs]))}"
+            )
     wanted = {name for row in rows for name in rows[row] if {row, name} & set(only)}
     return {name: run for name, run in runs.items() if name in wanted or not only}
 

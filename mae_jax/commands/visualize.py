@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], flags.FlagValues]:
     flags.DEFINE_bool("attention", False, "draw the cls token's attention", flag_values=values)
     flags.DEFINE_bool("pca", False, "draw patch features as colours", flag_values=values)
     flags.DEFINE_string("neighbours", None, "draw the images nearest to this", flag_values=values)
-    cli.define_image_flags(values)
+    cli.define_image_flags(values, ", ".join(cli.SHOWN))
     cli.define_weight_flags(values)
     rest = cli.parse("visualize", USAGE, argv, values)
     if len(rest) < 2 or not values.out:
@@ -65,7 +65,7 @@ def read_images(
       UserError: a path is no data source, an image cannot be read, or there is none.
     """
     examples: list[cli.Example] = []
-    for source in cli.open_images(paths, values, split="test"):
+    for source in cli.open_images(paths, values, *cli.SHOWN):
         for index in range(min(len(source), values.limit - len(examples))):
             example = cli.read_example(source, index, spec)
             if example.error:

@@ -52,12 +52,14 @@ def shift(image: Image.Image, kind: str, amount: float) -> Image.Image:
 def parse(name: str) -> ColourJitter:
     """Return the jitter of a name such as jitter-b0.4-c0.4-s0.4-h0.1."""
     part = r"-([bcsh])(\d+(?:\.\d+)?)"
-    strengths = {KINDS[letter]: float(number) for letter, number in re.findall(part, name)}
+    parts = re.findall(part, name)
+    strengths = {KINDS[letter]: float(number) for letter, number in parts}
     valid = re.fullmatch(f"jitter({part})+", name) and max(strengths.values()) <= 1
+    valid = valid and len(strengths) == len(parts)
     if not valid or strengths.get("hue", 0.0) > 0.5:
         raise UserError(
             f"config.data.augment={name!r}: write jitter-bB-cC-sS-hH, such as"
             " jitter-b0.4-c0.4-s0.4-h0.1, with brightness, contrast and saturation up to 1 and hue"
-            " up to 0.5"
+            " up to 0.5, each once"
         )
     return ColourJitter(**strengths)

@@ -17,6 +17,11 @@ def open_labelled(name: str, split: str, data_dir: str) -> sources.Source:
     return source
 
 
+def names(source: sources.Source) -> list[str]:
+    """Return the names of a source's classes, which are numbers where it gives none."""
+    return source.class_names or [str(label) for label in range(source.num_classes or 0)]
+
+
 def require_labels(label_B: np.ndarray, classes: int) -> None:
     """Raise a UserError if a label is not from 0 to classes - 1."""
     wrong = label_B[(label_B < 0) | (label_B >= classes)]

@@ -94,13 +94,24 @@ def train_batches(
 def augmented(source: Source, data: ConfigDict, image_size: tuple[int, int], channels: int) -> Make:
     """Return a `make` that reads a labelled image, cropped and augmented as config.data says."""
     dtype = bands.pixel_type(data.get("value_range", ()))
+    shape = (*image_size, channels)
     crop, flip, augment = settings.make_crop(data), data.flip, settings.make_augment(data)
+
+    def checked(image: np.ndarray, key: str) -> np.ndarray:
+        found = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
+        if found != (dtype, shape):  # of a fork's function
+            raise UserError(
+                f"config.data.{key}={data[key]!r} returned {found[0]}{[*found[1]]}: it must return"
+                f" {np.dtype(dtype)}{[*shape]}"
+            )
+        return image
 
     def make(index: int, rng: np.random.Generator) -> Example:
         record, picture = bad_images.read(source, index, channels, dtype)
-        image = transforms.random_flip(crop(picture, image_size, rng), flip, rng)
+        image = checked(crop(picture, image_size, rng), "crop")
+        image = transforms.random_flip(image, flip, rng)
         if augment is not None:
-            image = augment(image, rng)
+            image = checked(augment(image, rng), "augment")
         return {"image": image, "label": np.int32(record["label"])}
 
     return make

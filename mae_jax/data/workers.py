@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import traceback
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
@@ -199,7 +201,7 @@ def _read_in_processes(local: _Rows, slots: Slots, workers: int) -> Iterator[dic
             ours, theirs = context.Pipe()
             arguments = (theirs, slots, pickled, worker, workers)
             process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
+            _start(process)
             readers.append((process, ours))
             theirs.close()
             reduction.send_handle(ours, file, process.pid)
@@ -217,6 +219,16 @@ def _read_in_processes(local: _Rows, slots: Slots, workers: int) -> Iterator[dic
     finally:
         os.close(file)
         stop()
+
+
+def _start(process: Any) -> None:
+    """Start a process that does not run the user's script again; nothing of it is needed there."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _work(connection: Connection, slots: Slots, pickled: bytes, worker: int, workers: int) -> None:

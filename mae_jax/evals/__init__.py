@@ -38,8 +38,8 @@ class Evaluator(Protocol):
 
     Args:
       cfg: config.evals.NAME. All evaluators here have `batch_size`, and all but robustness have
-        `source` ('' = that of the training images) and `split`. All but robustness and reconstruct
-        may have `prefix`, with which their metric names begin ("eval"). `every` is the loop's.
+        `source` ('' = that of the training images) and `split`. All but robustness may have
+        `prefix`, with which their metric names begin ("eval"). `every` is the loop's.
       config: the whole config: images, model, sources.
       predict: the functions (params, extra, batch) -> outputs of the task, by name. "features"
         gives `cls` and `mean` (B, D); "block_features", which a task may leave out, gives them
@@ -75,7 +75,7 @@ def build(config: ConfigDict, predict: Mapping[str, Callable], mesh: Mesh) -> di
 
 def reported(cfg: Mapping[str, Any]) -> set[str]:
     """Return those metric names of an evaluator of this package that another could report too."""
-    prefix = "eval" if cfg["type"] == "reconstruct" else cfg.get("prefix", "eval")
+    prefix = cfg.get("prefix", "eval")
     if cfg["type"] in ("accuracy", "probe", "reconstruct"):
         return {f"{prefix}/loss", f"{prefix}/images"}
     if cfg["type"] == "logistic":
@@ -95,9 +95,8 @@ def require_distinct(evaluations: Mapping[str, Any]) -> None:
     """Raise UserError if two of config.evals would report numbers under the same name."""
     for (one, first), (other, second) in combinations(evaluations.items(), 2):
         if same := reported(first) & reported(second):
-            name = one if second["type"] == "reconstruct" else other
             raise UserError(
                 f"config.evals.{one} and config.evals.{other} would both report"
                 f" {' and '.join(sorted(same))}: give one another prefix, such as"
-                f" config.evals.{name}.prefix='eval_{name}', or leave one to another run"
+                f" config.evals.{other}.prefix='eval_{other}', or leave one to another run"
             )

@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data.labels import require_disjoint
+from mae_jax.data import labels
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals import Report, results
 from mae_jax.evals.features import Extractor
@@ -31,7 +31,7 @@ class Evaluator:
             )
         self._source, trained = results.open_both(cfg, config)
         if not cfg.get("of_training_images", False):
-            require_disjoint(
+            labels.require_disjoint(
                 f"accuracy: split={cfg.split!r} and config.data.split={data.split!r}",
                 self._source,
                 trained,
@@ -49,7 +49,7 @@ class Evaluator:
         eval/top1, eval/top5: percent; top5 with more than five classes. eval/loss: cross-entropy
         with the label, without smoothing. eval/images: how many were classified.
         """
-        names = self._source.class_names or []
+        names = labels.names(self._source)
         predictions = results.classify(self._extractor, state, self._source)
         scalars = results.summary(predictions, len(names))
         return results.report(self._prefix, scalars, self._about, predictions, names)

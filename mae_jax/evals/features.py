@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mae_jax import distributed, sharding
-from mae_jax.data import bad_images, bands, crops, eval_pipeline, pipeline, segmentation
+from mae_jax.data import bad_images, bands, crops, eval_pipeline, labels, pipeline, segmentation
 from mae_jax.data.decode import Picture
-from mae_jax.data.labels import open_labelled, require_disjoint, require_labels
 from mae_jax.data.segfolder import PairSource
 from mae_jax.data.sources import Source
 from mae_jax.errors import UserError, nearest
@@ -30,7 +29,7 @@ Crop = Callable[[Picture, tuple[int, int]], np.ndarray]
 
 def open_split(cfg: ConfigDict, config: ConfigDict, key: str = "split") -> Source:
     """Open the labelled images of cfg[key], a split of cfg.source ('' = the training source)."""
-    return open_labelled(cfg.source or config.data.source, cfg[key], config.data.data_dir)
+    return labels.open_labelled(cfg.source or config.data.source, cfg[key], config.data.data_dir)
 
 
 def open_bank(cfg: ConfigDict, config: ConfigDict) -> tuple[Source, Source]:
@@ -42,7 +41,7 @@ def open_bank(cfg: ConfigDict, config: ConfigDict) -> tuple[Source, Source]:
 
 def require_other_images(cfg: ConfigDict, queries: Source, bank: Source) -> None:
     """Raise UserError if an image of cfg.split is in cfg.bank_split too."""
-    require_disjoint(
+    labels.require_disjoint(
         f"{cfg.type}: split={cfg.split!r} and bank_split={cfg.bank_split!r}",
         queries,
         bank,
@@ -206,7 +205,7 @@ def require_known(cfg: ConfigDict, source: Source, label: np.ndarray, classes: n
     """Raise UserError if a query has a class that is not among those of the bank."""
     if len(unknown := np.setdiff1d(label, classes)):
         raise UserError(
-            f"{cfg.type}: no image of class {(source.class_names or [])[unknown[0]]!r} is in the"
+            f"{cfg.type}: no image of class {labels.names(source)[unknown[0]]!r} is in the"
             f" bank ({cfg.bank_split}), and some are among the queries ({cfg.split}): take a larger"
             " bank_split"
         )
@@ -240,7 +239,7 @@ class Extractor:
     def batches(self, state: Any, source: Source, crop: Crop = crops.center) -> Iterator[Features]:
         """Yield the features of each batch of a source, in its order."""
         for local, arrays in self._batches.read(source, crop):
-            require_labels(local["label"][local["counted"]], source.num_classes or 0)
+            labels.require_labels(local["label"][local["counted"]], source.num_classes or 0)
             x_BD = self._compute(state.params, state.extra, {"image": arrays["image"]})
             yield Features(x_BD, arrays["label"], arrays["counted"])
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data import bad_images, bands
+from mae_jax.data import bad_images, bands, labels
 from mae_jax.data.sources import Ranges, Source
 from mae_jax.errors import UserError
 from mae_jax.evals import Report
@@ -84,7 +84,7 @@ def draw_per_class(
     Raises:
       UserError: a class has fewer; the message names it.
     """
-    names = source.class_names or []
+    names = labels.names(source)
     drawn: list[list[int]] = [[] for _ in names]
     missing = len(names) * count
     for index in np.random.default_rng(seed).permutation(len(source)).tolist():

@@ -156,7 +156,7 @@ class Fitter:
           name: of the split, for the error message.
 
         Raises:
-          UserError: no features are finite.
+          UserError: no features are finite, or none of those that choose the strength.
         """
         bank, scale = self._standardise(bank)
         if not fetch(bank.counted).any():
@@ -166,6 +166,12 @@ class Fitter:
         rest, tenth = (
             bank._replace(counted=self._both(bank.counted, chosen)) for chosen in (~held, held)
         )
+        for part, words in ((tenth, "a held-out tenth"), (rest, "the other nine tenths")):
+            if not fetch(part.counted).any():
+                raise UserError(
+                    f"logistic regression: no image of {words} of {name} can be used: give a larger"
+                    " bank_split"
+                )
         linear = Linear(
             np.zeros((bank.x.shape[-1], classes), np.float32), np.zeros(classes, np.float32)
         )

@@ -80,10 +80,12 @@ def predicted_levels(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     source: str = "visible",
+    clip: bool = True,
 ) -> Array:
     """Return predictions as levels, (B, L, P), clipped to 0..255.
 
     Args:
+      clip: False for images whose own levels may be outside, as with a value_range.
       pred_BLT: in the space of the target, "pixels" or "norm_pixels", so that T is P.
       levels_BLP: the images' own patches, of which `patch_statistics` sees what `source` allows.
       mean, std: of the channels, with which the images were normalised.
@@ -92,7 +94,8 @@ def predicted_levels(
         patches_BLP = from_levels(levels_BLP, mean, std)
         mean_BL1, std_BL1 = patch_statistics(patches_BLP, mask_BL, grid, source)
         pred_BLT = pred_BLT * std_BL1 + mean_BL1
-    return jnp.clip(unnormalize(pred_BLT, mean, std), 0, 255)
+    levels_BLP = unnormalize(pred_BLT, mean, std)
+    return jnp.clip(levels_BLP, 0, 255) if clip else levels_BLP
 
 
 def mean_colour(levels_LP: np.ndarray, mask_L: np.ndarray, channels: int) -> np.ndarray:

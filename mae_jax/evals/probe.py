@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.data.labels import open_labelled, require_disjoint
+from mae_jax.data import labels
 from mae_jax.data.sources import Source
 from mae_jax.errors import UserError
 from mae_jax.evals import Report, results
@@ -47,11 +47,11 @@ class Evaluator:
         if len(self._rates) > 1:
             if not cfg.select_split:
                 raise UserError(f"the best of {len(self._rates)} rates is chosen on what? {WAYS}")
-            self._select = open_labelled(data.source, cfg.select_split, data.data_dir)
+            self._select = labels.open_labelled(data.source, cfg.select_split, data.data_dir)
             splits[f"select_split={cfg.select_split!r}"] = self._select
             self._about["chosen_on"] = cfg.select_split
         for (one, source), (other, other_source) in combinations(splits.items(), 2):
-            require_disjoint(f"evaluation: {one} and {other}", source, other_source, WAYS)
+            labels.require_disjoint(f"evaluation: {one} and {other}", source, other_source, WAYS)
         self._extractor = Extractor(config, predict["logits"], mesh, cfg.batch_size)
         self._prefix = cfg.get("prefix", "eval")
 
@@ -64,7 +64,7 @@ class Evaluator:
         eval/best_top5: its accuracies. top5 with more than five classes. eval/images: how many were
         classified.
         """
-        names, best = self._source.class_names or [], 0
+        names, best = labels.names(self._source), 0
         predictions = results.classify(self._extractor, state, self._source)
         scalars = results.summary(predictions.head(0), len(names))
         if self._select:

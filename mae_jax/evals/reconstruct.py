@@ -35,7 +35,7 @@ class Evaluator:
     Every readable image counts once; sums over images are made in float64.
 
     Args:
-      cfg: `images`.
+      cfg: `images`; optional `prefix`, which also names the picture if it is not "eval".
       predict: its "reconstruction" gets a batch of image and score_BL, and returns pred_BLT,
         target_BLT and mask_BL. Errors in levels and pictures are made only of a target in
         `pixels.CAPTIONS`; for others, T is any width, and the loss alone is measured.
@@ -48,6 +48,7 @@ class Evaluator:
             raise UserError(f"evaluation with images={cfg.images}: it must be at least 1")
         model, data = config.model, config.data
         self._cfg, self._config, self._predict = cfg, config, predict["reconstruction"]
+        self._prefix = cfg.get("prefix", "eval")
         self._patch_size = tuple(model.patch_size)
         self._value_range = tuple(data.get("value_range", ()))
         self._bands = figures.choose_bands(cfg.get("bands", ()), model.channels)
@@ -84,16 +85,17 @@ class Evaluator:
                 self._trivial.append(self._trivial_sums(local, out["mask_BL"]))
             shown = counted_B[: figures.PICTURES]
             if number == 0 and shown.any() and jax.process_index() == 0:
-                pictures["reconstruction"] = self._picture(out, shown, int(state.step))
+                name = "reconstruction" + f"_{self._prefix}" * (self._prefix != "eval")
+                pictures[name] = self._picture(out, shown, int(state.step))
         hidden, loss, squared = sums.tolist()
-        scalars = {"eval/loss": loss / hidden}
+        scalars = {"loss": loss / hidden}
         if self._in_levels:
             levels, mean_colour, interpolation = np.sum(self._trivial, 0).tolist()
-            scalars["eval/rmse"] = math.sqrt(squared / levels)
-            scalars["eval/rmse_mean_colour"] = math.sqrt(mean_colour / levels)
-            scalars["eval/rmse_interpolation"] = math.sqrt(interpolation / levels)
-        scalars |= {"eval/images": float(images), "eval/trained_on": self._trained_on}
-        return Report(scalars, pictures)
+            scalars["rmse"] = math.sqrt(squared / levels)
+            scalars["rmse_mean_colour"] = math.sqrt(mean_colour / levels)
+            scalars["rmse_interpolation"] = math.sqrt(interpolation / levels)
+        scalars |= {"images": float(images), "trained_on": self._trained_on}
+        return Report({f"{self._prefix}/{name}": x for name, x in scalars.items()}, pictures)
 
     def _reconstruct(self, params: Any, extra: Any, arrays: dict) -> dict:
         """Return sums over each image, its mask, and the first images with their reconstructions.
@@ -118,6 +120,7 @@ class Evaluator:
                 target=self._config.target.name,
                 mean=tuple(self._config.data.mean),
                 std=tuple(self._config.data.std),
+                clip=not self._value_range,
             )
             squared_BL = jnp.square(pred_BLP - levels_BLP).sum(-1)
             both = (x[: figures.PICTURES] for x in (levels_BLP, pred_BLP))
@@ -156,8 +159,8 @@ class Evaluator:
         images = (image, out["mask_BL"][: figures.PICTURES][shown], pred)
         caption = (
             f"Step {step:,}. {cfg.source or config.data.source}, {cfg.split}"
-            f" ({kind_of_images(self._trained_on)}): {config.mask_ratio:.0%} of the patches are"
-            " hidden. The visible ones carry no loss, so that their predictions (third column) mean"
-            f" little. {pixels.CAPTIONS[config.target.name]}"
+            f" ({kind_of_images(self._trained_on)}): {images[1].mean():.0%} of the patches are"
+            " hidden. In the paper's objective the visible ones carry no loss, so that their"
+            f" predictions (third column) mean little. {pixels.CAPTIONS[config.target.name]}"
         )
         return figures.reconstructions(*images, patch_size=self._patch_size, caption=caption)

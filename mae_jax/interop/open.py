@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from mae_jax import checkpoint, files
+from mae_jax import checkpoint, files, limits
 from mae_jax.errors import UserError
 from mae_jax.interop import described, encoders, infer, names, read
 from mae_jax.models import resize
@@ -67,9 +68,10 @@ def open_weights(
         raise UserError(f"part={part!r} is unknown: choose all or encoder")
     if target not in (None, "pixels", "norm_pixels"):
         raise UserError(f"target={target!r} is unknown: choose pixels or norm_pixels")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    numbers = {"mean": mean, "std": std, "value_range": value_range}
-    given = {"target": target, **{name: x and tuple(x) for name, x in numbers.items()}}
+    size = None if image_size is None else _sides(image_size)
+    given: dict[str, Any] = {"target": target}
+    for name, value in (("mean", mean), ("std", std), ("value_range", value_range)):
+        given[name] = None if value is None else _numbers(name, value)
     ours = source.is_dir() and any((source / x).is_dir() for x in ("checkpoints", "state"))
     if ours:
         weights = _open_ours(source, averaged)
@@ -95,9 +97,29 @@ def open_weights(
             )
         encoder = {"encoder": weights.params["encoder"]}
         weights = weights._replace(spec=described.encoder_only(weights.spec), params=encoder)
-    if size and tuple(size) != weights.spec.image_size:
-        weights = _resize(weights, (size[0], size[1]))
+    if size and size != weights.spec.image_size:
+        weights = _resize(weights, size)
     return weights
+
+
+def _sides(image_size: Any) -> Size:
+    """Return height and width of what a user gave as the size of images."""
+    sides = (image_size,) * 2 if isinstance(image_size, Integral) else image_size
+    whole = isinstance(sides, tuple | list) and all(isinstance(x, Integral) for x in sides)
+    if not whole or len(sides) != 2:
+        raise UserError(f"image_size={image_size!r}: give a whole number, or (height, width)")
+    return int(sides[0]), int(sides[1])
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    """Return the mean, std or value_range that a user gave, as a tuple."""
+    found = tuple(np.ravel(value).tolist())
+    limit = limits.NUMBERS[f"data.{name}"]
+    if not limit.holds(found):
+        raise UserError(f"{name}={value!r}: give {limit}")
+    if name == "value_range" and found and (len(found) != 2 or found[0] >= found[1]):
+        raise UserError(f"value_range={value!r}: give (LOW, HIGH), the smaller one first")
+    return found
 
 
 def shipped(name: str | os.PathLike) -> Path | None:

@@ -22,7 +22,8 @@ PAPER = ("paper, fine-tuned", "paper, linear")
 def measured(workdir: str | os.PathLike) -> dict[str, float]:
     """Return the last numbers of a run, by the names of columns; {} before its end.
 
-    Of accuracies by block, only the last block's and the best one's are returned.
+    Of accuracies by block, the last block's and the best one's are returned; which is best other
+    images decided where the run has asked them.
     """
     file = epath.Path(workdir) / "metrics.jsonl"
     lines = writer.read(file) if file.exists() else []
@@ -33,8 +34,12 @@ def measured(workdir: str | os.PathLike) -> dict[str, float]:
         if ACCURACY.fullmatch(name):
             found[words] = value
         elif BLOCK.search(name) and ACCURACY.match(name):
-            best = f"{BLOCK.sub('', words)}, best block"
-            found[best] = max(value, found.get(best, value))
+            column = BLOCK.sub("", words)
+            if (chosen := last.get(f"eval/{column}_best")) is not None:
+                found[f"{column}, best block"] = chosen
+            else:
+                best = f"{column}, best block of these images"
+                found[best] = max(value, found.get(best, value))
     if not found:
         return {}
     return dict(sorted(found.items())) | {

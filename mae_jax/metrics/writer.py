@@ -21,17 +21,18 @@ REMOTE_SECONDS = 60  # an object store takes whole files only: we send them at m
 class Writer:
     """A writer into a workdir. Process 0 writes the metrics, every host its own log.
 
-    A run that resumes from step `start` drops the metrics of later steps, which it will write
-    again. A line in a local file survives a kill as soon as the call returns. Object stores such as
-    gs://BUCKET/RUN cannot append: a kill can lose what was written since the last `flush`, which
-    happens at least once a minute.
+    A run that goes on drops the metrics of later steps than `start`, which it will write again; a
+    new one drops all. A line in a local file survives a kill as soon as the call returns. Object
+    stores such as gs://BUCKET/RUN cannot append: a kill can lose what was written since the last
+    `flush`, which happens at least once a minute.
 
     Args:
       workdir: a path, or a URL that etils.epath reads.
-      start: the step that the run resumes from; 0 for a new run.
+      start: the step that the run goes on from; 0 for a new run.
+      keep: go on with the metrics that are there, although `start` is 0.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start: int):
+    def __init__(self, workdir: str | os.PathLike, start: int, keep: bool = False):
         self._workdir = epath.Path(workdir)
         self._start = start
         self._log = _Lines(self._workdir / "logs" / f"host_{jax.process_index()}.log")
@@ -39,7 +40,7 @@ class Writer:
         if self._main:
             file = self._workdir / "metrics.jsonl"
             # A new run will write step 0 again; a resumed one wrote its step before it was saved.
-            old = read(file) if start and file.exists() else []
+            old = read(file) if (start or keep) and file.exists() else []
             kept = [json.dumps(line) for line in old if line["step"] <= start]
             self._metrics = _Lines(file, kept)
         self._tensorboard: Any = None
@@ -110,11 +111,13 @@ class Writer:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl in order, without a line cut short by a crash."""
+    """Return the lines of a metrics.jsonl in order, without what a crash cut short or damaged."""
     entries = []
-    for line in epath.Path(path).read_text().splitlines():
+    for line in epath.Path(path).read_bytes().splitlines():
         with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
     return entries
 
 
@@ -126,7 +129,7 @@ class _Lines:
         self.remote = "://" in os.fspath(path)
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = path.read_text() if path.exists() else ""
+        old = path.read_bytes().decode(errors="replace") if path.exists() else ""
         self._text = old if lines is None else "".join(f"{line}\n" for line in lines)
         self._sent = time.monotonic()
         if self._text != old:

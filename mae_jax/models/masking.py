@@ -35,7 +35,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     if not 0 < kept < num_patches:
         raise UserError(
             f"mask_ratio={ratio} keeps {kept} of {num_patches} patches; at least one must be kept"
-            f" and one hidden: choose one above 0 and below {1 - 1 / num_patches:.4f}"
+            f" and one hidden: choose one above 0, and at most {1 - 1 / num_patches:.4f}"
         )
     return kept
 

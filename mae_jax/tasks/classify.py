@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import checkpoint, flops, layer_decay, train
+from mae_jax.config import refuse_unread
 from mae_jax.errors import nearest, refuse
 from mae_jax.models import classifier, mixup
 from mae_jax.models.patchify import normalize, to_patches
@@ -174,6 +175,7 @@ def check(config: ConfigDict) -> None:
       UserError: a value that cannot work.
     """
     m, data = config.model, config.data
+    refuse_unread(config, "data.repeat")
     if data.augment and m.channels not in (1, 3):
         refuse("data.augment", data.augment, f"is for 1 or 3 channels, not {m.channels}: set it ''")
     if config.start not in STARTS:

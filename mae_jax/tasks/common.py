@@ -40,6 +40,10 @@ def learning_rate(
     warmup = steps(o["warmup"], batch_size, steps_per_epoch)
     arguments = optim.peak_lr(o["blr"], batch_size), total_steps, warmup, o["min_lr"]
     if name == "cosine":
+        if o.get("cooldown", 0.2) != 0.2:
+            raise UserError(
+                f"config.optim.cooldown={o['cooldown']} is for schedule=wsd: leave it out"
+            )
         return optim.cosine_schedule(*arguments)
     return optimizers.stable_decay(*arguments, o.get("cooldown", 0.2))
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import flops, models, train
-from mae_jax.config import resolve, resolve_group
+from mae_jax.config import refuse_unread, resolve, resolve_group
 from mae_jax.models import mae, masking, masks, pca, probe, targets
 from mae_jax.models.patchify import normalize, to_patches
 from mae_jax.models.spec import ModelSpec
@@ -45,6 +45,8 @@ class Task(train.Task):
         Raises:
           UserError: a value of the config cannot work, or the images cannot be opened.
         """
+        if config.task == "pretrain":
+            refuse_unread(config, "model.decoder_maps", "model.decoder_share")
         score_patches = resolve_group(
             config.masking, "masking", masking, masks, others=masking.KEYS
         )

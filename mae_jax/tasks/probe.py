@@ -197,7 +197,9 @@ def check(config: ConfigDict) -> None:
     """
     p, o, m = config.probe, config.optim, config.model
     check_features(config)
-    refuse_unread(config, "optim.clip_norm")
+    refuse_unread(config, "optim.clip_norm", "data.repeat")
+    if o.name == "lars":
+        refuse_unread(config, "optim.eps")
     for key, value, choices in (
         ("probe.head", p.head, HEADS),
         ("probe.pool", p.pool, POOLS),
