@@ -19,6 +19,7 @@ import mae_jax
 from mae_jax.commands import embed, feature_file
 from mae_jax.data import crops, sources
 from mae_jax.data.decode import decode
+from mae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights/cifar10-s"
@@ -224,6 +225,21 @@ def test_what_is_complete_is_not_done_again_and_kept_from_other_inputs(folder, t
         with pytest.raises(ValueError, match="is there already"):
             run(out, *change(folder))
     assert out.read_bytes() == before
+
+
+def test_a_second_command_for_the_same_file_is_refused(folder, tmp_path):
+    out = tmp_path / "a.npy"
+    with feature_file.only_writer(out), pytest.raises(UserError, match="another .* is writing"):
+        run(out, folder)
+    run(out, folder)
+    assert sorted(x.name for x in tmp_path.glob("a.npy*")) == ["a.npy", "a.npy.csv", "a.npy.json"]
+
+
+def test_a_list_of_windows_editor_is_read(folder, tmp_path):
+    (folder / "list.txt").write_bytes("\ufeffdog/9.png\r\n\r\ncat/0.png\r\n".encode())
+    found = run(tmp_path / "a.npy", folder / "list.txt")
+    names = [os.path.relpath(name, folder) for name in found["name"]]
+    assert names == ["dog/9.png", "cat/0.png"]
 
 
 def test_a_list_of_another_folder_is_another_input(folder, tmp_path, monkeypatch):

@@ -144,6 +144,10 @@ def test_a_run_of_this_project_is_loaded_from_its_workdir(tmp_path):
     step, again = mae_jax.load(tmp_path / "checkpoints" / "0")
     assert step.spec == model.spec
     assert_trees_equal(again, loaded)
+    mae_jax.load(tmp_path, heads=model.spec.encoder.heads)
+    for given in ({"key": "teacher"}, {"heads": 7}, {"decoder_heads": 7}):
+        with pytest.raises(UserError, match=f"says it itself: leave {next(iter(given))} out"):
+            mae_jax.load(tmp_path, **given)
 
 
 def test_averaged_weights_are_taken_when_asked_for_and_named_when_not(tmp_path, capsys):

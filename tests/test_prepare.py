@@ -223,6 +223,14 @@ def test_statistics_are_of_all_images_where_none_to_train_on_can_be_read(tmp_pat
     )
 
 
+@pytest.mark.parametrize("names", [(" ", "b"), ("a\nb", "c"), ("a ", "b")], ids=repr)
+def test_class_names_that_no_dataset_can_keep_are_refused(names, tmp_path):
+    folder = folder_of(tmp_path, {f"{name}/1.png": encoded("PNG") for name in names})
+    with pytest.raises(UserError, match="which no dataset can keep: rename the folder"):
+        pack_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_processes_write_what_one_writes(images, tmp_path, small_shards):
     for workers in (1, 2):
         pack_folder(images, tmp_path / f"{workers}", workers=workers)

@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -105,6 +107,29 @@ def test_palette_pictures_and_16_bits_hold_numbers_too(root, mode):
         picture = Image.fromarray(numbers.astype(np.uint16))
     picture.save(root / "train/labels/train00.png")
     assert Image.open(root / "train/labels/train00.png").mode == mode
+    np.testing.assert_array_equal(open_pairs(root)[0]["map"], numbers)
+
+
+def png_of_grey(bits, numbers_HW):
+    """A PNG of 2 or 4 bits of grey, which Pillow reads and does not write."""
+    rows = [sum(int(x) << (8 - bits - bits * i) for i, x in enumerate(part)).to_bytes(1, "big")
+            for row in numbers_HW for part in np.split(row, row.size * bits // 8)]  # fmt: skip
+    per_row = numbers_HW.shape[1] * bits // 8
+    data = b"".join((b"\0" if i % per_row == 0 else b"") + byte for i, byte in enumerate(rows))
+    head = struct.pack(">IIBBBBB", *numbers_HW.shape[::-1], bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+        for kind, x in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits_holds_numbers_too(root, bits):
+    numbers = np.arange(24 * 32).reshape(24, 32) % 3
+    path = root / "train/labels/train00.png"
+    path.write_bytes(png_of_grey(bits, numbers))
+    assert np.asarray(Image.open(path)).max() == 2 * {2: 85, 4: 17}[bits]
     np.testing.assert_array_equal(open_pairs(root)[0]["map"], numbers)
 
 

@@ -172,6 +172,12 @@ def test_broken_links_and_empty_files_are_listed_as_empty_images(tmp_path):
     assert source[1]["unreadable"] == "No such file or directory"
 
 
+def test_a_link_to_itself_is_passed_over(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "self").symlink_to("self")
+    assert len(open_source(f"folder:{tmp_path}", "train")) == 1
+
+
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     save(tmp_path / "elsewhere/1.png")
     save(tmp_path / "here/2.png")

@@ -156,7 +156,8 @@ def _listed(path: str) -> list[str]:
     """Return the files in the lines of a .txt, relative to its folder; or the file itself."""
     if not path.endswith(".txt"):
         return [path]
-    lines = os.fsdecode(files.read_bytes(path)).splitlines()
+    text = files.read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # as Windows' editor begins a file
+    lines = [line.rstrip("\r") for line in os.fsdecode(text).split("\n")]
     return [os.path.join(os.path.dirname(path), line) for line in lines if line.strip()]
 
 

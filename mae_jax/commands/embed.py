@@ -161,6 +161,12 @@ def describe_images(source: Any, paths: list[str], values: flags.FlagValues) -> 
 
 def main(argv: list[str]) -> int:
     weights, paths, values = parse(argv)
+    with feature_file.only_writer(Path(values.out)):
+        return write(weights, paths, values)
+
+
+def write(weights: str, paths: list[str], values: flags.FlagValues) -> int:
+    """Write the features that a command line asks for; return the exit status."""
     import jax
 
     from mae_jax import distributed, pretrained

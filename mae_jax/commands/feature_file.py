@@ -4,6 +4,7 @@ While they grow, OUT.part is the .npy file of all rows, OUT.csv lists the rows t
 OUT.json says what they are made from.
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -27,6 +28,30 @@ GROUP_BYTES = 2**26  # features of a row group of Parquet
 def beside(out: Path) -> tuple[Path, Path, Path]:
     """Return the files of features, of the other columns, and of what they are made from."""
     return Path(f"{out}.part"), Path(f"{out}.csv"), Path(f"{out}.json")
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep other commands from writing `out` while the body runs.
+
+    Raises:
+      UserError: one is writing it, or nothing can be written there.
+    """
+    lock = Path(f"{out}.lock")
+    try:
+        lock.touch()
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+    with files.locked(lock) as is_free:
+        if not is_free:
+            raise UserError(
+                f"another `mae-jax embed` is writing {out}: wait until it ends, or give another"
+                " --out"
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def begin(out: Path, made_from: dict, shape: tuple[int, ...], batch_size: int) -> list[list[str]]:

@@ -103,7 +103,9 @@ def cost(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
     topology = topologies.parse(values.topology)
     recipes.without_data(config, values.num_examples, None)
     task = tasks.build(config)
-    per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
+    per_epoch = 1
+    if steps(config.train_for, config.batch_size, per_epoch):  # else no batch is read
+        per_epoch = steps_per_epoch(len(task.examples), config.batch_size)
     total = steps(config.train_for, config.batch_size, per_epoch)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     gflops = plan.count_gflops(task, config, topology.devices)

@@ -184,7 +184,11 @@ def _walk(folder: str, parents: frozenset[tuple[int, int]]) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself; like other broken links it is no image
+            is_folder = False
+        if is_folder:
             yield from _walk(entry.path, parents | {identity})
         else:
             yield entry.path

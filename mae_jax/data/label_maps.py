@@ -171,7 +171,11 @@ def _pixels(file: bytes, name: str, convert: str = "") -> np.ndarray:
                 " numbers: give config.data.palette=FILE with a line for each class, such as"
                 " '128 0 0 building'"
             )
-        return np.asarray(picture.convert(convert) if convert else picture)
+        if convert:
+            return np.asarray(picture.convert(convert))
+        # Pillow scales grey of 2 and 4 bits, so that white is 255. Byte 24 is the bits.
+        scale = {2: 85, 4: 17}.get(file[24], 1) if picture.mode == "L" else 1
+        return np.asarray(picture) // scale if scale > 1 else np.asarray(picture)
     except (BadImage, UserError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds at broken files

@@ -75,6 +75,13 @@ def prepare_folder(
         "such images are not packed, but read in place. `mae-jax prepare folder"
         f" --source={source} --value_range=LOW,HIGH` prints their means and how to train",
     )
+    classes = images[names[0]].class_names or []
+    for class_name in classes:  # tfds keeps a name in each line, and strips it
+        if classes.count(class_name) > 1 or class_name.strip().splitlines() != [class_name]:
+            raise UserError(
+                f"{source}: the name of the folder {class_name!r} begins or ends with a space, has"
+                " several lines or is there twice, which no dataset can keep: rename the folder"
+            )
     plan = _plan(images[names[0]].root, listed, resize)
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
     final, work = root / arrayrecord.VERSION, root / f"{arrayrecord.VERSION}.incomplete"

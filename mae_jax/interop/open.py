@@ -75,6 +75,12 @@ def open_weights(
     ours = source.is_dir() and any((source / x).is_dir() for x in ("checkpoints", "state"))
     if ours:
         weights = _open_ours(source, averaged)
+        decoder = weights.spec.decoder
+        known = {"heads": weights.spec.encoder.heads, "decoder_heads": decoder and decoder.heads}
+        options: dict[str, Any] = {"key": key, "heads": heads, "decoder_heads": decoder_heads}
+        for option, x in options.items():
+            if x and x != known.get(option):
+                raise UserError(f"{option}={x!r}: {source} says it itself: leave {option} out")
         changes: dict[str, Any] = {name: x for name, x in given.items() if x}
         weights = weights._replace(spec=replace(weights.spec, **changes))
     elif averaged:

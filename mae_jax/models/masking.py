@@ -31,7 +31,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     Raises:
       UserError: the ratio keeps no patch, or hides none.
     """
-    kept = int(num_patches * (1 - ratio))
+    kept = int(num_patches * (1 - ratio)) if 0 < ratio < 1 else 0
     if not 0 < kept < num_patches:
         raise UserError(
             f"mask_ratio={ratio} keeps {kept} of {num_patches} patches; at least one must be kept"
