@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_jax import files
 from mae_jax.commands import embed as embed_command
 from mae_jax.commands import feature_file, recipes, running
 from mae_jax.errors import UserError
@@ -34,6 +35,7 @@ def pretrain(
     Raises:
       UserError: something cannot work here.
     """
+    files.require_place(out, "out")
     source = f"folder:{data}" if os.path.isdir(data) else data
     changes = {"data.source": source}
     if steps is not None:

@@ -66,7 +66,7 @@ def require_place(path: str | os.PathLike, what: str) -> None:
     Raises:
       UserError: it is a URL of another kind, or the package for buckets is missing.
     """
-    _require_both_slashes(path, what)
+    _require_whole(path, what)
     scheme, is_url, rest = os.fspath(path).partition("://")
     if not is_url:
         return
@@ -83,13 +83,18 @@ def require_place(path: str | os.PathLike, what: str) -> None:
 
 def require_local(path: str | os.PathLike, what: str) -> None:
     """Raise UserError if a path is a URL where only local files are read or written."""
-    _require_both_slashes(path, what)
+    _require_whole(path, what)
     if "://" in os.fspath(path):
         raise UserError(f"{what}={path}: only local files can be used here: copy to or from there")
 
 
-def _require_both_slashes(path: str | os.PathLike, what: str) -> None:
-    """Raise UserError if a URL has lost one of its slashes, as it does in a pathlib.Path."""
+def _require_whole(path: str | os.PathLike, what: str) -> None:
+    """Raise UserError if a URL has lost one of its slashes, or a path begins with ~.
+
+    A pathlib.Path takes the slash. After `=` a shell does not expand ~, which would be a folder.
+    """
+    if os.fspath(path).startswith("~"):
+        raise UserError(f"{what}={path}: write {os.path.expanduser(path)}")
     if lost := re.match(r"(gs|s3|az|file|https?|hdfs):/(?!/)(.*)", os.fspath(path)):
         scheme, rest = lost.groups()
         raise UserError(f"{what}={path}: a slash is missing: {scheme}://{rest}")
@@ -164,5 +169,5 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: restore it from a copy, or delete it")
+        raise UserError(f"{file} is damaged: restore it from a copy, or start in another folder")
     return content

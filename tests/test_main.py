@@ -1,6 +1,7 @@
 """The command line finds commands without importing them, and reports errors as users need them."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(command):
         ("file:///data/run", "write the path itself, /data/run"),
         ("gs://bucket/run", "pip install gcsfs"),
         ("gs:/bucket/run", "a slash is missing: gs://bucket/run"),
+        ("~/run", f"write {os.path.expanduser('~/run')}"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--workdir", "--config.init_from", "--config.resume"])

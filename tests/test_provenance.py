@@ -83,7 +83,9 @@ def test_a_file_where_a_folder_is_needed_is_named(tmp_path, name):
 def test_a_damaged_file_of_a_workdir_is_named(tmp_path, name, content):
     provenance.prepare_workdir(tmp_path, config())
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name} is damaged: restore it from a copy, or delete it"):
+    with pytest.raises(
+        UserError, match=f"{name} is damaged: restore it from a copy, or start in another"
+    ):
         provenance.prepare_workdir(tmp_path, config())
 
 
