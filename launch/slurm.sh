@@ -23,6 +23,14 @@ command -v srun > /dev/null || {
   exit 2
 }
 cd "${SLURM_SUBMIT_DIR:-.}" || exit
+[ -f launch/host.sh ] || {
+  echo "launch/slurm.sh: there is no launch/host.sh in $PWD: submit from the root of the checkout" >&2
+  exit 2
+}
+[[ ${MAX_RESTARTS:=50} =~ ^[0-9]+$ ]] || {
+  echo "launch/slurm.sh: MAX_RESTARTS=$MAX_RESTARTS: write a number" >&2
+  exit 2
+}
 export STATUS_DIR=$PWD/slurm-$SLURM_JOB_ID.ended # a file for each process, with its exit status
 rm -rf "$STATUS_DIR"
 mkdir "$STATUS_DIR" || exit
@@ -41,7 +49,7 @@ fi
 rm -rf "$STATUS_DIR"
 
 if [ "$status" -eq 75 ]; then
-  if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-50}" ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
     echo "launch/slurm.sh: gave up after $SLURM_RESTART_COUNT restarts" >&2
     exit 1
   fi

@@ -313,6 +313,7 @@ case $command in
 esac
 [ -n "${TPU:-}" ] || fail "set TPU to the name of the slice, such as TPU=my-run."
 [ -n "${ZONE:-}" ] || fail "set ZONE to a zone that has TYPE, such as ZONE=us-west4-a."
+[[ ${MAX_RESTARTS:-50} =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: write a number."
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$slices: write a number, from 1."
 case $command in
   run) ;;

@@ -1,6 +1,7 @@
 """Launch scripts start, restart and requeue runs, and say what they cannot work with."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -192,6 +193,23 @@ def test_slurm_job_is_queued_again_unless_a_process_had_an_error(tmp_path, ends,
     assert words in run.stdout + run.stderr
     assert ("requeue" in run.stdout) == (status == distributed.PREEMPTED)
     assert not list(LAUNCH.parent.glob("slurm-*.ended"))
+
+
+@pytest.mark.parametrize(
+    ("cwd", "environment", "words"),
+    [
+        ("elsewhere", "A=b", "no launch/host.sh in .*: submit from the root of the checkout"),
+        (".", "MAX_RESTARTS=5O", "MAX_RESTARTS=5O: write a number"),
+    ],
+)
+def test_slurm_job_that_can_never_start_is_not_queued_again(tmp_path, cwd, environment, words):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / cwd if cwd != "." else LAUNCH.parent
+    *variables, _, _ = slurm(tmp_path)
+    command = [*variables, environment, "bash", LAUNCH / "slurm.sh"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and re.search(words, run.stderr), run.stderr
+    assert "requeue" not in run.stdout
 
 
 def test_slurm_process_that_waits_for_the_others_in_vain_is_to_be_started_again(tmp_path):

@@ -164,6 +164,7 @@ def test_a_state_is_asked_for_in_a_dry_run_too(pod):
         ({"TYPE": "h100"}, "TYPE=h100: write"),
         ({"TIER": "cheap"}, "write spot or on-demand"),
         ({"SLICES": "two"}, "SLICES=two"),
+        ({"MAX_RESTARTS": "5O"}, "MAX_RESTARTS=5O: write a number"),
         ({"ZONE": ""}, "set ZONE"),
         ({"TPU": ""}, "set TPU"),
     ],
