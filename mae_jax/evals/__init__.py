@@ -95,8 +95,9 @@ def require_distinct(evaluations: Mapping[str, Any]) -> None:
     """Raise UserError if two of config.evals would report numbers under the same name."""
     for (one, first), (other, second) in combinations(evaluations.items(), 2):
         if same := reported(first) & reported(second):
+            name = one if second["type"] == "reconstruct" else other
             raise UserError(
                 f"config.evals.{one} and config.evals.{other} would both report"
                 f" {' and '.join(sorted(same))}: give one another prefix, such as"
-                f" config.evals.{other}.prefix='eval_{other}', or leave one to another run"
+                f" config.evals.{name}.prefix='eval_{name}', or leave one to another run"
             )
