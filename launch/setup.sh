@@ -7,6 +7,12 @@
 # Afterwards $root is the checkout and $python the environment's Python. A complete environment is kept
 # while the lock is unchanged; an incomplete or outdated one is made again.
 
+case ${1:-} in -h | --help) # of whichever script sources this: its first lines
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+  ;;
+esac
+
 fail() {
   printf '%s\n' "$@" >&2
   exit 1

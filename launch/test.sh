@@ -6,12 +6,6 @@
 # PYTHON and VENV: see launch/setup.sh
 set -euo pipefail
 
-case ${1:-} in -h | --help)
-  sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-  exit
-  ;;
-esac
-
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"

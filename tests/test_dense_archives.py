@@ -1,6 +1,7 @@
 """`mae-jax prepare ade20k` and `voc` unpack archives of the real layout into pairs."""
 
 import io
+import shutil
 import tarfile
 import zipfile
 
@@ -62,16 +63,16 @@ def voc_files() -> dict[str, bytes]:
     return contents
 
 
-def write_zip(path, contents):
-    with zipfile.ZipFile(path, "w") as archive:
+def write_zip(path, contents, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
         archive.mkdir(ADE)
         for name, data in contents.items():
             archive.writestr(name, data)
     return path
 
 
-def write_tar(path, contents):
-    with tarfile.open(path, "w") as archive:
+def write_tar(path, contents, mode="w"):
+    with tarfile.open(path, mode) as archive:
         for name, data in contents.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -144,3 +145,36 @@ def test_what_cannot_be_unpacked_is_refused_in_a_sentence(tmp_path):
         with pytest.raises(UserError, match=message):
             prepare.main(arguments)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["deflate", "lzma", "tar.xz"])
+def test_a_damaged_archive_of_pairs_is_refused_whatever_its_compression(kind, tmp_path):
+    path, out = tmp_path / "archive", tmp_path / "out"
+    if kind == "tar.xz":
+        write_tar(path, voc_files(), "w:xz")
+        command = ["voc", f"--tar={path}", f"--out={out}"]
+    else:
+        compression = {"deflate": zipfile.ZIP_DEFLATED, "lzma": zipfile.ZIP_LZMA}[kind]
+        write_zip(path, ade_files(), compression)
+        command = ["ade20k", f"--zip={path}", f"--out={out}"]
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), len(content) // 100):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            prepare.main(command)
+            shutil.rmtree(out)
+        except UserError as error:
+            assert "archive" in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("out", ["file/pairs", "/proc/pairs"])
+def test_a_folder_that_cannot_be_written_is_not_called_a_bad_archive(out, tmp_path):
+    (tmp_path / "file").touch()
+    path = write_zip(tmp_path / "ade.zip", ade_files())
+    with pytest.raises(UserError, match="--out=.*pairs cannot be written .*: choose a folder"):
+        prepare.main(["ade20k", f"--zip={path}", f"--out={tmp_path / out}"])

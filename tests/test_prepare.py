@@ -16,7 +16,6 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet_v2 import imagenet_v2_dataset_builder
-from test_dense_archives import ade_files, voc_files
 
 from mae_jax.commands import prepare
 from mae_jax.data import imagenet, pack
@@ -562,51 +561,6 @@ def test_an_archive_that_is_not_the_one_is_refused(files, message, tmp_path):
         write_archive(tmp_path / "imagenet-r.tar", files)
     with pytest.raises(ValueError, match=message):
         run("imagenet_r", manual_dir=tmp_path, data_dir=tmp_path)
-
-
-# --- images with label maps ---
-
-
-def write_ade(path: Path, compression: int) -> bytes:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in ade_files().items():
-            archive.writestr(name, data)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["deflate", "lzma", "tar.xz"])
-def test_a_damaged_archive_of_pairs_is_refused_whatever_its_compression(kind, tmp_path):
-    path, out = tmp_path / "archive", tmp_path / "out"
-    if kind == "tar.xz":
-        with tarfile.open(path, "w:xz") as tar:
-            for name, data in voc_files().items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        content = path.read_bytes()
-    else:
-        content = write_ade(path, {"deflate": zipfile.ZIP_DEFLATED, "lzma": zipfile.ZIP_LZMA}[kind])
-    what = ("voc", "tar") if kind == "tar.xz" else ("ade20k", "zip")
-    refused = 0
-    for place in range(0, len(content), len(content) // 100):
-        damaged = bytearray(content)
-        damaged[place] ^= 0xFF
-        path.write_bytes(damaged)
-        try:
-            run(what[0], out=out, **{what[1]: path})
-            shutil.rmtree(out)
-        except UserError as error:
-            assert "archive" in str(error)
-            refused += 1
-    assert refused > 50
-
-
-@pytest.mark.parametrize("out", ["file/pairs", "/proc/pairs"])
-def test_a_folder_that_cannot_be_written_is_not_called_a_bad_archive(out, tmp_path):
-    (tmp_path / "file").touch()
-    write_ade(tmp_path / "ade.zip", zipfile.ZIP_STORED)
-    with pytest.raises(UserError, match="--out=.*pairs cannot be written .*: choose a folder"):
-        run("ade20k", zip=tmp_path / "ade.zip", out=tmp_path / out)
 
 
 # --- other tfds datasets ---

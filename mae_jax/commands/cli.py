@@ -128,16 +128,18 @@ def open_images(paths: Sequence[str], values: flags.FlagValues, *splits: str) ->
             continue
         for path in group:
             name, known = (f"folder:{path}", ("train",)) if os.path.isdir(path) else (path, splits)
-            known = (values.split,) if values.split else known
             open_split = partial(sources.open_source, name, data_dir=values.data_dir)
-            opened.append(open_first(open_split, *known))
+            opened.append(open_split_of(values, known, open_split))
     if not any(map(len, opened)):
         raise UserError(f"{', '.join(paths)}: no image is listed there")
     return opened
 
 
-def open_first(open_split: Callable[[str], Any], *splits: str) -> Any:
-    """Return what a function opens of the first of some splits that is there."""
+def open_split_of(
+    values: flags.FlagValues, splits: Sequence[str], open_split: Callable[[str], Any]
+) -> Any:
+    """Return what a function opens of --split, or of the first of some splits that is there."""
+    splits = (values.split,) if values.split else splits
     for split in splits[:-1]:
         with contextlib.suppress(UserError):
             return open_split(split)

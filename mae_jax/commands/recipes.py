@@ -54,7 +54,8 @@ def parse(
     given = " ".join(arg for arg in argv if re.match(r"--config\b", arg))
     argv, optional = _take_optional(_last_of_each(argv))
     argv, file = _with_path(argv)
-    _refuse_old(re.findall(r"--config\.([\w.]+)", given))
+    keys = re.findall(r"--config\.([\w.]+)", given)
+    _refuse_old(keys)
     whole = [f"mae-jax {command}", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=whole)
     try:
@@ -76,11 +77,11 @@ def parse(
     except (AttributeError, KeyError) as error:
         if "has no attribute 'get_config'" in str(error):
             raise UserError(f"--config={file}: the file has no function get_config(arg)") from None
-        _refuse_unknown(re.findall(r"--config\.([\w.]+)", given), file, whole)
+        _refuse_unknown(keys, file, whole)
         key = " ".join(str(error.args[0]).split())
         raise UserError(f"{given}: no such key in the config: {key}") from None
     except TypeError:  # of a key inside a value that has none
-        _refuse_unknown(re.findall(r"--config\.([\w.]+)", given), file, whole)
+        _refuse_unknown(keys, file, whole)
         raise
     except ModuleNotFoundError as error:
         raise UserError(f"--config={file}: {error}") from error

@@ -96,11 +96,14 @@ def _read(
     names: list[str] = []
     pairs: list[Pair] = []
     dtype = bands.pixel_type(config.data.get("value_range", ()))
-    splits = (values.split,) if values.split else cli.SHOWN
     for path in paths:
         with_truth = path.startswith(segmentation.PREFIX)
         sources = (
-            [cli.open_first(partial(segmentation.open_pairs, config.data, path), *splits)]
+            [
+                cli.open_split_of(
+                    values, cli.SHOWN, partial(segmentation.open_pairs, config.data, path)
+                )
+            ]
             if with_truth
             else cli.open_images([path], values, *cli.SHOWN)
         )

@@ -157,7 +157,7 @@ class Evaluator:
         """
         finite = np.isfinite(x_ND).all(1)
         if missing := set(label_N) - set(label_N[finite]):
-            name = (self._queries.class_names or range(classes))[min(missing)]
+            name = labels.names(self._queries)[min(missing)]
             raise UserError(
                 f"few-shot: of class {name!r} no features of the images that were drawn from"
                 f" {self._bank_split} are finite"

@@ -159,15 +159,16 @@ class Fitter:
           UserError: no features are finite, or none of those that choose the strength.
         """
         bank, scale = self._standardise(bank)
-        if not fetch(bank.counted).any():
+        counted = fetch(bank.counted)
+        if not counted.any():
             raise UserError(
                 f"logistic regression: the features of all images of {name} are not finite"
             )
         rest, tenth = (
             bank._replace(counted=self._both(bank.counted, chosen)) for chosen in (~held, held)
         )
-        for part, words in ((tenth, "a held-out tenth"), (rest, "the other nine tenths")):
-            if not fetch(part.counted).any():
+        for part, words in ((held, "a held-out tenth"), (~held, "the other nine tenths")):
+            if not (counted & part).any():
                 raise UserError(
                     f"logistic regression: no image of {words} of {name} can be used: give a larger"
                     " bank_split"
